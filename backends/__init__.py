@@ -1,0 +1,1 @@
+"""Where a frozen model lives: the local torch backend and, later, remote ones."""

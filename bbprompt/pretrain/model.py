@@ -1,0 +1,163 @@
+"""What is trained upstream: routers, modules, projections and head, around a frozen encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.mrc import Encoded, Frame
+
+__all__ = ["Gates", "ModularPrompts", "SpanBatch", "collate", "relaxed_bernoulli", "span_loss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """How routers are turned into weights in one training step.
+
+    Attributes:
+        noise: Sample the relaxed Bernoulli gates (MP2, eqs. 2-5); otherwise use their mean field, sigmoid(w).
+        temperature: tau of the relaxation.
+        normalized: Divide by the sum of the layer's gates (released code) instead of by K (MP2, eq. 1).
+    """
+
+    noise: bool
+    temperature: float = 1.0
+    normalized: bool = True
+
+
+def relaxed_bernoulli(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """One sample of the binary concrete distribution per entry (MP2, eqs. 2-5).
+
+    sigma((w + log u - log(1 - u)) / tau), u ~ U(0, 1); w is the logit of the gate's probability.
+    """
+    tiny = torch.finfo(logits.dtype).eps
+    u = torch.rand(logits.shape, generator=generator).clamp(tiny, 1 - tiny).to(logits.device)
+    return torch.sigmoid((logits + u.log() - (1 - u).log()) / temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class SpanBatch:
+    """A training batch of one or several tasks, candidates padded to C.
+
+    Attributes:
+        ids: Token ids, one tuple a text.
+        tasks: `(N,)` task index of each text.
+        support: `(N, 2, C)` position in its text of each candidate start (0) and end (1): option borders, or for
+            extraction every position of the context.
+        present: `(N, C)` True where a candidate exists.
+        gold: `(N, 2)` index of the right start and end among the candidates.
+    """
+
+    ids: list[tuple[int, ...]]
+    tasks: Tensor
+    support: Tensor
+    present: Tensor
+    gold: Tensor
+
+
+def collate(encoded: Sequence[Encoded], gold: Sequence[int], tasks: Sequence[int]) -> SpanBatch:
+    """Collect sequences with the index of each right option (ignored for extraction) and of each task."""
+    starts, ends, golds = [], [], []
+    for item, label in zip(encoded, gold, strict=True):
+        if item.context[1] > item.context[0] and item.offsets:
+            rows = list(range(*item.context))
+            starts.append(rows)
+            ends.append(rows)
+            begin, end = item.spans[0]
+            golds.append((begin - item.context[0], end - item.context[0]))
+        else:
+            starts.append([a for a, _ in item.spans])
+            ends.append([b for _, b in item.spans])
+            golds.append((label, label))
+    width = max(len(rows) for rows in starts)
+    support = torch.zeros(len(encoded), 2, width, dtype=torch.long)
+    present = torch.zeros(len(encoded), width, dtype=torch.bool)
+    for n, (s, e) in enumerate(zip(starts, ends, strict=True)):
+        support[n, 0, : len(s)] = torch.as_tensor(s)
+        support[n, 1, : len(e)] = torch.as_tensor(e)
+        present[n, : len(s)] = True
+    return SpanBatch(
+        [item.ids for item in encoded], torch.as_tensor(tasks), support, present, torch.as_tensor(golds)
+    )
+
+
+def span_loss(logits: Tensor, batch: SpanBatch) -> tuple[Tensor, Tensor]:
+    """Loss (CE(start) + CE(end)) / 2 over the candidates, and the share answered right.
+
+    Args:
+        logits: `(N, 2, C)` start and end logits of the candidates.
+        batch: Which candidates exist and which are right.
+
+    Returns:
+        Loss and 0/1 correctness of each text, `(N,)` both.
+    """
+    present, gold = batch.present.to(logits.device), batch.gold.to(logits.device)
+    masked = logits.masked_fill(~present[:, None], -torch.inf)
+    each = F.cross_entropy(masked.flatten(0, 1), gold.flatten(), reduction="none").view(-1, 2).mean(1)
+    right = masked.sum(1).argmax(1) == gold[:, 0]
+    return each, right.float()
+
+
+class ModularPrompts(nn.Module):
+    """Routers w (T, L, K), modules z (L, K, d), projections A (L, d, P * H), span head (2, H).
+
+    Initialisation: w ~ U(-1e-3, 1e-3), head ~ N(0, 0.02), z ~ N(0, 1) and A ~ N(0, scale^2 / d), so that the prompt of
+    one module has entries of size `scale`. (Released: z and A so small that their product starts near a saddle and, at
+    learning rates that leave it soon, grows past any useful size within a few dozen steps.)
+    """
+
+    def __init__(
+        self, tasks: int, layers: int, modules: int, dim: int, frame: Frame, hidden: int, scale: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        length = len(frame.placeholders)
+        self.frame = frame
+        self.shape = (layers, length, hidden)
+
+        def normal(size: float, *shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator) * size)
+
+        self.router = nn.Parameter((torch.rand(tasks, layers, modules, generator=generator) * 2 - 1) * 1e-3)
+        self.bank = normal(1.0, layers, modules, dim)
+        self.projection = normal(scale / math.sqrt(dim), layers, dim, length * hidden)
+        self.head_weight = normal(0.02, 2, hidden)
+        self.head_bias = nn.Parameter(torch.zeros(2))
+
+    def points(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
+        """Intrinsic points `(G, L, d)` of the given tasks."""
+        logits = self.router[tasks]
+        if gates.noise:
+            weights = relaxed_bernoulli(logits, gates.temperature, generator)
+        else:
+            weights = torch.sigmoid(logits)
+        total = weights.sum(-1, keepdim=True) + 1e-12 if gates.normalized else weights.shape[-1]
+        return torch.einsum("glk,lkd->gld", weights / total, self.bank)
+
+    def forward(self, encoder: Encoder, batch: SpanBatch, gates: Gates, generator: torch.Generator) -> Tensor:
+        """Start and end logits of the batch's candidates, `(N, 2, C)`."""
+        layers, length, hidden = self.shape
+        groups, member = torch.unique(batch.tasks, return_inverse=True)
+        points = self.points(gates, generator, groups)
+        prompts = torch.einsum("gld,ldx->glx", points, self.projection).view(len(groups), layers, length, hidden)
+        layout = pack([len(text) for text in batch.ids], encoder.device)
+        slots = torch.arange(length, device=encoder.device) + self.frame.prompt_start
+        at = (layout.starts[:, None] + slots).flatten()
+        read = layout.starts[:, None] + batch.support.to(encoder.device).flatten(1)
+        states = encoder.embed(batch.ids, layout)
+        member = member.to(prompts.device)
+        last = len(encoder.layers) - 1
+        for index in range(last + 1):
+            if index < layers:
+                added = prompts[:, index][member].to(encoder.dtype).reshape(-1, hidden)
+                states = states.index_add(0, at, added)
+            states = encoder.layer(index, states[None], layout, read if index == last else None)[0]
+        logits = F.linear(states.float(), self.head_weight, self.head_bias)  # (N, 2 * C, start and end)
+        start, end = logits.unflatten(1, (2, -1)).unbind(1)
+        return torch.stack((start[..., 0], end[..., 1]), dim=1)

@@ -1,0 +1,258 @@
+"""Prompt artifacts: modular prompts with intrinsic reparameterization, as a directory of safe files.
+
+A layer's prompt is p = u A with A (d, P * H) learned upstream and frozen, and u the intrinsic vector that tuning moves.
+Upstream, u is a mixture of K modules z_k by a router (MP2, section 3). `ModularPrompt` is the whole artifact and lives
+behind the oracle; `PromptSpace` is the small part that a search needs: modules and routers, a few kB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from bbprompt.errors import ArtifactError
+from bbprompt.router import CODE, GateRule, compose, mass
+
+__all__ = ["ModularPrompt", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
+
+FORMAT = 1
+_BUNDLED = Path(__file__).parent / "bundled" / "prompts"
+_TENSORS = ("projection", "modules", "routers", "head.weight", "head.bias")
+
+
+class PromptConfig(BaseModel):
+    """`config.json` of an artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    kind: Literal["mp2-deep", "mp2-shallow"]
+    backbone: str
+    backbone_digest: str
+    layers: int = Field(ge=1, description="layers that carry a prompt; 1 is the input layer alone")
+    hidden: int = Field(ge=1)
+    prompt_length: int = Field(ge=1, description="P, placeholder positions")
+    modules: int = Field(ge=1, description="K")
+    intrinsic_dim: int = Field(ge=1, description="d")
+    gates: Literal["binary", "sigmoid"] = "sigmoid"
+    mixing: Literal["mean", "normalized"] = "normalized"
+    injection: Literal["add"] = "add"
+    readout: Literal["span"] = "span"
+    support: Literal["candidates", "sequence"] = "candidates"
+    placeholders: tuple[int, ...] = Field(description="token ids at the prompt positions")
+    tasks: tuple[str, ...] = Field(default=(), description="upstream tasks, one router each")
+    training: dict[str, Any] = Field(default_factory=dict)
+    sources: tuple[str, ...] = Field(default=(), description="upstream data sources with their terms")
+    license: str = ""
+
+    @property
+    def rule(self) -> GateRule:
+        """The gate rule the modules were trained with (its deterministic form)."""
+        return GateRule(self.gates, self.mixing)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpace:
+    """What a search needs to know of an artifact.
+
+    Attributes:
+        modules: z, `(L, K, d)` float64.
+        routers: Upstream routers, `(T, L, K)`; T may be 0.
+        tasks: Names of the T upstream tasks.
+        rule: Gate rule of the upstream training.
+    """
+
+    modules: NDArray[np.float64]
+    routers: NDArray[np.float64]
+    tasks: tuple[str, ...]
+    rule: GateRule = CODE
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, d) of an intrinsic point."""
+        return self.modules.shape[0], self.modules.shape[2]
+
+    @property
+    def router_shape(self) -> tuple[int, int]:
+        """(L, K) of a router."""
+        return self.modules.shape[0], self.modules.shape[1]
+
+    def gain(self, rule: GateRule) -> NDArray[np.float64]:
+        """Factor `(L, 1)` that gives mixtures under another rule the size the modules were trained at.
+
+        The two rules weigh modules by different totals (1 for normalised gates, the share of open gates for the
+        mean), so prompts trained under one would come out too large or small under the other. The factor makes the
+        mean total over the upstream routers equal; under the training rule it is 1.
+        """
+        layers = self.modules.shape[0]
+        if rule == self.rule or not len(self.routers):
+            return np.ones((layers, 1))
+        trained = mass(self.rule.weights(self.routers)).mean(axis=0)
+        other = mass(rule.weights(self.routers)).mean(axis=0)
+        return np.divide(trained, other, out=np.ones(layers), where=other > 0)[:, None]
+
+    def mix(self, routers: NDArray[np.floating], rule: GateRule) -> NDArray[np.float64]:
+        """Routers `(..., L, K)` to intrinsic points `(..., L, d)` under `rule`."""
+        return compose(rule.weights(routers), self.modules) * self.gain(rule)
+
+    def even(self) -> NDArray[np.float64]:
+        """The untuned start `(L, d)`: all modules mixed evenly, at the size the upstream mixtures have."""
+        total = mass(self.rule.weights(self.routers)).mean(axis=0) if len(self.routers) else np.ones(len(self.modules))
+        return self.modules.mean(axis=1) * total[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModularPrompt:
+    """A prompt artifact in memory.
+
+    Attributes:
+        config: What it is and where it comes from.
+        projection: A, `(L, d, P * H)` float32, token-major.
+        modules: z, `(L, K, d)` float32.
+        routers: `(T, L, K)` float32.
+        head_weight: `(2, H)` float32: row 0 start, row 1 end.
+        head_bias: `(2,)` float32.
+    """
+
+    config: PromptConfig
+    projection: NDArray[np.float32]
+    modules: NDArray[np.float32]
+    routers: NDArray[np.float32]
+    head_weight: NDArray[np.float32]
+    head_bias: NDArray[np.float32]
+
+    @property
+    def space(self) -> PromptSpace:
+        """The part a search needs."""
+        return PromptSpace(
+            self.modules.astype(np.float64), self.routers.astype(np.float64), self.config.tasks, self.config.rule
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over configuration and tensors, independent of file layout."""
+        sha = hashlib.sha256(self.config.model_dump_json().encode())
+        for name, array in sorted(self._tensors().items()):
+            sha.update(f"{name}{array.shape}".encode())
+            sha.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+        return sha.hexdigest()
+
+    def prompts(self, points: NDArray[np.floating]) -> NDArray[np.float32]:
+        """Materialise p_l = u_l A_l: `(..., L, d)` to `(..., L, P, H)`."""
+        flat = np.einsum("...ld,ldx->...lx", np.asarray(points, np.float32), self.projection)
+        return flat.reshape(*flat.shape[:-1], self.config.prompt_length, self.config.hidden)
+
+    def save(self, directory: Path, half: bool = True) -> None:
+        """Write `config.json` and `model.safetensors` (float16 with `half`) into `directory`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        kind = np.float16 if half else np.float32
+        save_file(
+            {name: np.ascontiguousarray(array.astype(kind)) for name, array in self._tensors().items()},
+            directory / "model.safetensors",
+        )
+        text = json.dumps(self.config.model_dump(mode="json"), ensure_ascii=False, indent=2)
+        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> ModularPrompt:
+        """Read an artifact directory.
+
+        Raises:
+            ArtifactError: A file is missing, unreadable, or does not say what the other says.
+        """
+        config_file, weights_file = directory / "config.json", directory / "model.safetensors"
+        for file in (config_file, weights_file):
+            if not file.is_file():
+                raise ArtifactError(f"{file}: missing; a prompt artifact holds config.json and model.safetensors")
+        try:
+            config = PromptConfig.model_validate_json(config_file.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "file"
+            raise ArtifactError(f"{config_file}: {where}: {first['msg']}") from error
+        if config.format != FORMAT:
+            raise ArtifactError(f"{config_file}: format {config.format} is not {FORMAT}; use a matching bbprompt version")
+        try:
+            tensors = load_file(weights_file)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ArtifactError(f"{weights_file}: not a readable safetensors file ({error}); fetch it again") from error
+        shapes = _shapes(config)
+        if set(tensors) != set(_TENSORS):
+            raise ArtifactError(f"{weights_file}: holds {sorted(tensors)}, expected {sorted(_TENSORS)}")
+        arrays = {}
+        for name, shape in shapes.items():
+            array = tensors[name]
+            if array.shape != shape:
+                raise ArtifactError(f"{weights_file}: {name} has shape {array.shape}, config.json says {shape}")
+            arrays[name] = array.astype(np.float32)
+            if not np.isfinite(arrays[name]).all():
+                raise ArtifactError(f"{weights_file}: {name} holds NaN or infinity")
+        return cls(
+            config,
+            arrays["projection"],
+            arrays["modules"],
+            arrays["routers"],
+            arrays["head.weight"],
+            arrays["head.bias"],
+        )
+
+    def _tensors(self) -> dict[str, NDArray[np.float32]]:
+        values = (self.projection, self.modules, self.routers, self.head_weight, self.head_bias)
+        return dict(zip(_TENSORS, values, strict=True))
+
+
+def _shapes(config: PromptConfig) -> dict[str, tuple[int, ...]]:
+    layers, k, d = config.layers, config.modules, config.intrinsic_dim
+    if len(config.placeholders) != config.prompt_length:
+        raise ArtifactError(
+            f"config.json: {len(config.placeholders)} placeholders for prompt_length {config.prompt_length}"
+        )
+    return {
+        "projection": (layers, d, config.prompt_length * config.hidden),
+        "modules": (layers, k, d),
+        "routers": (len(config.tasks), layers, k),
+        "head.weight": (2, config.hidden),
+        "head.bias": (2,),
+    }
+
+
+def bundled_prompts() -> dict[str, Path]:
+    """Names and directories of the artifacts that come with the package."""
+    if not _BUNDLED.is_dir():
+        return {}
+    return {path.name: path for path in sorted(_BUNDLED.iterdir()) if (path / "config.json").is_file()}
+
+
+def resolve_prompts(name_or_dir: str) -> Path:
+    """Find an artifact: a directory, a bundled name, or a Hugging Face hub id (`owner/name`).
+
+    Raises:
+        ArtifactError: Nothing of that name is there, or the hub cannot be reached.
+    """
+    if Path(name_or_dir).is_dir():
+        return Path(name_or_dir)
+    bundled = bundled_prompts()
+    if name_or_dir in bundled:
+        return bundled[name_or_dir]
+    if name_or_dir.count("/") != 1:
+        raise ArtifactError(
+            f"prompts '{name_or_dir}': no such directory, and not one of the bundled {', '.join(bundled) or '(none)'}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_dir, allow_patterns=["config.json", "model.safetensors", "README.md"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtifactError(
+            f"prompts '{name_or_dir}': no such directory or bundled artifact, and the hub does not give it ({type(error).__name__})"
+        ) from error

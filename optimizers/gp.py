@@ -1,0 +1,329 @@
+"""Bayesian optimization: a Gaussian process and its upper confidence bound (UCB).
+
+botorch and gpytorch fit the hyperparameters. The posterior of the fitted process is then evaluated directly
+(`posterior.py`): the same numbers as botorch's to rounding, many times faster, since an acquisition function
+of botorch treats every candidate as a batch of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from bbprompt.optimizers import bits
+from bbprompt.optimizers.acquire import best_bits, best_in_cube
+from bbprompt.optimizers.checks import checked_bounds, checked_count, checked_seed
+from bbprompt.optimizers.history import History
+from bbprompt.optimizers.posterior import Hyperparameters, Posterior
+
+with warnings.catch_warnings():
+    # Deprecations inside linear_operator under newer versions of torch.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import botorch
+    from botorch.exceptions import ModelFittingError
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import SingleTaskGP
+    from gpytorch.constraints import GreaterThan
+    from gpytorch.kernels import MaternKernel
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+    from gpytorch.priors import LogNormalPrior
+
+__all__ = ["ARD_DIM", "GPUCB"]
+
+ARD_DIM = 20
+"""Up to this many dimensions each has its own lengthscale, beyond they share one."""
+
+_INCUMBENTS = 3  # best told rows that the acquisition starts from, beside random rows
+_PRIOR_NOISE = math.exp(-5.0)  # mode of botorch's noise prior LogNormal(-4, 1)
+_MIN_LENGTHSCALE = 2.5e-2
+_GROWTH = 1.2
+
+_log = logging.getLogger(__name__)
+
+
+class GPUCB:
+    """Gaussian process with UCB, in a box or over binary rows (MP2 tunes its router so, with kappa = 2).
+
+    The model. Rows are scaled to the unit cube and minus the losses standardised; a +inf loss counts as the
+    worst finite one. Kernel Matérn-5/2 of unit variance, lengthscale prior LogNormal(sqrt(2) + log(dim)/2,
+    sqrt(3)), which expects longer scales in more dimensions (Hvarfner et al., arXiv:2402.02229), noise prior
+    LogNormal(-4, 1). Up to `ARD_DIM` dimensions each has a lengthscale of its own. Beyond, the hundred or so
+    calls of a router search do not identify them: where the loss depends on all dimensions alike, one shared
+    lengthscale predicts better and fits 20 to 40 times faster; where it depends on a dozen of them, separate
+    ones do, so `ard` can say otherwise.
+
+    The proposals. While fewer than `n_random` rows were told, by whatever means: the `initial` rows, then a
+    scrambled Sobol sequence (random distinct rows if binary). From then on the rows with the highest
+    mean + kappa * deviation (`acquire.py`); within a batch each chosen row is believed to get its predicted
+    loss, so that the next one goes elsewhere (kriging believer, Ginsbourger et al., 2010). Told rows are
+    never proposed again.
+
+    The refits. Hyperparameters are those of the first m told rows, with m = `n_random` grown by a fifth as
+    often as it stays below the number told: a dozen fits up to 200 rows, where each is independent of those
+    before. `refit_every` sets equal steps instead. An ask thus depends on nothing but arguments and tells.
+    """
+
+    def __init__(
+        self,
+        bounds: ArrayLike,
+        seed: int,
+        kappa: float = 2.0,
+        batch: int = 1,
+        initial: ArrayLike | None = None,
+        n_random: int = 20,
+        binary: bool = False,
+        refit_every: int | None = None,
+        forbid_zero: bool = True,
+        ard: bool | None = None,
+    ) -> None:
+        """Set up the search.
+
+        Args:
+            bounds: `(2, dim)`, lower and upper corner; 0 and 1 if `binary`.
+            seed: integer >= 0.
+            kappa: standard deviations in the bound, >= 0; botorch calls kappa squared beta.
+            batch: rows an ask.
+            initial: `(n, dim)` rows to try first, in order, or None.
+            n_random: told rows from which on the model proposes, >= 1.
+            binary: search {0, 1}^dim instead of the box.
+            refit_every: rows between two fits of the hyperparameters, or None for growing steps.
+            forbid_zero: in a binary search, never propose the row without any one.
+            ard: a lengthscale for each dimension; None for the rule above.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        self._low, self._high = checked_bounds(bounds, binary=binary)
+        dim = len(self._low)
+        self._seed = checked_seed(seed)
+        if not (math.isfinite(kappa) and kappa >= 0):
+            raise ValueError(f"kappa must be finite and >= 0, not {kappa!r}")
+        self._kappa = float(kappa)
+        self._batch = checked_count("batch", batch, 1)
+        self._n_random = checked_count("n_random", n_random, 1)
+        self._refit_every = None if refit_every is None else checked_count("refit_every", refit_every, 1)
+        self._binary = binary
+        self._forbid_zero = forbid_zero
+        self._ard = dim <= ARD_DIM if ard is None else ard
+        self._initial = self._checked_initial(initial)
+        self._history = History(dim)
+        self._taken: set[bytes] = set()
+        self._fitted: tuple[int, Hyperparameters] | None = None
+
+    def ask(self) -> NDArray[np.float64]:
+        """Propose `batch` rows (fewer where no more binary rows are left); see `Optimizer.ask`."""
+        if self.stop is not None:
+            raise RuntimeError("every valid binary row was told: nothing is left to ask for")
+        history = self._history
+        history.begin()
+        rng = np.random.default_rng([self._seed, history.tells])
+        rows = self._untold_initial()
+        if len(rows) < self._batch:
+            if len(history) < self._n_random:
+                rows = np.concatenate([rows, self._random(rng, self._batch - len(rows), rows)])
+            else:
+                rows = self._by_model(rng, rows)
+        return rows
+
+    def tell(self, x: ArrayLike, loss: ArrayLike) -> None:
+        """Record losses; see `Optimizer.tell`. In a binary search rows must hold only 0 and 1."""
+        rows, losses = self._history.check(x, loss)
+        if self._binary:
+            bits.check_bits(rows)
+            valid = rows.any(axis=1) if self._forbid_zero else np.ones(len(rows), dtype=bool)
+            self._taken.update(bits.keys(rows[valid]))
+        self._history.record(rows, losses)
+
+    @property
+    def best(self) -> tuple[NDArray[np.float64], float]:
+        """Best told row and its loss; see `Optimizer.best`."""
+        return self._history.best
+
+    @property
+    def stop(self) -> str | None:
+        """``"exhausted"`` once every valid binary row was told, else None."""
+        total = bits.count_valid(self._history.dim, forbid_zero=self._forbid_zero)
+        return "exhausted" if self._binary and len(self._taken) == total else None
+
+    def _checked_initial(self, initial: ArrayLike | None) -> NDArray[np.float64]:
+        dim = len(self._low)
+        rows = np.empty((0, dim)) if initial is None else np.array(initial, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] != dim:
+            raise ValueError(f"initial must have shape (n, {dim}), not {rows.shape}")
+        if not np.all((rows >= self._low) & (rows <= self._high)):
+            raise ValueError("initial holds rows outside the bounds")
+        if self._binary:
+            if not np.all((rows == 0.0) | (rows == 1.0)):
+                raise ValueError("initial must hold only 0 and 1: the search is binary")
+            if self._forbid_zero and not rows.any(axis=1).all():
+                raise ValueError("initial holds the row without any one, which forbid_zero excludes")
+        return rows
+
+    def _untold_initial(self) -> NDArray[np.float64]:
+        """Return the next initial rows, at most a batch, `(n, dim)`."""
+        told = {row.tobytes() for row in self._history.rows + 0.0}  # + 0.0 turns -0.0 into 0.0
+        rows = {row.tobytes(): row for row in self._initial + 0.0}
+        left = [row for key, row in rows.items() if key not in told]
+        return np.array(left[: self._batch]).reshape(-1, self._history.dim)
+
+    def _random(
+        self, rng: np.random.Generator, count: int, chosen: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Return rows of the random phase, `(count, dim)`."""
+        dim = self._history.dim
+        if self._binary:
+            taken = self._taken.union(bits.keys(chosen))
+            return bits.draw(rng, count, dim, taken, forbid_zero=self._forbid_zero)
+        # The sequence's own generator is used, not the global one; rows told so far are its position.
+        engine: Any = torch.quasirandom.SobolEngine  # which torch leaves without annotations
+        sobol = engine(dim, scramble=True, seed=self._seed)
+        if len(self._history) > 0:
+            sobol.fast_forward(len(self._history))
+        unit = sobol.draw(count, dtype=torch.float64).numpy()
+        return np.asarray(self._low + unit * (self._high - self._low), dtype=np.float64)
+
+    def _by_model(self, rng: np.random.Generator, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Fill the batch up with rows that maximise the bound, `(n, dim)`."""
+        width = self._high - self._low
+        known = (self._history.rows - self._low) / width
+        losses = self._history.losses
+        targets = _targets(losses)
+        best = known[np.argsort(losses, kind="stable")[:_INCUMBENTS]]
+        hyper = self._hyperparameters()
+        posterior = Posterior.given(hyper, known, targets)
+        taken = set(self._taken)
+        for row in (rows - self._low) / width:
+            known, targets, posterior = _believe(posterior, known, targets, row)
+        if self._binary:
+            taken.update(bits.keys(rows))
+        total = bits.count_valid(self._history.dim, forbid_zero=self._forbid_zero)
+        while len(rows) < self._batch and not (self._binary and len(taken) == total):
+            if self._binary:
+                unit = best_bits(posterior, self._kappa, taken, best, rng, forbid_zero=self._forbid_zero)
+                taken.update(bits.keys(unit[None]))
+            else:
+                unit = best_in_cube(posterior, self._kappa, known, best, rng)
+            rows = np.concatenate([rows, np.clip(self._low + unit * width, self._low, self._high)[None]])
+            if len(rows) < self._batch:
+                known, targets, posterior = _believe(posterior, known, targets, unit)
+        return rows
+
+    def _hyperparameters(self) -> Hyperparameters:
+        """Return the hyperparameters of the last fit that is due, fitting if it was not made yet."""
+        size = _fit_size(len(self._history), self._n_random, self._refit_every)
+        if self._fitted is None or self._fitted[0] != size:
+            unit = (self._history.rows[:size] - self._low) / (self._high - self._low)
+            targets = _targets(self._history.losses[:size])
+            self._fitted = (size, _fit(unit, targets, ard=self._ard, seed=self._seed))
+        return self._fitted[1]
+
+
+def _fit_size(told: int, first: int, every: int | None) -> int:
+    """Return how many rows, of those told, the hyperparameters are fitted to."""
+    if every is not None:
+        return first + (told - first) // every * every
+    size = first
+    while (larger := max(size + 1, int(size * _GROWTH))) <= told:
+        size = larger
+    return size
+
+
+def _targets(losses: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Turn losses `(n,)` into targets to maximise, of mean 0 and variance 1 (all 0 if all are equal)."""
+    finite = losses[np.isfinite(losses)]
+    if len(finite) == 0:
+        return np.zeros(len(losses))
+    values = np.minimum(losses, finite.max())
+    # The range comes first: it keeps squares of huge or tiny losses within what floats can hold.
+    with np.errstate(over="ignore"):
+        spread = values.max() - values.min()
+    if not np.isfinite(spread):
+        values, spread = values / 4.0, values.max() / 4.0 - values.min() / 4.0
+    if spread < np.finfo(np.float64).tiny:
+        return np.zeros(len(losses))
+    scaled = (values - values.min()) / spread
+    standard: NDArray[np.float64] = (scaled.mean() - scaled) / scaled.std(ddof=1)
+    return standard
+
+
+def _believe(
+    posterior: Posterior, rows: NDArray[np.float64], targets: NDArray[np.float64], row: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], Posterior]:
+    """Add one row `(dim,)` with its predicted mean as if that had been told."""
+    mean, _ = posterior.moments(row[None])
+    rows = np.concatenate([rows, row[None]])
+    targets = np.concatenate([targets, mean])
+    return rows, targets, Posterior.given(posterior.hyper, rows, targets)
+
+
+def _fit(rows: NDArray[np.float64], targets: NDArray[np.float64], *, ard: bool, seed: int) -> Hyperparameters:
+    """Fit hyperparameters by maximum a posteriori from a fixed start.
+
+    Where targets do not differ, or no attempt of botorch converges (said in the log), those at the mode of
+    the priors are returned.
+
+    Args:
+        rows: `(n, dim)` in the unit cube.
+        targets: `(n,)`, standardised.
+        ard: whether each dimension has its own lengthscale.
+        seed: for the restarts that botorch makes after a failure.
+    """
+    dim = rows.shape[1]
+    prior = LogNormalPrior(math.sqrt(2.0) + 0.5 * math.log(dim), math.sqrt(3.0))
+    mode = Hyperparameters(
+        lengthscale=np.full(dim, max(float(prior.mode), _MIN_LENGTHSCALE)), noise=_PRIOR_NOISE, mean=0.0
+    )
+    if not np.any(targets):
+        return mode
+    kernel = MaternKernel(
+        nu=2.5,
+        ard_num_dims=dim if ard else None,
+        lengthscale_prior=prior,
+        lengthscale_constraint=GreaterThan(_MIN_LENGTHSCALE, transform=None, initial_value=prior.mode),
+    )
+    with _quiet_torch(seed), botorch.settings.validate_input_scaling(False):
+        model = SingleTaskGP(
+            torch.from_numpy(rows),
+            torch.from_numpy(targets)[:, None],
+            covar_module=kernel,
+            outcome_transform=None,
+        )
+        try:
+            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+        except ModelFittingError:
+            _log.warning("Gaussian process: no fit to %d rows converged, priors are used", len(rows))
+            return mode
+        lengthscale = model.covar_module.lengthscale.detach().numpy().reshape(-1)
+        return Hyperparameters(
+            lengthscale=np.array(np.broadcast_to(lengthscale, dim), dtype=np.float64),
+            noise=float(model.likelihood.noise),
+            mean=float(model.mean_module.constant),
+        )
+
+
+@contextmanager
+def _quiet_torch(seed: int) -> Iterator[None]:
+    """One thread, a seeded generator and no warnings inside; everything as before afterwards.
+
+    Small matrices are slower with several threads, and their number would change the last digits.
+    """
+    threads = torch.get_num_threads()
+    state = torch.random.get_rng_state()
+    try:
+        torch.set_num_threads(1)
+        torch.default_generator.manual_seed(seed % 2**63)
+        with warnings.catch_warnings():
+            # Attempts that botorch repeats; one that fails for good raises ModelFittingError.
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.random.set_rng_state(state)
+        torch.set_num_threads(threads)

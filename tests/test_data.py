@@ -1,0 +1,404 @@
+"""Record files and data sources: one small fixture for each defect."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bbprompt import data, recordfile
+from bbprompt.data import open_data
+from bbprompt.errors import DataError, UsageError
+from bbprompt.recordfile import read_records
+from bbprompt.task import Task, load_task, task_names
+
+RECORDS = [{"text_a": f"问{i}", "text_b": "答", "label": str(i % 2)} for i in range(4)]
+
+
+def toy(**keys: Any) -> Task:
+    base: dict[str, Any] = {
+        "name": "toy",
+        "type": "pair",
+        "template": "{text_a}{text_b}",
+        "labels": {"0": "矛盾", "1": "相似"},
+        "metric": "accuracy",
+        "sources": ["hand-written"],
+    }
+    return Task.model_validate(base | keys)
+
+
+def jsonl(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def fill(folder: Path, **files: bytes) -> Path:
+    """Write files; `__` in a keyword stands for a dot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_bytes(content)
+    return folder
+
+
+# Record files that are read
+
+
+def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [f"{r['text_a']},{r['text_b']},{r['label']}" for r in RECORDS]
+    table = "text_a,text_b,label\n" + "\n".join(rows)
+    a = fill(tmp_path / "a", train__jsonl=jsonl(RECORDS))
+    b = fill(tmp_path / "b", train__jsonl__gz=gzip.compress(jsonl(RECORDS)))
+    c = fill(tmp_path / "c", train__csv=table.replace("\n", "\r\n").encode())
+    d = fill(tmp_path / "d", train__tsv=b"\xef\xbb\xbf" + table.replace(",", "\t").encode())
+    e = fill(tmp_path / "e")
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), e / "train.parquet")
+    digests = {open_data(toy(), folder).digest("train") for folder in (a, b, c, d, e)}
+    assert len(digests) == 1
+    swapped = fill(tmp_path / "f", train__jsonl=jsonl(RECORDS[::-1]))
+    assert open_data(toy(), swapped).digest("train") not in digests
+
+
+@pytest.mark.parametrize(
+    "odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\ufeff", "\u200b", "\u202e"]
+)
+@pytest.mark.parametrize("ending", ["jsonl", "tsv", "csv"])
+def test_odd_characters_are_data(tmp_path: Path, odd: str, ending: str) -> None:
+    text = f"前{odd}后"
+    record = {"text": text, "label": "0"}
+    comma = {"tsv": "\t", "csv": ","}.get(ending, "")
+    content = (
+        jsonl([record, record])
+        if not comma
+        else f"text{comma}label\n{text}{comma}0\n{text}{comma}0\n".encode()
+    )
+    (tmp_path / f"x.{ending}").write_bytes(content)
+    assert [record for _, record in read_records(tmp_path / f"x.{ending}")] == [record, record]
+
+
+def test_tsv_is_literal(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text('text\tlabel\n"open\t0\n\'a"b\\t\t1\n', encoding="utf-8")
+    assert list(read_records(tmp_path / "x.tsv")) == [
+        (2, {"text": '"open', "label": "0"}),
+        (3, {"text": "'a\"b\\t", "label": "1"}),
+    ]
+
+
+def test_csv_follows_its_quotes(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text('text,label\n"a,""b""\nc",0\nd,1\n', encoding="utf-8")
+    assert list(read_records(tmp_path / "x.csv")) == [
+        (2, {"text": 'a,"b"\nc', "label": "0"}),
+        (4, {"text": "d", "label": "1"}),
+    ]
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@given(st.lists(st.dictionaries(TEXTS, TEXTS, min_size=1), min_size=1, max_size=5))
+def test_json_lines_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "round.jsonl"
+    file.write_bytes(jsonl(records))
+    assert [record for _, record in read_records(file)] == records
+
+
+@given(st.lists(TEXTS.filter(lambda text: not set(text) & set("\t\n\r")), min_size=1, max_size=5))
+def test_tsv_round_trip(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    file = tmp_path_factory.getbasetemp() / "round.tsv"
+    file.write_bytes(("text\tlabel\n" + "".join(f"{text}\t0\n" for text in texts)).encode())
+    assert [record["text"] for _, record in read_records(file)] == texts
+
+
+# Record files that are refused
+
+GOOD = '{"text": "好", "label": "0"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line", "words"),
+    [
+        ("x.jsonl", b"", None, "the file is empty"),
+        (
+            "x.jsonl",
+            GOOD.encode() + '{"text": "中文"}\n'.encode("gbk"),
+            2,
+            "not UTF-8 at byte 40 of the file (it looks like GBK)",
+        ),
+        ("x.tsv", "text\tlabel\n很好\t0\n".encode("gbk"), 2, "looks like GBK"),
+        ("x.jsonl", GOOD.encode("utf-16"), 1, "looks like UTF-16"),
+        ("x.jsonl", b'{"text": "caf\xe9 ok"}\n', 1, "not UTF-8 at byte 13 of the file; convert"),
+        ("x.jsonl", b'{"text": "\xe4\xbd"}\n', 1, "not UTF-8 at byte 10"),
+        ("x.jsonl", GOOD.encode() + b'{"text": }\n', 2, "not JSON at character 10"),
+        ("x.jsonl", GOOD.encode() + b'{"text": "a"} {}\n', 2, "not JSON"),
+        ("x.jsonl", b'["a"]\n', 1, "not a list"),
+        ("x.jsonl", b'{"text": "a", "text": "b"}\n', 1, "'text' stands twice"),
+        ("x.jsonl", b'{"text": NaN}\n', 1, "NaN is not a JSON number"),
+        ("x.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", 1, "not acceptable JSON"),
+        ("x.jsonl", b"[" * 100_000 + b"\n", 1, "nested too deep"),
+        ("x.jsonl.gz", b"not gzip", None, "damaged gzip"),
+        ("x.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-9], None, "damaged gzip"),
+        ("x.tsv", b"text\tlabel\na\t0\tmore\n", 2, "3 columns, but the header has 2"),
+        ("x.tsv", b"text\tlabel\na\t0\n\nb\t1\n", 3, "1 columns, but the header has 2"),
+        ("x.tsv", b"text\ttext\na\t0\n", 1, "'text' of the header stands twice"),
+        ("x.tsv", b"text\t\na\t0\n", 1, "'' of the header is blank"),
+        ("x.csv", b'text,label\n"a"b,0\n', 2, "not CSV"),
+        ("x.csv", b'text,label\na,0\n"open,0\nb,1\n', 3, "not CSV"),
+        ("x.csv", b"text,label\na\n", 2, "1 columns"),
+        ("x.parquet", b"PAR1 nothing PAR1", None, "damaged Parquet"),
+        ("x.txt", b"a\n", None, "unknown kind of file"),
+    ],
+)
+def test_broken_files_are_refused(
+    tmp_path: Path, name: str, content: bytes, line: int | None, words: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read_records(file))
+    message = str(caught.value)
+    assert message.startswith(f"{file}:{line}: " if line else f"{file}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+def test_over_long_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordfile, "MAX_LINE", len(GOOD.encode()))
+    (tmp_path / "x.jsonl").write_text(GOOD + " " + GOOD, encoding="utf-8")
+    with pytest.raises(DataError, match=r"x\.jsonl:2: the line is longer"):
+        list(read_records(tmp_path / "x.jsonl"))
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.jsonl")
+    (tmp_path / "y.jsonl").mkdir()
+    for name in ("x.jsonl", "y.jsonl"):
+        with pytest.raises(DataError, match="not a regular file"):
+            read_records(tmp_path / name)
+    with pytest.raises(DataError, match="no such file"):
+        read_records(tmp_path / "z.jsonl")
+
+
+def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match=r"bbprompt\[data\]"):
+        list(read_records(tmp_path / "x.parquet"))
+
+
+# Sources
+
+
+def test_a_directory_with_all_splits(tmp_path: Path) -> None:
+    fill(
+        tmp_path,
+        train__jsonl=jsonl(RECORDS),
+        dev__tsv=b"text_a\ttext_b\tlabel\na\tb\t1\n",
+        test__jsonl=jsonl(RECORDS[:1]),
+    )
+    found = open_data(toy(), tmp_path)
+    assert (found.source, found.id, found.splits) == ("path", str(tmp_path), ("train", "dev", "test"))
+    assert [len(found.split(name)) for name in found.splits] == [4, 1, 1]
+    assert found.split("train")[1].fields["text_a"] == "问1"
+
+
+def test_dev_stands_in_for_a_missing_test(tmp_path: Path) -> None:
+    fill(tmp_path, train__jsonl=jsonl(RECORDS), dev__jsonl=jsonl(RECORDS[:1]))
+    found = open_data(toy(), tmp_path)
+    assert found.split("test") == found.split("dev")
+    assert found.digest("test") == found.digest("dev")
+    assert found.report().overlaps == {"train/dev": 1}
+
+
+def test_a_single_file_is_the_test_split(tmp_path: Path) -> None:
+    fill(tmp_path, mine__jsonl=jsonl(RECORDS))
+    found = open_data(toy(), tmp_path / "mine.jsonl")
+    assert len(found.split("test")) == 4
+    with pytest.raises(DataError, match=r"the split 'train' of task toy is missing; there is test"):
+        found.split("train")
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"train__jsonl": jsonl([RECORDS[0], RECORDS[1] | {"label": "2"}])},
+            "train.jsonl:2: unknown label '2'",
+        ),
+        ({"train__tsv": b"text_a\ttext_b\tlabel\na\tb\t 1\n"}, "train.tsv:2: unknown label ' 1'"),
+        (
+            {"train__jsonl": b'{"text_a": "a", "label": "0"}\n'},
+            "train.jsonl:1: the field 'text_b' is missing",
+        ),
+        ({"train__tsv": b"text_a\ttext_b\tlabel\n"}, "the split 'train' of task toy has no records"),
+        ({"train__jsonl": b"\n \n"}, "has no records"),
+        ({"dev__jsonl": jsonl(RECORDS)}, "the split 'train' of task toy is missing; there is dev"),
+        ({"train__jsonl": jsonl(RECORDS), "train__tsv": b"x"}, "twice, train.jsonl and train.tsv"),
+        ({"train__txt": b"x"}, "no train, dev or test file; known endings"),
+        ({}, "no train, dev or test file"),
+    ],
+)
+def test_defects_of_a_directory(tmp_path: Path, files: dict[str, bytes], words: str) -> None:
+    fill(tmp_path, **files)
+    with pytest.raises(DataError) as caught:
+        open_data(toy(), tmp_path).split("train")
+    assert words in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_the_directory_above_is_recognised(tmp_path: Path) -> None:
+    fill(tmp_path / "toy", train__jsonl=jsonl(RECORDS))
+    with pytest.raises(DataError, match=r"did you mean .*toy"):
+        open_data(toy(), tmp_path)
+
+
+def test_report_counts(tmp_path: Path) -> None:
+    other = {"text_a": "x", "text_b": "y", "label": "9"}
+    fill(
+        tmp_path,
+        train__jsonl=jsonl([*RECORDS, RECORDS[0], other]),
+        dev__jsonl=jsonl([RECORDS[1]]),
+        test__jsonl=jsonl([RECORDS[1] | {"label": "0"}, RECORDS[2]]),
+    )
+    report = open_data(toy(only_listed_labels=True), tmp_path).report()
+    assert report.examples == {"train": 5, "dev": 1, "test": 2}
+    assert report.skipped == {"train": 1}
+    assert report.duplicates == {"train": 1}
+    assert report.overlaps == {"train/dev": 1, "train/test": 2, "dev/test": 1}
+    assert str(report) == (
+        "train 5, dev 1, test 2; skipped: train 1; repeated inputs: train 1; "
+        "inputs in two splits: train/dev 1, train/test 2, dev/test 1"
+    )
+
+
+def test_a_split_of_skipped_records_says_so(tmp_path: Path) -> None:
+    fill(tmp_path, train__jsonl=jsonl([RECORDS[0] | {"label": "9"}]))
+    with pytest.raises(DataError, match="has no records, 1 were skipped"):
+        open_data(toy(only_listed_labels=True), tmp_path).split("train")
+
+
+def test_auto_takes_the_first_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="bbprompt")
+    fill(tmp_path / "data" / "folder", train__jsonl=jsonl(RECORDS))
+    fill(tmp_path / "empty")
+    monkeypatch.setattr(data, "_SAMPLES", tmp_path / "samples")
+    task = toy(data="folder")
+    here = {"BBPROMPT_DATA": str(tmp_path / "data")}
+    assert open_data(task, env=here).source == "path"
+    assert "found through BBPROMPT_DATA" in caplog.messages[-1]
+    with pytest.raises(UsageError, match="no data for task toy: BBPROMPT_DATA is not set"):
+        open_data(task, env={})
+    with pytest.raises(UsageError, match="BBPROMPT_DATA has no folder"):
+        open_data(task, env={"BBPROMPT_DATA": str(tmp_path / "empty")})
+    with pytest.raises(UsageError, match="is not a directory"):
+        open_data(task, env={"BBPROMPT_DATA": str(tmp_path / "typo")})
+    with pytest.raises(UsageError, match="no sample of task toy is bundled, only none"):
+        open_data(task, "sample", env={})
+
+    fill(tmp_path / "samples" / "folder", train__jsonl=jsonl(RECORDS[:2]))
+    sample = open_data(task, env={})
+    assert (sample.source, sample.id, len(sample.split("train"))) == ("sample", "folder", 2)
+    assert len(caplog.messages) == 2
+    assert open_data(task, "sample", env=here).source == "sample"
+    assert open_data(task, env=here).source == "path"
+    with pytest.raises(UsageError, match="no such file or directory"):
+        open_data(task, tmp_path / "missing", env=here)
+
+
+class FakeTable(list[dict[str, Any]]):
+    """As much of a `datasets.Dataset` as is used."""
+
+    def __init__(self, rows: list[dict[str, Any]], names: list[str]) -> None:
+        super().__init__(rows)
+        self.features = {"y": type("ClassLabel", (), {"names": names})()}
+
+
+def fake_hub(rows: list[dict[str, Any]]) -> Any:
+    """Return a stand-in for the package `datasets` that holds one data set."""
+
+    class Fake:
+        class exceptions:  # noqa: N801
+            DatasetsError = RuntimeError
+
+        @staticmethod
+        def get_dataset_split_names(path: str, config: str | None, revision: str | None) -> list[str]:
+            if path != "a/b":
+                raise FileNotFoundError("no such\ndata set")
+            return ["train", "validation", "extra"]
+
+        @staticmethod
+        def load_dataset(path: str, config: str | None, split: str, revision: str | None) -> FakeTable:
+            assert (config, revision) == ("c", "abc")
+            return FakeTable(rows if split == "train" else rows[:1], ["0", "1"])
+
+    return Fake
+
+
+HUB = {
+    "path": "a/b",
+    "config": "c",
+    "revision": "abc",
+    "fields": {"text_a": "s1", "text_b": "s2", "label": "y"},
+}
+
+
+def test_hub_columns_and_class_labels_are_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"s1": "甲", "s2": "乙", "y": 1}, {"s1": "甲", "s2": "丙", "y": 0}]
+    monkeypatch.setitem(sys.modules, "datasets", fake_hub(rows))
+    found = open_data(toy(hub=HUB), env={})
+    assert (found.source, found.id, found.splits) == ("hub", "a/b:c@abc", ("train", "dev"))
+    assert [example.label for example in found.split("train")] == [1, 0]
+    assert len(found.split("test")) == 1
+
+
+@pytest.mark.parametrize(
+    ("hub", "rows", "error", "words"),
+    [
+        (HUB, [{"s1": "甲", "s2": "乙", "y": -1}], DataError, "a/b:c@abc:train:1: the record has no label"),
+        (HUB, [{"s1": "甲", "s2": "", "y": 1}], DataError, "a/b:c@abc:train:1: the field 'text_b' is empty"),
+        (HUB | {"path": "x/y"}, [], DataError, "cannot be opened: no such"),
+        (HUB | {"splits": dict.fromkeys(("train", "dev", "test"), "q")}, [], DataError, "hub.splits"),
+        (None, [], UsageError, "add a `hub` key"),
+    ],
+)
+def test_hub_defects(
+    monkeypatch: pytest.MonkeyPatch, hub: Any, rows: list[dict[str, Any]], error: type[Exception], words: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", fake_hub(rows))
+    with pytest.raises(error) as caught:
+        open_data(toy(hub=hub), "hub").split("train")
+    assert words in str(caught.value)
+
+
+def test_missing_datasets_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match=r"bbprompt\[data\]"):
+        open_data(toy(hub=HUB), "hub")
+
+
+@pytest.mark.skipif("BBPROMPT_DATA" not in os.environ, reason="BBPROMPT_DATA names no data")
+def test_the_first_records_of_every_bundled_task_are_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: Callable[..., Any] = data.read_records
+    monkeypatch.setattr(data, "read_records", lambda file: itertools.islice(whole(file), 200))
+    for name in task_names():
+        task = load_task(name)
+        found = open_data(task)
+        assert found.source == "path", name
+        for split in found.splits:
+            examples = found.split(split)
+            assert examples
+            assert all(task.render(example).parts for example in examples)
