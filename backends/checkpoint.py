@@ -28,9 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = _read_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
-        raise ArtifactError(
-            f"{folder / 'config.json'}: no model_type; give a directory in transformers' format"
-        )
+        raise ArtifactError(f"{folder / 'config.json'}: no model_type; give a directory in transformers' format")
     return config
 
 
@@ -49,9 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in shards.values()})
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
-                raise ArtifactError(
-                    f"{folder / _INDEX}: shard {name!r} is missing; download the checkpoint again"
-                )
+                raise ArtifactError(f"{folder / _INDEX}: shard {name!r} is missing; download the checkpoint again")
         return [folder / name for name in names]
     for name in _PICKLED:
         if (folder / name).is_file():

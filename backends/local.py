@@ -1,8 +1,8 @@
 """The local oracle: a frozen torch encoder with modular prompts added before its layers.
 
-Exact savings: texts are tokenized and embedded once per batch; the layers below the first one in which the candidates
-differ are computed once for all of them and kept until their prompts change; the last layer is computed only at the
-rows that are read.
+Exact savings: texts are tokenized and embedded once per batch; the layers below the first one in which the
+candidates differ are computed once for all of them and kept until their prompts change; the last layer is
+computed only at the rows that are read.
 """
 
 from __future__ import annotations
@@ -90,8 +90,10 @@ class LocalOracle:
         if config.backbone_digest != backbone.digest:
             raise ArtifactError(
                 f"the prompts were trained for {config.backbone} (weights {config.backbone_digest[:12]}), "
-                f"not for {backbone.id} (weights {backbone.digest[:12]}); choose other --prompts or --backbone"
+                f"not for {backbone.id} (weights {backbone.digest[:12]}); choose other --prompts or another "
+                "--backbone"
             )
+        _check_fit(prompt, backbone)
         self._encoder = Encoder(backbone.model, getattr(torch, dtype), device, backbone.token_type)
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
@@ -217,7 +219,11 @@ class LocalOracle:
         return self._read(chunk, torch.cat(logits), longest_answer)
 
     def _grow(self, chunk: _Chunk, point: NDArray[np.float32], fork: int) -> Tensor:
-        """States `(1, T, H)` entering layer `fork` of a candidate, from the deepest kept layer with the same prompts."""
+        """States `(1, T, H)` entering layer `fork` of a candidate.
+
+        Computed from the deepest kept layer below which the prompts are the same; always for one candidate
+        alone, so that a reply does not depend on what was scored before.
+        """
         trunk = chunk.trunk
         reach = 0
         if trunk.points is not None:
@@ -244,7 +250,7 @@ class LocalOracle:
         return states.float() @ self._head.T + self._bias
 
     def _add(self, chunk: _Chunk, states: Tensor, points: Tensor, layer: int) -> Tensor:
-        """Add the layer's prompts u A to the placeholder rows of every text; layers without prompts pass through."""
+        """Add the layer's prompts u A to the placeholder rows of every text, where the layer has any."""
         if layer >= len(self._projection):
             return states
         prompts = points[:, layer].to(self._projection.device) @ self._projection[layer]
@@ -284,8 +290,26 @@ class LocalOracle:
             at = (start + score).argmax(-1)
             for candidate in range(both.shape[1]):
                 a = int(at[candidate])
-                result[candidate, number] = (item.offsets[a][0], item.offsets[a + int(length[candidate, a])][1])
+                result[candidate, number] = (
+                    item.offsets[a][0],
+                    item.offsets[a + int(length[candidate, a])][1],
+                )
         return result
+
+
+def _check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
+    """Refuse an artifact whose config.json contradicts the backbone that it names."""
+    config = prompt.config
+    rows = int(backbone.model.get_input_embeddings().weight.shape[0])
+    problem = None
+    if config.hidden != backbone.hidden:
+        problem = f"hidden size {config.hidden}, the backbone has {backbone.hidden}"
+    elif config.layers not in (1, backbone.layers):
+        problem = f"{config.layers} layers, the backbone has {backbone.layers}"
+    elif max(config.placeholders) >= rows:
+        problem = f"placeholder {max(config.placeholders)}, the backbone has {rows} tokens"
+    if problem is not None:
+        raise ArtifactError(f"the prompts for {config.backbone} are damaged: their config.json says {problem}")
 
 
 def _first_difference(points: NDArray[np.float32]) -> int:

@@ -214,9 +214,7 @@ def _read_header(cursor: _Cursor) -> E5Header:
         specials.append(token)
     bos, eos, pad, unk = specials
     hidden, layers, heads, ffn, rows, positions, types = sizes
-    header = E5Header(
-        hidden, layers, heads, ffn, rows, positions, types, eps, block, pieces, bos, eos, pad, unk
-    )
+    header = E5Header(hidden, layers, heads, ffn, rows, positions, types, eps, block, pieces, bos, eos, pad, unk)
     if header.hidden % header.heads:
         raise cursor.fail(f"hidden size {header.hidden} is no multiple of {header.heads} heads", 8)
     return header
@@ -284,12 +282,7 @@ def _read_tensors(cursor: _Cursor, header: E5Header) -> dict[str, npt.NDArray[np
             raise cursor.fail(f"tensor {name} has type {kind}, which its shape does not allow,", at)
         wanted = 4 * size if kind == 0 else size // BLOCK * BLOCK_BYTES
         # Sorted by offset: starting before the previous end is an overlap with a tensor or the directory.
-        if (
-            length != wanted
-            or offset % ALIGNMENT
-            or offset < previous_end
-            or offset + length > len(cursor.data)
-        ):
+        if length != wanted or offset % ALIGNMENT or offset < previous_end or offset + length > len(cursor.data):
             raise cursor.fail(f"tensor {name} claims bytes {offset}..{offset + length}, which is no room", at)
         previous_end = offset + length
         raw = np.frombuffer(cursor.data, dtype=np.uint8, count=length, offset=offset)

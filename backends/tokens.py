@@ -12,15 +12,27 @@ __all__ = ["frame_for", "tokenize_with"]
 
 
 def tokenize_with(tokenizer: Any) -> Callable[[str], tuple[Sequence[int], Offsets]]:
-    """A plain function from text to token ids (no special tokens) and character offsets."""
+    """A plain function from text to token ids (no special tokens) and character offsets.
+
+    Whatever a user writes is text: "[SEP]" or "</s>" in it never becomes the special token of that name.
+    """
     if not tokenizer.is_fast:
         raise ArtifactError(f"tokenizer {type(tokenizer).__name__} gives no character offsets; a fast one is needed")
     rust = tokenizer.backend_tokenizer
-    rust.encode_special_tokens = True  # "<mask>" or "[SEP]" in a user's text is text
+    # What a checkpoint's tokenizer.json or an earlier call has switched on would cut the options off unseen.
+    rust.no_truncation()
+    rust.no_padding()
+    rust.encode_special_tokens = True
+    unknown = tokenizer.unk_token_id
+    # A unigram vocabulary still matches them as pieces.
+    special = frozenset(tokenizer.all_special_ids) - {unknown}
 
     def tokenize(text: str) -> tuple[Sequence[int], Offsets]:
         encoding = rust.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+        ids: list[int] = encoding.ids
+        if unknown is not None and not special.isdisjoint(ids):
+            ids = [unknown if token in special else token for token in ids]
+        return ids, encoding.offsets
 
     return tokenize
 

@@ -1,7 +1,8 @@
 """Settings: what a method is and what a run is, read from YAML and flags, checked, frozen.
 
-A method YAML (`configs/methods/*.yaml`) names its stages and constants. A run (`TuneConfig`) is a task, a method, a
-budget, a seed and where the model is. Flags win over `--config FILE`, `--set dotted.key=value` over the method's YAML.
+A method YAML (`configs/methods/*.yaml`) names its stages and constants. A run (`TuneConfig`) is a task, a
+method, a budget, a seed and where the model is. Flags win over `--config FILE`, `--set dotted.key=value` over
+the method's YAML.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
@@ -26,12 +27,13 @@ __all__ = [
     "load_method",
     "method_names",
     "method_with",
+    "parse_set",
 ]
 
 _METHODS = Path(__file__).parent / "configs" / "methods"
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
-_Positive = Annotated[float, Field(gt=0)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Settings(BaseModel):
@@ -42,9 +44,10 @@ class RouterStageConfig(_Settings):
     """Stage I: which mixture of the pre-trained modules fits the task (MP2, section 3.4).
 
     Attributes:
-        optimizer: "bo" is a Gaussian process with UCB; "enumerate" tries every binary router of a shallow prompt.
-        space: "binary" searches {0, 1}^(L*K) as in the paper, "continuous" the box [-5, 5]^(L*K) as in the released
-            code.
+        optimizer: "bo" is a Gaussian process with UCB; "enumerate" tries every binary router of a shallow
+            prompt.
+        space: "binary" searches {0, 1}^(L*K) as in the paper, "continuous" the box [-5, 5]^(L*K) as in the
+            released code.
         calls: Train calls of the stage (paper: 200 shallow, 100 deep).
         kappa: UCB's weight of the standard deviation.
         random: Routers tried before the Gaussian process proposes.
@@ -56,26 +59,32 @@ class RouterStageConfig(_Settings):
     optimizer: Literal["bo", "enumerate"] = "bo"
     space: Literal["binary", "continuous"] = "binary"
     calls: _Count
-    kappa: Annotated[float, Field(ge=0)] = 2.0
+    kappa: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     random: _Count = 20
     batch: _Count = 4
     warm_start: bool = True
     dev_every: _Count = 10
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.calls < self.batch:
+            raise ValueError(f"calls: {self.calls} do not hold one batch of {self.batch}")
+        return self
 
 
 class PromptStageConfig(_Settings):
     """Stage II: an offset from the routed prompt, by CMA-ES in the intrinsic space (MP2, section 3.4; BBTv2).
 
     Attributes:
-        layout: "layerwise" visits one layer after the other (divide and conquer); "joint" moves all prompted layers
-            as one vector, which for a shallow prompt is the input layer.
+        layout: "layerwise" visits one layer after the other (divide and conquer); "joint" moves all prompted
+            layers as one vector, which for a shallow prompt is the input layer.
         popsize: Candidates a generation.
         sigma_first: Initial step size at the input layer.
         sigma: Initial step size at the other layers.
         bound: Coordinates stay within plus and minus this; None for no bounds.
-        keep: What becomes of a layer after its generation: "improving" takes the generation's best candidate if it
-            beats the current prompt under the same other layers; "all-time" takes the best that this layer's search
-            has ever seen, though the other layers have moved since (released code).
+        keep: What becomes of a layer after its generation: "improving" takes the generation's best candidate
+            if it beats the current prompt under the same other layers; "all-time" takes the best that this
+            layer's search has ever seen, though the other layers have moved since (released code).
         dev_every: Train calls between two looks at the dev set.
     """
 
@@ -102,8 +111,8 @@ class MethodConfig(_Settings):
         legacy_decision: Decide by the product of raw logits (released code).
         router: Stage I; None leaves it out.
         prompt: Stage II; None leaves it out.
-        select: Which looked-at prompt is returned: lowest "dev-loss", lowest "pooled-loss" (train and dev together),
-            or highest "dev-metric" (the earliest of equals, as released). Test is never looked at.
+        select: Which looked-at prompt is returned: lowest "dev-loss", lowest "pooled-loss" (train and dev
+            together), or highest "dev-metric" (the earliest of equals, as released). Test is never looked at.
     """
 
     name: str
@@ -126,7 +135,7 @@ class MethodConfig(_Settings):
 
     @property
     def least_budget(self) -> int:
-        """Fewest calls a run can start with: the untuned prompt on train and dev, then one ask and one look."""
+        """Fewest calls of a run: the untuned prompt on train and dev, then one ask and one look."""
         first = self.router.batch if self.router else 1
         second = self.prompt.popsize if self.prompt else 1
         return 2 + max(first, second) + 1
@@ -201,7 +210,9 @@ def load_method(name_or_path: str) -> MethodConfig:
         if name_or_path not in method_names():
             close = difflib.get_close_matches(name_or_path, method_names(), 1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise UsageError(f"--method: there is no method '{name_or_path}'{hint} (known: {', '.join(method_names())})")
+            raise UsageError(
+                f"--method: there is no method '{name_or_path}'{hint} (known: {', '.join(method_names())})"
+            )
     return validate(MethodConfig, read_yaml(path), str(path))
 
 

@@ -16,7 +16,7 @@ __all__ = ["accuracy", "answer_f1", "majority", "standard_error"]
 
 def accuracy(choices: Sequence[int], gold: Sequence[int]) -> NDArray[np.float64]:
     """1 where the choice is right, else 0, `(N,)`; the mean is the accuracy."""
-    return (np.asarray(choices) == np.asarray(gold)).astype(np.float64)
+    return np.equal(choices, gold).astype(np.float64)
 
 
 def answer_f1(given: str, answers: Sequence[Answer]) -> float:

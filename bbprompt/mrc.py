@@ -1,9 +1,10 @@
-"""The machine-reading form on tokens: where options and context stand, and what is cut when a text is too long.
+"""The machine-reading form on tokens: where options and context stand, and what is cut from a long text.
 
-A sequence is `[first] placeholders text options [last]`: the placeholders are the positions that prompts are added to,
-the options follow the text, each closed by a comma. The whole text is tokenized at once and its spans are found by
-character offsets, so any fast tokenizer serves. When a sequence is too long, tokens are taken from the end of the parts
-marked as cuttable, the longest first; the question and the options are never touched.
+A sequence is `[first] placeholders text options [last]`: the placeholders are the positions that prompts are
+added to, the options follow the text, each closed by a comma. The whole text is tokenized at once and its
+spans are found by character offsets, so any fast tokenizer serves. When a sequence is too long, tokens are
+taken from the end of the parts marked as cuttable, the longest first; the question and the options are never
+touched.
 """
 
 from __future__ import annotations
@@ -86,22 +87,23 @@ def encode(
         form: Text parts and options.
         tokenize: Text to token ids (no special tokens) and their character offsets.
         frame: Special tokens, placeholders and limit.
-        answers: Extraction only: known answers. When the context must be cut, the part that is kept holds the first
-            answer; without answers the beginning is kept.
+        answers: Extraction only: known answers. When the context must be cut, the part that is kept holds the
+            first answer; without answers the beginning is kept.
 
     Raises:
-        DataError: The sequence does not fit even with everything cuttable cut, or an answer cannot be found.
+        DataError: The sequence does not fit even with everything cuttable cut, an answer cannot be found, or
+            an option or the context has no token.
     """
     text = "".join(part.text for part in form.parts)
     starts, position = [], 0
     for part in form.parts:
         starts.append(position)
         position += len(part.text)
-    option_spans = []
+    option_spans, end = [], len(text)
     for option in form.options:
-        option_spans.append((len(text), len(text) + len(option)))
-        text += option + SEPARATOR
-    ids, offsets = tokenize(text)
+        option_spans.append((end, end + len(option)))
+        end += len(option) + len(SEPARATOR)
+    ids, offsets = _tokens(text, form.options, option_spans, tokenize)
 
     owner = _owners(offsets, [*starts, position])
     kept = _keep(form, owner, frame.room, offsets, answers, starts)
@@ -123,8 +125,12 @@ def encode(
                 end = begin + len(answer.text)
                 if offsets[inside[0]][0] <= begin and end <= offsets[inside[-1]][1]:
                     spans.append(_span(offsets, begin, end, base))
+        else:
+            raise DataError("the context has no token: the tokenizer drops this text")
     if answers and not spans:
-        raise DataError(f"answer '{answers[0].text[:40]}' does not fit into {frame.limit} tokens; raise the length limit")
+        raise DataError(
+            f"answer '{answers[0].text[:40]}' does not fit into {frame.limit} tokens; raise the length limit"
+        )
     return Encoded(
         (*frame.first, *frame.placeholders, *ids, *frame.last),
         tuple(spans),
@@ -132,6 +138,32 @@ def encode(
         tuple(context_offsets),
         cut,
     )
+
+
+def _tokens(
+    text: str,
+    options: Sequence[str],
+    spans: Sequence[tuple[int, int]],
+    tokenize: Callable[[str], tuple[Sequence[int], Offsets]],
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of the text and its options at `spans`, as one text wherever the options stay apart in it.
+
+    A subword vocabulary may hold a piece such as "2,3", which would be the end of one option and the start of
+    the
+    next: the two could not be told apart. Then each option is tokenized for itself.
+    """
+    ids, offsets = tokenize(text + "".join(option + SEPARATOR for option in options))
+    starts = [begin for begin, _ in spans[1:]]
+    if all(end <= start or begin >= start for begin, end in offsets for start in starts):
+        return list(ids), list(offsets)
+    all_ids: list[int] = []
+    all_offsets: list[tuple[int, int]] = []
+    pieces = [text, *(option + SEPARATOR for option in options)]
+    for piece, shift in zip(pieces, [0, *(begin for begin, _ in spans)], strict=True):
+        ids, offsets = tokenize(piece)
+        all_ids += ids
+        all_offsets += [(shift + a, shift + b) for a, b in offsets]
+    return all_ids, all_offsets
 
 
 def _owners(offsets: Offsets, bounds: Sequence[int]) -> list[int]:
@@ -172,11 +204,11 @@ def _keep(
         first = 0
         if i == form.context and answers and sizes[i] < len(own):
             begin = starts[i] + answers[0].start
-            middle = begin + len(answers[0].text) // 2
-            at = next((j for j, t in enumerate(own) if offsets[t][1] > middle), len(own) - 1)
             end = begin + len(answers[0].text)
-            if offsets[own[sizes[i] - 1]][1] < end:
-                first = min(max(at - sizes[i] // 2, 0), len(own) - sizes[i])
+            held = [j for j, t in enumerate(own) if offsets[t][0] < end and offsets[t][1] > begin]
+            if held and held[-1] >= sizes[i]:
+                # Around the answer's middle token: whatever fits at all is then inside.
+                first = min(max((held[0] + held[-1] + 1) // 2 - sizes[i] // 2, 0), len(own) - sizes[i])
         dropped.update(own[:first], own[first + sizes[i] :])
     return [t for t in range(len(owner)) if t not in dropped]
 

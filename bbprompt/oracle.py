@@ -1,7 +1,8 @@
 """The frozen model as the search sees it: points in, scores out, forward only.
 
-A candidate is an intrinsic point u (L, d). The prompts (projection, head) live behind the oracle, so a candidate costs
-a few kB wherever the model is. Texts travel as a `TextBatch` that an oracle may keep by its digest.
+A candidate is an intrinsic point u (L, d). The prompts (projection, head) live behind the oracle, so a
+candidate costs a few kB wherever the model is. Texts travel as a `TextBatch` that an oracle may keep by its
+digest.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from bbprompt.example import Answer, Form
 
 __all__ = ["Oracle", "OracleInfo", "Scores", "Support", "TextBatch", "check_points", "check_scores"]
 
-#: Positions that start and end probabilities are normalised over: the candidates (option borders; the context for
-#: extraction), or the whole sequence as in the released code.
+#: Positions that start and end probabilities are normalised over: the candidates (option borders; the context
+#: for extraction), or the whole sequence as in the released code.
 Support = Literal["candidates", "sequence"]
 
 
@@ -137,23 +138,39 @@ def check_points(points: NDArray[np.floating], info: OracleInfo) -> NDArray[np.f
     """
     array = np.ascontiguousarray(points, dtype=np.float32)
     if array.ndim != 3 or array.shape[1:] != (info.layers, info.dim) or not len(array):
-        raise OracleError(f"points have shape {array.shape}, the model takes (n, {info.layers}, {info.dim}) with n >= 1")
+        raise OracleError(
+            f"points have shape {array.shape}, the model takes (n, {info.layers}, {info.dim}) with n >= 1"
+        )
     if not np.isfinite(array).all():
         raise OracleError("points hold NaN or infinity")
     return array
 
 
-def check_scores(scores: Scores, batch: TextBatch, candidates: int) -> Scores:
+def check_scores(scores: Scores, batch: TextBatch, candidates: int, answers: bool = False) -> Scores:
     """Return `scores` if they answer the request.
 
+    Args:
+        scores: The reply.
+        batch: The texts that were sent.
+        candidates: How many points were sent.
+        answers: Whether best answers were asked for of texts that have them.
+
     Raises:
-        OracleError: A shape is wrong or a value is not finite.
+        OracleError: A shape is wrong, a value is not finite, or an answer lies outside its context.
     """
     texts = len(batch.forms)
     _expect("logits", scores.logits, (candidates, sum(batch.sizes), 2))
     _expect("normalizer", scores.normalizer, (candidates, texts, 2))
     if scores.best is not None:
         _expect("best", scores.best, (candidates, texts, 2))
+        if not batch.extractive:
+            raise OracleError("the oracle answered best spans for texts that have options")
+        ends = [len(form.parts[form.context].text) for form in batch.forms]
+        first, last = scores.best[..., 0], scores.best[..., 1]
+        if (first < 0).any() or (last < first).any() or (last > np.asarray(ends)).any():
+            raise OracleError("the oracle answered best with a span outside its context")
+    elif answers and batch.extractive:
+        raise OracleError("the oracle answered no best spans although they were asked for")
     return scores
 
 

@@ -1,8 +1,9 @@
 """Prompt artifacts: modular prompts with intrinsic reparameterization, as a directory of safe files.
 
-A layer's prompt is p = u A with A (d, P * H) learned upstream and frozen, and u the intrinsic vector that tuning moves.
-Upstream, u is a mixture of K modules z_k by a router (MP2, section 3). `ModularPrompt` is the whole artifact and lives
-behind the oracle; `PromptSpace` is the small part that a search needs: modules and routers, a few kB.
+A layer's prompt is p = u A with A (d, P * H) learned upstream and frozen, and u the intrinsic vector that
+tuning moves. Upstream, u is a mixture of K modules z_k by a router (MP2, section 3). `ModularPrompt` is the
+whole artifact and lives behind the oracle; `PromptSpace` is the small part that a search needs: modules and
+routers, a few kB.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -59,6 +60,16 @@ class PromptConfig(BaseModel):
         """The gate rule the modules were trained with (its deterministic form)."""
         return GateRule(self.gates, self.mixing)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.placeholders) != self.prompt_length:
+            raise ValueError(f"{len(self.placeholders)} placeholders for prompt_length {self.prompt_length}")
+        if min(self.placeholders) < 0:
+            raise ValueError("placeholders: a token id is negative")
+        if self.kind == "mp2-shallow" and self.layers != 1:
+            raise ValueError(f"layers: {self.layers} for kind mp2-shallow, which has 1")
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class PromptSpace:
@@ -89,16 +100,18 @@ class PromptSpace:
     def gain(self, rule: GateRule) -> NDArray[np.float64]:
         """Factor `(L, 1)` that gives mixtures under another rule the size the modules were trained at.
 
-        The two rules weigh modules by different totals (1 for normalised gates, the share of open gates for the
-        mean), so prompts trained under one would come out too large or small under the other. The factor makes the
-        mean total over the upstream routers equal; under the training rule it is 1.
+        The two rules weigh modules by different totals (1 for normalised gates, the share of open gates for
+        the mean), so prompts trained under one would come out too large or small under the other. The factor
+        makes the mean total over the upstream routers equal; under the training rule it is 1.
         """
         layers = self.modules.shape[0]
         if rule == self.rule or not len(self.routers):
             return np.ones((layers, 1))
         trained = mass(self.rule.weights(self.routers)).mean(axis=0)
         other = mass(rule.weights(self.routers)).mean(axis=0)
-        return np.divide(trained, other, out=np.ones(layers), where=other > 0)[:, None]
+        factor = np.ones(layers)
+        np.divide(trained, other, out=factor, where=other > 0)
+        return factor[:, None]
 
     def mix(self, routers: NDArray[np.floating], rule: GateRule) -> NDArray[np.float64]:
         """Routers `(..., L, K)` to intrinsic points `(..., L, d)` under `rule`."""
@@ -107,7 +120,8 @@ class PromptSpace:
     def even(self) -> NDArray[np.float64]:
         """The untuned start `(L, d)`: all modules mixed evenly, at the size the upstream mixtures have."""
         total = mass(self.rule.weights(self.routers)).mean(axis=0) if len(self.routers) else np.ones(len(self.modules))
-        return self.modules.mean(axis=1) * total[:, None]
+        mean: NDArray[np.float64] = self.modules.mean(axis=1)
+        return mean * total[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +148,10 @@ class ModularPrompt:
     def space(self) -> PromptSpace:
         """The part a search needs."""
         return PromptSpace(
-            self.modules.astype(np.float64), self.routers.astype(np.float64), self.config.tasks, self.config.rule
+            self.modules.astype(np.float64),
+            self.routers.astype(np.float64),
+            self.config.tasks,
+            self.config.rule,
         )
 
     @property
@@ -148,6 +165,7 @@ class ModularPrompt:
 
     def prompts(self, points: NDArray[np.floating]) -> NDArray[np.float32]:
         """Materialise p_l = u_l A_l: `(..., L, d)` to `(..., L, P, H)`."""
+        flat: NDArray[np.float32]
         flat = np.einsum("...ld,ldx->...lx", np.asarray(points, np.float32), self.projection)
         return flat.reshape(*flat.shape[:-1], self.config.prompt_length, self.config.hidden)
 
@@ -177,14 +195,22 @@ class ModularPrompt:
             config = PromptConfig.model_validate_json(config_file.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "file"
-            raise ArtifactError(f"{config_file}: {where}: {first['msg']}") from error
+            where = "".join(f"{part}: " for part in first["loc"])
+            reason = " ".join(first["msg"].removeprefix("Value error, ").split())
+            raise ArtifactError(f"{config_file}: {where}{reason}; fetch the artifact again") from error
+        except OSError as error:
+            raise ArtifactError(f"{config_file}: cannot be read ({error.strerror})") from error
         if config.format != FORMAT:
-            raise ArtifactError(f"{config_file}: format {config.format} is not {FORMAT}; use a matching bbprompt version")
+            raise ArtifactError(
+                f"{config_file}: format {config.format} is not {FORMAT}; use a matching bbprompt version"
+            )
         try:
             tensors = load_file(weights_file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ArtifactError(f"{weights_file}: not a readable safetensors file ({error}); fetch it again") from error
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ArtifactError(
+                f"{weights_file}: not a readable safetensors file ({reason}); fetch it again"
+            ) from error
         shapes = _shapes(config)
         if set(tensors) != set(_TENSORS):
             raise ArtifactError(f"{weights_file}: holds {sorted(tensors)}, expected {sorted(_TENSORS)}")
@@ -193,6 +219,8 @@ class ModularPrompt:
             array = tensors[name]
             if array.shape != shape:
                 raise ArtifactError(f"{weights_file}: {name} has shape {array.shape}, config.json says {shape}")
+            if array.dtype not in (np.float16, np.float32):
+                raise ArtifactError(f"{weights_file}: {name} is {array.dtype}, not float16 or float32")
             arrays[name] = array.astype(np.float32)
             if not np.isfinite(arrays[name]).all():
                 raise ArtifactError(f"{weights_file}: {name} holds NaN or infinity")
@@ -212,10 +240,6 @@ class ModularPrompt:
 
 def _shapes(config: PromptConfig) -> dict[str, tuple[int, ...]]:
     layers, k, d = config.layers, config.modules, config.intrinsic_dim
-    if len(config.placeholders) != config.prompt_length:
-        raise ArtifactError(
-            f"config.json: {len(config.placeholders)} placeholders for prompt_length {config.prompt_length}"
-        )
     return {
         "projection": (layers, d, config.prompt_length * config.hidden),
         "modules": (layers, k, d),
@@ -248,11 +272,12 @@ def resolve_prompts(name_or_dir: str) -> Path:
             f"prompts '{name_or_dir}': no such directory, and not one of the bundled {', '.join(bundled) or '(none)'}"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name_or_dir, allow_patterns=["config.json", "model.safetensors", "README.md"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(
-            f"prompts '{name_or_dir}': no such directory or bundled artifact, and the hub does not give it ({type(error).__name__})"
+            f"prompts '{name_or_dir}': no such directory or bundled artifact, and the hub does not give it "
+            f"({type(error).__name__})"
         ) from error

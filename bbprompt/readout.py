@@ -1,7 +1,8 @@
 """The span readout: from start and end scores to a loss, a decision and probabilities.
 
-An option's score is the sum of the log-probabilities of its start and of its end (MP2, section 3.2). The released code
-multiplies the raw logits instead, which two negative logits win; `legacy` keeps that rule for comparison.
+An option's score is the sum of the log-probabilities of its start and of its end (MP2, section 3.2). The
+released code multiplies the raw logits instead, which two negative logits win; `legacy` keeps that rule for
+comparison.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class SpanReadout:
         first = _first_span(batch)
         right = first + (0 if batch.extractive else np.asarray(gold))
         log_probability = scores.logits[:, right].astype(np.float64) - scores.normalizer
-        return -log_probability.mean(axis=2)
+        losses: NDArray[np.float64] = -log_probability.mean(axis=2)
+        return losses
 
     def option_scores(self, scores: Scores) -> NDArray[np.float64]:
         """Score of every option, `(n, O)`; comparable within one text."""

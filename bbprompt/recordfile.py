@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from bbprompt.errors import DataError, UsageError
 
-__all__ = ["FORMATS", "MAX_LINE", "read_records"]
+__all__ = ["FORMATS", "MAX_LINE", "read_records", "read_texts"]
 
 FORMATS = (".jsonl", ".jsonl.gz", ".tsv", ".csv", ".parquet")
 """File name endings that `read_records` understands."""
@@ -55,6 +55,20 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if name.endswith(".parquet"):
         return _parquet(file)
     raise DataError(f"{file}: unknown kind of file; known endings are {', '.join(FORMATS)}")
+
+
+def read_texts(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a plain text file, each with its number; lines of white space are left out.
+
+    Args:
+        path: A regular file in strict UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: The file or a line cannot be read; the message starts with file and line.
+    """
+    file = Path(path)
+    _check_regular(file)
+    return ((number, line) for number, line in _lines(file) if line.strip())
 
 
 def _check_regular(file: Path) -> None:

@@ -5,7 +5,7 @@ A router is a matrix w (L, K). A rule turns it into weights, and the weights mix
 - *paper* (MP2, eq. 1): weights 1[w > 0] / K, the mean over K of the chosen modules;
 - *code* (the released implementation): sigmoid(w) / sum_k sigmoid(w), soft and normalised.
 
-Because a prompt is linear in its intrinsic vector (p = u A), mixing modules and mixing prompts are the same thing.
+Because a prompt is linear in its intrinsic vector (p = u A), mixing modules and mixing prompts are the same.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ class GateRule:
         A layer whose gates are all zero gets all-zero weights, that is: no prompt in this layer.
         """
         w = np.asarray(router, dtype=np.float64)
+        gates: NDArray[np.float64]
         # tanh keeps the sigmoid finite for any logit.
         gates = (w > 0).astype(np.float64) if self.gates == "binary" else 0.5 * (1.0 + np.tanh(0.5 * w))
         if self.mixing == "mean":
-            return gates / w.shape[-1]
+            gates /= w.shape[-1]
+            return gates
         total = gates.sum(axis=-1, keepdims=True)
-        return np.divide(gates, total, out=np.zeros_like(gates), where=total > 0)
+        np.divide(gates, total, out=gates, where=total > 0)
+        return gates
 
 
 PAPER = GateRule("binary", "mean")
@@ -59,9 +62,13 @@ def compose(weights: NDArray[np.floating], modules: NDArray[np.floating]) -> NDA
     Returns:
         Intrinsic points `(..., L, d)`.
     """
-    return np.einsum("...lk,lkd->...ld", np.asarray(weights, np.float64), np.asarray(modules, np.float64))
+    mixed: NDArray[np.float64] = np.einsum(
+        "...lk,lkd->...ld", np.asarray(weights, np.float64), np.asarray(modules, np.float64)
+    )
+    return mixed
 
 
 def mass(weights: NDArray[np.floating]) -> NDArray[np.float64]:
     """Sum of the mixing weights of each layer: `(..., L, K)` to `(..., L)`."""
-    return np.asarray(weights, np.float64).sum(axis=-1)
+    total: NDArray[np.float64] = np.asarray(weights, np.float64).sum(axis=-1)
+    return total

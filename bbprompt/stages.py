@@ -1,31 +1,33 @@
 """The two stages: what is searched, and how a row of an optimizer becomes an intrinsic point.
 
-A stage has the shape of an optimizer, one level up: `ask` gives candidate points (n, L, d), `tell` takes their losses,
-`incumbent` is the point it would return now. Stages know optimizers and prompt spaces, not models or files.
+A stage has the shape of an optimizer, one level up: `ask` gives candidate points (n, L, d), `tell` takes
+their losses, `incumbent` is the point it would return now. Stages know optimizers and prompt spaces, not
+models or files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.config import MethodConfig, PromptStageConfig, RouterStageConfig
+from bbprompt.config import PromptStageConfig, RouterStageConfig
 from bbprompt.errors import UsageError
 from bbprompt.optimizers.protocol import Optimizer
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
 
-__all__ = ["Incumbent", "JointStage", "LayerStage", "RouterStage", "Stage", "prompt_stage", "router_stage"]
+__all__ = ["Incumbent", "LayerStage", "RowStage", "Stage", "prompt_stage", "router_stage"]
 
 Points = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Incumbent:
-    """The best a stage knows: its point `(L, d)`, its train loss, and the router `(L, K)` it came from, if any."""
+    """The best of a stage: its point `(L, d)`, train loss and the router `(L, K)` it came from, if any."""
 
     point: Points
     loss: float
@@ -37,7 +39,7 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str:
-        """ "router" or "prompt"."""
+        """Either "router" or "prompt"."""
 
     @property
     def optimizer(self) -> str:
@@ -58,28 +60,34 @@ class Stage(Protocol):
         """Report the train losses `(n,)` of the candidates asked for last."""
 
 
-class RouterStage:
-    """Stage I: search over routers (MP2, section 3.4).
+class RowStage:
+    """A search whose rows each stand for one whole point.
 
     Args:
-        space: Modules and upstream routers.
-        rule: Gate rule.
-        optimizer: Over flattened routers `(n, L * K)`.
-        start: The untuned point with its loss, which the search has to beat.
-        label: Name of the optimizer.
+        name: "router" or "prompt".
+        optimizer: What drives it, in words.
+        search: The optimizer over rows.
+        decode: Rows `(n, dim)` to points `(n, L, d)`.
+        start: The point to beat; it stays the incumbent until a candidate has a lower loss.
+        router_shape: (L, K) where rows are routers, so that the incumbent says which router it came from.
     """
 
-    name = "router"
-
-    def __init__(self, space: PromptSpace, rule: GateRule, optimizer: Optimizer, start: Incumbent, label: str) -> None:
-        self._space, self._rule, self._search = space, rule, optimizer
-        self._best = start
+    def __init__(
+        self,
+        name: str,
+        optimizer: str,
+        search: Optimizer,
+        decode: Callable[[NDArray[np.float64]], Points],
+        start: Incumbent,
+        router_shape: tuple[int, int] | None = None,
+    ) -> None:
+        self.name, self.optimizer = name, optimizer
+        self._search, self._decode, self._best, self._router_shape = search, decode, start, router_shape
         self._asked: NDArray[np.float64] | None = None
-        self.optimizer = label
 
     @property
     def incumbent(self) -> Incumbent:
-        """The router of the lowest train loss, or the start if none beats it."""
+        """The candidate of the lowest train loss, or the start if none beats it."""
         return self._best
 
     @property
@@ -90,7 +98,7 @@ class RouterStage:
     def ask(self) -> Points:
         """Candidates `(n, L, d)`."""
         self._asked = self._search.ask()
-        return self._space.mix(self._routers(self._asked), self._rule)
+        return self._decode(self._asked)
 
     def tell(self, losses: NDArray[np.float64]) -> None:
         """Report the losses of the last ask."""
@@ -99,55 +107,17 @@ class RouterStage:
         self._search.tell(self._asked, losses)
         lowest = int(losses.argmin())
         if losses[lowest] < self._best.loss:
-            router = self._routers(self._asked[lowest])
-            self._best = Incumbent(self._space.mix(router, self._rule), float(losses[lowest]), router)
-        self._asked = None
-
-    def _routers(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        return rows.reshape(*rows.shape[:-1], *self._space.router_shape)
-
-
-class JointStage:
-    """Stage II over all prompted layers as one vector: an offset from the start, mean 0 (MP2, section 3.4)."""
-
-    name = "prompt"
-    optimizer = "cmaes"
-
-    def __init__(self, start: Incumbent, search: Optimizer) -> None:
-        self._start, self._search, self._best = start, search, start
-        self._asked: NDArray[np.float64] | None = None
-
-    @property
-    def incumbent(self) -> Incumbent:
-        """The best candidate so far, or the start."""
-        return self._best
-
-    @property
-    def stop(self) -> str | None:
-        """The optimizer's reason to stop."""
-        return self._search.stop
-
-    def ask(self) -> Points:
-        """A generation `(n, L, d)`."""
-        self._asked = self._search.ask()
-        return self._start.point + self._asked.reshape(-1, *self._start.point.shape)
-
-    def tell(self, losses: NDArray[np.float64]) -> None:
-        """Report the losses of the last ask."""
-        if self._asked is None:
-            raise RuntimeError("tell without ask")
-        self._search.tell(self._asked, losses)
-        lowest = int(losses.argmin())
-        if losses[lowest] < self._best.loss:
-            offset = self._asked[lowest].reshape(self._start.point.shape)
-            self._best = Incumbent(self._start.point + offset, float(losses[lowest]), self._start.router)
+            row = self._asked[lowest]
+            router = self._best.router if self._router_shape is None else row.reshape(self._router_shape)
+            self._best = Incumbent(self._decode(row[None])[0], float(losses[lowest]), router)
         self._asked = None
 
 
 class LayerStage:
-    """Stage II by divide and conquer: one search a layer, visited in turn from the input up (BBTv2; MP2, section 3.4).
+    """Stage II by divide and conquer (BBTv2; MP2, section 3.4).
 
-    While a layer is visited all others keep their current prompts, so its candidates share every state below it.
+    One search a layer, visited in turn from the input up. While a layer is visited all others keep their
+    current prompts, so its candidates share every state below it.
 
     Args:
         start: The routed point.
@@ -212,7 +182,7 @@ class LayerStage:
 
 def router_stage(
     config: RouterStageConfig, space: PromptSpace, rule: GateRule, start: Incumbent, seed: int
-) -> RouterStage:
+) -> RowStage:
     """Stage I of a method.
 
     Raises:
@@ -220,12 +190,21 @@ def router_stage(
     """
     layers, modules = space.router_shape
     dim = layers * modules
+
+    def stage(search: Optimizer, label: str) -> RowStage:
+        def decode(rows: NDArray[np.float64]) -> Points:
+            return space.mix(rows.reshape(-1, layers, modules), rule)
+
+        return RowStage("router", label, search, decode, start, space.router_shape)
+
     if config.optimizer == "enumerate":
         if dim > 16:
-            raise UsageError(f"router.optimizer 'enumerate' takes at most 16 router entries, these prompts have {dim}")
+            raise UsageError(
+                f"router.optimizer 'enumerate' takes at most 16 router entries, these prompts have {dim}"
+            )
         from bbprompt.optimizers.enumerate import Enumeration
 
-        return RouterStage(space, rule, Enumeration(dim, config.batch), start, "enumerate")
+        return stage(Enumeration(dim, config.batch), "enumerate")
     from bbprompt.optimizers.gp import GPUCB
 
     binary = config.space == "binary"
@@ -240,7 +219,7 @@ def router_stage(
         n_random=config.random + (0 if initial is None else len(initial)),
         binary=binary,
     )
-    return RouterStage(space, rule, search, start, "bo-ucb")
+    return stage(search, "bo-ucb")
 
 
 def prompt_stage(config: PromptStageConfig, start: Incumbent, seed: int) -> Stage:
@@ -255,10 +234,16 @@ def prompt_stage(config: PromptStageConfig, start: Incumbent, seed: int) -> Stag
         return CMAES(np.zeros(size), sigma, seed + salt, popsize=config.popsize, bounds=box)
 
     if config.layout == "joint":
-        return JointStage(start, search(layers * dim, config.sigma_first, 0))
+
+        def decode(rows: NDArray[np.float64]) -> Points:
+            return start.point + rows.reshape(-1, layers, dim)
+
+        return RowStage("prompt", "cmaes", search(layers * dim, config.sigma_first, 0), decode, start)
     sigmas = [config.sigma_first] + [config.sigma] * (layers - 1)
     # Seeds far apart, so that no two layers and no two neighbouring runs share a generator.
-    return LayerStage(start, [search(dim, sigma, 1_000_003 * i) for i, sigma in enumerate(sigmas)], config.keep)
+    return LayerStage(
+        start, [search(dim, sigma, 1_000_003 * i) for i, sigma in enumerate(sigmas)], config.keep
+    )
 
 
 def _upstream_rows(space: PromptSpace, binary: bool) -> NDArray[np.float64] | None:
@@ -270,8 +255,3 @@ def _upstream_rows(space: PromptSpace, binary: bool) -> NDArray[np.float64] | No
     distinct = list(dict.fromkeys(map(tuple, rows.tolist())))
     kept = [row for row in distinct if not binary or any(row)]
     return np.array(kept) if kept else None
-
-
-def stages_of(method: MethodConfig) -> tuple[str, ...]:
-    """Names of the stages a method has, in order."""
-    return tuple(name for name, stage in (("router", method.router), ("prompt", method.prompt)) if stage)

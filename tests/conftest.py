@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_prompt
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +27,47 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("BBPROMPT_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_prompts(tmp_path_factory: pytest.TempPathFactory, tiny_bert_dir: Path) -> Path:
+    """Deep modular prompts for the tiny BERT: 3 layers, K = 3, d = 4, P = 2, two upstream tasks."""
+    return tiny_prompt.artifact_dir(tmp_path_factory.mktemp("prompts") / "deep", tiny_bert_dir, "mp2-deep")
+
+
+@pytest.fixture(scope="session")
+def tiny_shallow_prompts(tmp_path_factory: pytest.TempPathFactory, tiny_bert_dir: Path) -> Path:
+    """As tiny_prompts, at the input layer alone."""
+    return tiny_prompt.artifact_dir(tmp_path_factory.mktemp("prompts") / "shallow", tiny_bert_dir, "mp2-shallow")
+
+
+@pytest.fixture(scope="session")
+def tiny_pair_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`task.yaml`, train, dev and test of a pair task; labels and fields also fit the bundled task lcqmc."""
+    make = tiny_prompt.pair_records
+    splits = {"train": make(90, 1), "dev": make(40, 2), "test": make(30, 3)}
+    return tiny_prompt.data_dir(tmp_path_factory.mktemp("data") / "lcqmc", tiny_prompt.PAIR, splits)
+
+
+@pytest.fixture(scope="session")
+def tiny_single_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`task.yaml` and splits of a task of single texts with seven labels."""
+    make = tiny_prompt.single_records
+    splits = {"train": make(140, 1), "dev": make(35, 2), "test": make(30, 3)}
+    return tiny_prompt.data_dir(tmp_path_factory.mktemp("data") / "tiny-single", tiny_prompt.SINGLE, splits)
+
+
+@pytest.fixture(scope="session")
+def tiny_choice_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`task.yaml` and splits of a task whose examples have two to four options of their own."""
+    make = tiny_prompt.choice_records
+    splits = {"train": make(80, 1), "dev": make(30, 2), "test": make(30, 3)}
+    return tiny_prompt.data_dir(tmp_path_factory.mktemp("data") / "tiny-choice", tiny_prompt.CHOICE, splits)
+
+
+@pytest.fixture(scope="session")
+def tiny_extract_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`task.yaml` and splits of an extraction task."""
+    make = tiny_prompt.extract_records
+    splits = {"train": make(80, 1), "dev": make(30, 2), "test": make(30, 3)}
+    return tiny_prompt.data_dir(tmp_path_factory.mktemp("data") / "tiny-extract", tiny_prompt.EXTRACT, splits)

@@ -135,9 +135,7 @@ def test_digest_is_computed_once_a_file(
     tiny_bert_dir: Path, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[object] = []
-    monkeypatch.setattr(
-        module, "weights_digest", lambda model: computed.append(model) or weights_digest(model)
-    )
+    monkeypatch.setattr(module, "weights_digest", lambda model: computed.append(model) or weights_digest(model))
     digests = {load_backbone(str(tiny_bert_dir)).digest for _ in range(3)}
     assert (len(digests), len(computed)) == (1, 1)
     for memo in (cache / "digests").iterdir():
@@ -217,9 +215,7 @@ def test_what_the_hub_may_answer(hub: Hub, answer: Exception, error: type[Except
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["./missing", "/missing/dir", "~/missing-bbprompt", "a/b/c", "", "what ever", "a..b"]
-)
+@pytest.mark.parametrize("name", ["./missing", "/missing/dir", "~/missing-bbprompt", "a/b/c", "", "what ever", "a..b"])
 def test_what_is_neither_directory_nor_id(hub: Hub, name: str) -> None:
     with pytest.raises(ArtifactError, match="no such directory, and no hub id either"):
         load_backbone(name)
@@ -244,9 +240,7 @@ def test_other_kinds_of_model_are_refused(
 
 def test_damaged_directories(tmp_path: Path, tiny_bert_dir: Path, hub: Hub) -> None:
     folder = _copy(tiny_bert_dir, tmp_path / "deep", num_hidden_layers=4)
-    with pytest.raises(
-        ArtifactError, match=r"16 tensors of the encoder are missing, first encoder\.layer\.3"
-    ):
+    with pytest.raises(ArtifactError, match=r"16 tensors of the encoder are missing, first encoder\.layer\.3"):
         load_backbone(str(folder))
     folder = _copy(tiny_bert_dir, tmp_path / "wide", intermediate_size=96)
     with pytest.raises(ArtifactError, match="cannot be loaded as 'bert'"):
@@ -276,18 +270,14 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path, tiny_bert_dir: Path, hub: Hu
         path.unlink()
     with pytest.raises(ArtifactError, match=r"tokenizer.*; add tokenizer\.json"):
         load_backbone(str(folder))
-    config = BertConfig(
-        vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     folder = _copy(tiny_bert_dir, tmp_path / "few")
     BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     with pytest.raises(ArtifactError, match="tokens but 20 embedding rows"):
         load_backbone(str(folder))
 
 
-def test_a_checkpoint_that_wants_to_run_code_is_refused(
-    tmp_path: Path, tiny_bert_dir: Path, hub: Hub
-) -> None:
+def test_a_checkpoint_that_wants_to_run_code_is_refused(tmp_path: Path, tiny_bert_dir: Path, hub: Hub) -> None:
     folder = _copy(tiny_bert_dir, tmp_path / "code", auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"})
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     load_backbone(str(folder))  # the stock class is used instead

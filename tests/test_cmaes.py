@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -21,13 +22,13 @@ Loss = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 class TestContract(OptimizerContract):
     target = "bbprompt.optimizers.cmaes:CMAES"
-    arguments = {"x0": [0.5] * 6, "sigma": 0.3, "seed": 0}
+    arguments: ClassVar = {"x0": [0.5] * 6, "sigma": 0.3, "seed": 0}
     dim = 6
 
 
 class TestBoundedSmallPopulationContract(OptimizerContract):
     target = "bbprompt.optimizers.cmaes:CMAES"
-    arguments = {
+    arguments: ClassVar = {
         "x0": [0.5, 0.0, -1.0],
         "sigma": 0.5,
         "seed": 3,
@@ -40,7 +41,7 @@ class TestBoundedSmallPopulationContract(OptimizerContract):
 
 class TestTwoPointContract(OptimizerContract):
     target = "bbprompt.optimizers.cmaes:CMAES"
-    arguments = {"x0": [0.1] * 300, "sigma": 0.1, "seed": 5, "popsize": 6}
+    arguments: ClassVar = {"x0": [0.1] * 300, "sigma": 0.1, "seed": 5, "popsize": 6}
     dim = 300
     rounds = 8  # cma's self-test, which draws from numpy's generator, would start in the fourth
 
@@ -102,7 +103,7 @@ def test_small_and_large_sizes_improve(dim: int, popsize: int, step_size: str) -
 def test_two_point_adaptation_mends_a_wrong_first_sigma() -> None:
     losses = {}
     for rule in ("csa", "tpa"):
-        optimizer = CMAES(np.zeros(300), 0.5, seed=2, step_size=rule)  # type: ignore[arg-type]
+        optimizer = CMAES(np.zeros(300), 0.5, seed=2, step_size=rule)
         run(optimizer, lambda x: sphere(x, 0.3), 15)
         losses[rule] = optimizer.best[1]
     assert losses["tpa"] < 0.6 * losses["csa"]

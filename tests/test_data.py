@@ -70,19 +70,13 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
     assert open_data(toy(), swapped).digest("train") not in digests
 
 
-@pytest.mark.parametrize(
-    "odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\ufeff", "\u200b", "\u202e"]
-)
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\ufeff", "\u200b", "\u202e"])
 @pytest.mark.parametrize("ending", ["jsonl", "tsv", "csv"])
 def test_odd_characters_are_data(tmp_path: Path, odd: str, ending: str) -> None:
     text = f"前{odd}后"
     record = {"text": text, "label": "0"}
     comma = {"tsv": "\t", "csv": ","}.get(ending, "")
-    content = (
-        jsonl([record, record])
-        if not comma
-        else f"text{comma}label\n{text}{comma}0\n{text}{comma}0\n".encode()
-    )
+    content = jsonl([record, record]) if not comma else f"text{comma}label\n{text}{comma}0\n{text}{comma}0\n".encode()
     (tmp_path / f"x.{ending}").write_bytes(content)
     assert [record for _, record in read_records(tmp_path / f"x.{ending}")] == [record, record]
 
@@ -107,9 +101,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
 @given(st.lists(st.dictionaries(TEXTS, TEXTS, min_size=1), min_size=1, max_size=5))
-def test_json_lines_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]
-) -> None:
+def test_json_lines_round_trip(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]) -> None:
     file = tmp_path_factory.getbasetemp() / "round.jsonl"
     file.write_bytes(jsonl(records))
     assert [record for _, record in read_records(file)] == records
@@ -161,9 +153,7 @@ GOOD = '{"text": "好", "label": "0"}\n'
         ("x.txt", b"a\n", None, "unknown kind of file"),
     ],
 )
-def test_broken_files_are_refused(
-    tmp_path: Path, name: str, content: bytes, line: int | None, words: str
-) -> None:
+def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, line: int | None, words: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:

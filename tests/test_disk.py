@@ -15,9 +15,7 @@ from bbprompt.errors import DiskError, RunLocked
 disk = RealDisk()
 
 
-@pytest.mark.parametrize(
-    "code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EBUSY]
-)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.EBUSY])
 def test_an_error_is_one_line_with_path_deed_cause_and_advice(code: int) -> None:
     text = str(disk_error(OSError(code, os.strerror(code)), "write to it", Path("/runs/x/journal.log")))
     assert text.startswith(f"/runs/x/journal.log: cannot write to it: {os.strerror(code)}; ")
@@ -90,9 +88,7 @@ def test_a_loop_of_links_resolves_to_an_error_or_itself(tmp_path: Path) -> None:
             disk.real(tmp_path / "a")
 
 
-def test_a_short_write_is_an_error_and_is_not_continued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_write_is_an_error_and_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_write, calls = os.write, []
 
     def short(descriptor: int, data: bytes) -> int:
@@ -147,9 +143,7 @@ def test_a_failing_lock_leaves_no_descriptor(tmp_path: Path, monkeypatch: pytest
     disk.close(disk.lock(tmp_path / "run.lock"))
 
 
-def test_a_current_folder_that_is_gone_is_a_disk_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_current_folder_that_is_gone_is_a_disk_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

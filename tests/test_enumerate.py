@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from bbprompt.testing import OptimizerContract, onemax
 
 class TestContract(OptimizerContract):
     target = "bbprompt.optimizers.enumerate:Enumeration"
-    arguments = {"dim": 8, "batch": 5}
+    arguments: ClassVar = {"dim": 8, "batch": 5}
     dim = 8
     binary = True
 

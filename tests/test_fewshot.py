@@ -124,9 +124,7 @@ def test_repeats_are_never_on_both_sides() -> None:
 def test_too_few_examples_of_a_label() -> None:
     task = labelled(3)
     train = [example for example in examples(task, 22) if example.label != 1] + examples(task, 9)
-    with pytest.raises(
-        DataError, match=r"'词1' has 9 different training examples, but 22 are needed \(11 to train"
-    ):
+    with pytest.raises(DataError, match=r"'词1' has 9 different training examples, but 22 are needed \(11 to train"):
         sample(task, train, seed=8)
     with pytest.raises(DataError, match="the set has 10"):
         sample(CHOICE, examples(CHOICE, 10), seed=8)

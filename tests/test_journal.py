@@ -253,12 +253,8 @@ def test_a_failed_opening_closes_the_file() -> None:
     assert disk.durable(path) == b"nonsense\n"
 
 
-_scalars = (
-    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
-)
-_values = st.recursive(
-    _scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8
-)
+_scalars = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
+_values = st.recursive(_scalars, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
 
 
 def _hexed(value: Any) -> Any:

@@ -43,9 +43,7 @@ def test_the_limit_is_exact(disk: FaultDisk, limit: int) -> None:
         size = min(size, ledger.remaining)
         if size < 20:
             before = disk.files()
-            with pytest.raises(
-                BudgetExhausted, match=rf"20 more train calls .* {size} of --budget {limit} left"
-            ):
+            with pytest.raises(BudgetExhausted, match=rf"20 more train calls .* {size} of --budget {limit} left"):
                 ledger.reserve(ids(20, start), "train")
             assert disk.files() == before
         ledger.reserve(ids(size, start), "train")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
@@ -11,13 +13,13 @@ from bbprompt.testing import OptimizerContract, onemax
 
 class TestBoxContract(OptimizerContract):
     target = "bbprompt.optimizers.random:RandomSearch"
-    arguments = {"bounds": [[-5.0, -1.0, 0.0], [5.0, 1.0, 1e-3]], "seed": 11, "batch": 3}
+    arguments: ClassVar = {"bounds": [[-5.0, -1.0, 0.0], [5.0, 1.0, 1e-3]], "seed": 11, "batch": 3}
     dim = 3
 
 
 class TestBinaryContract(OptimizerContract):
     target = "bbprompt.optimizers.random:RandomSearch"
-    arguments = {"bounds": [[0.0] * 24, [1.0] * 24], "seed": 11, "batch": 2, "binary": True}
+    arguments: ClassVar = {"bounds": [[0.0] * 24, [1.0] * 24], "seed": 11, "batch": 2, "binary": True}
     dim = 24
     binary = True
 

@@ -184,9 +184,7 @@ def test_two_crashes_change_nothing() -> None:
 
 @pytest.mark.parametrize("persistent", [False, True], ids=["once", "persistent"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
-def test_a_failing_disk_at_every_operation_stops_the_run_and_it_can_be_resumed(
-    code: int, persistent: bool
-) -> None:
+def test_a_failing_disk_at_every_operation_stops_the_run_and_it_can_be_resumed(code: int, persistent: bool) -> None:
     for point in range(1, OPERATIONS + 1):
         disk, model = FaultDisk(point, code, persistent), Model()
         with pytest.raises(DiskError, match=r"/.*: cannot .*; ") as caught:

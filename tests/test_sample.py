@@ -46,8 +46,7 @@ def sentences(split: str) -> set[str]:
 def overlap(record: Record) -> float:
     """Jaccard index of the two questions' sets of character bigrams, in [0, 1]."""
     a, b = (
-        {sentence[i : i + 2] for i in range(len(sentence) - 1)}
-        for sentence in (record["text_a"], record["text_b"])
+        {sentence[i : i + 2] for i in range(len(sentence) - 1)} for sentence in (record["text_a"], record["text_b"])
     )
     return len(a & b) / len(a | b)
 
@@ -56,9 +55,7 @@ def best_threshold(values: list[float], labels: list[str]) -> float:
     """Accuracy of the best rule `value >= t means one label`, either way round, chosen on the data itself."""
     best = 0.0
     for threshold in set(values):
-        hits = sum(
-            (value >= threshold) == (label == "1") for value, label in zip(values, labels, strict=True)
-        )
+        hits = sum((value >= threshold) == (label == "1") for value, label in zip(values, labels, strict=True))
         best = max(best, hits, len(values) - hits)
     return best / len(values)
 

@@ -100,8 +100,7 @@ def test_overlapping_sets_are_not_bundled() -> None:
 def test_a_task_comes_from_a_file_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(
-        'name: mine\ntype: single\ntemplate: "{text}？"\nlabels: {a: 甲, b: 乙}\n'
-        "metric: accuracy\nsources: [me]\n",
+        'name: mine\ntype: single\ntemplate: "{text}？"\nlabels: {a: 甲, b: 乙}\nmetric: accuracy\nsources: [me]\n',
         encoding="utf-8",
     )
     assert load_task(file) == load_task(str(file))
@@ -186,10 +185,7 @@ def test_example_values() -> None:
     )
     assert found.answers == (Answer("北京", 2),)
     keywords = make(type="single", template="{text}{keywords}")
-    assert (
-        keywords.example({"text": "文", "keywords": ["一", "二"], "label": "0"}).fields["keywords"]
-        == "一，二"
-    )
+    assert keywords.example({"text": "文", "keywords": ["一", "二"], "label": "0"}).fields["keywords"] == "一，二"
 
 
 def test_uid_is_that_of_the_input() -> None:

@@ -139,6 +139,4 @@ def test_validate_names_the_key(data: object, words: str) -> None:
 
 
 def test_validate_returns_the_model() -> None:
-    assert validate(Outer, {"budget": 3, "stage": {"sigma": 0.5}}, "x") == Outer(
-        budget=3, stage=Inner(sigma=0.5)
-    )
+    assert validate(Outer, {"budget": 3, "stage": {"sigma": 0.5}}, "x") == Outer(budget=3, stage=Inner(sigma=0.5))

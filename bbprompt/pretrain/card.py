@@ -8,7 +8,7 @@ __all__ = ["model_card"]
 
 
 def model_card(prompt: ModularPrompt) -> str:
-    """Markdown: what it is, what it was trained on with which terms, how it validates, what it may be used for."""
+    """Markdown: what it is, what it was trained on under which terms, how it validates, what it is for."""
     config = prompt.config
     recipe = config.training["recipe"]
     scores: dict[str, float] = config.training["validation"]
@@ -22,22 +22,23 @@ def model_card(prompt: ModularPrompt) -> str:
         "",
         f"# {config.kind} prompts for {config.backbone}",
         "",
-        f"{config.modules} modular soft prompts of {config.prompt_length} positions {where} backbone's layers, with",
-        f"intrinsic dimension {config.intrinsic_dim}, a router for each of {len(config.tasks)} upstream tasks and a",
-        "span head (MP2, arXiv:2210.07565). The backbone was frozen; only these were trained.",
+        f"{config.modules} modular soft prompts of {config.prompt_length} positions {where} backbone's",
+        f"layers, with intrinsic dimension {config.intrinsic_dim}, a router for each of {len(config.tasks)}",
+        "upstream tasks and a span head (MP2, arXiv:2210.07565). The backbone was frozen; only these were trained.",
         "",
-        f"**Licence: {config.license}.** The weights were trained on research data of mixed terms, listed below.",
+        f"**Licence: {config.license}.** The weights were trained on research data of mixed terms, listed",
+        "below.",
         "",
         f"Backbone weights (SHA-256): `{config.backbone_digest}`. Training: {recipe['steps']} steps of "
-        f"{recipe['tasks_per_step']} tasks x {recipe['per_task']} examples, at most {recipe['max_tokens']} tokens, "
-        f"seed {recipe['seed']}; the whole recipe stands in `config.json`. The few-shot pools of the `seen` tasks "
-        f"(seeds {', '.join(map(str, recipe['spare_seeds']))}) were left out.",
+        f"{recipe['tasks_per_step']} tasks x {recipe['per_task']} examples, at most {recipe['max_tokens']} "
+        f"tokens, seed {recipe['seed']}; the whole recipe stands in `config.json`. The few-shot pools of the "
+        f"`seen` tasks (seeds {', '.join(map(str, recipe['spare_seeds']))}) were left out.",
         "",
         "## Upstream validation",
         "",
-        f"Share of {recipe['valid_size']} validation examples answered right by the task's own router, options thinned as",
-        f"in training (at most {recipe['option_limit']}); for extraction the share of right answer starts. This says how",
-        "well the training fits, not how well a new task will go.",
+        f"Share of {recipe['valid_size']} validation examples answered right by the task's own router,",
+        f"options thinned as in training (at most {recipe['option_limit']}); for extraction the share of right",
+        "answer starts. This says how well the training fits, not how well a new task will go.",
         "",
         "| task | right |",
         "|---|---|",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,13 +25,11 @@ class Upstream:
     valid: tuple[Example, ...]
 
 
-def thin_options(
-    example: Example, limit: int, characters: int, shuffle: bool, rng: np.random.Generator
-) -> Example:
+def thin_options(example: Example, limit: int, characters: int, shuffle: bool, rng: np.random.Generator) -> Example:
     """Keep the right option and as many others as the limits allow, in random order with `shuffle`.
 
-    Tasks of many or long options would otherwise fill the sequence with them, and a fixed order would let a router
-    learn positions instead of words.
+    Tasks of many or long options would otherwise fill the sequence with them, and a fixed order would let a
+    router learn positions instead of words.
 
     Args:
         example: Any example; one without options is returned as it is.
@@ -57,8 +55,9 @@ def thin_options(
 class Mixture:
     """Draws batches of `tasks_per_step` tasks with `per_task` examples each.
 
-    Tasks are visited in random order without repetition; within a task examples are visited in random order, epoch
-    after epoch. Everything follows from the seed and the step, so a resumed training sees the same batches.
+    Tasks are visited in random order, each as often in a round as its weight says (1 where none is given); within a task examples are visited in random order,
+    epoch after epoch. Everything follows from the seed and the step, so a resumed training sees the same
+    batches.
     """
 
     def __init__(
@@ -73,8 +72,12 @@ class Mixture:
         option_limit: int,
         option_characters: int,
         shuffle_options: bool,
+        weights: Mapping[str, int] | None = None,
     ) -> None:
         self.tasks = tuple(tasks)
+        copies = [(weights or {}).get(upstream.task.name, 1) for upstream in self.tasks]
+        # What a round goes through: (task, how often it stands in a round, which of these times it is).
+        self._round = [(index, times, copy) for index, times in enumerate(copies) for copy in range(times)]
         self._tokenize, self._frame = tokenize, frame
         self._seed, self._per_step, self._per_task = seed, tasks_per_step, per_task
         self._thin = (option_limit, option_characters)
@@ -110,13 +113,14 @@ class Mixture:
         ]
 
     def _drawn(self, step: int) -> list[tuple[int, int]]:
-        """Tasks of this step and how often each was drawn before: rounds through all, each in its own random order."""
-        count = len(self.tasks)
+        """Tasks of this step and how often each was drawn before: rounds through all in random orders."""
+        size = len(self._round)
         drawn = []
         for position in range(step * self._per_step, (step + 1) * self._per_step):
-            visit, place = divmod(position, count)
-            order = np.random.default_rng((self._seed, 1, visit)).permutation(count)
-            drawn.append((int(order[place]), visit))
+            number, place = divmod(position, size)
+            order = np.random.default_rng((self._seed, 1, number)).permutation(size)
+            index, times, copy = self._round[int(order[place])]
+            drawn.append((index, number * times + copy))
         return drawn
 
     def _examples(self, index: int, visit: int, rng: np.random.Generator) -> list[Example]:

@@ -48,10 +48,11 @@ class SpanBatch:
     Attributes:
         ids: Token ids, one tuple a text.
         tasks: `(N,)` task index of each text.
-        support: `(N, 2, C)` position in its text of each candidate start (0) and end (1): option borders, or for
-            extraction every position of the context.
+        support: `(N, 2, C)` position in its text of each candidate start (0) and end (1): option borders, or
+            for extraction every position of the context.
         present: `(N, C)` True where a candidate exists.
         gold: `(N, 2)` index of the right start and end among the candidates.
+        extractive: `(N,)` True where start and end are found apart, False where a candidate is an option.
     """
 
     ids: list[tuple[int, ...]]
@@ -59,13 +60,15 @@ class SpanBatch:
     support: Tensor
     present: Tensor
     gold: Tensor
+    extractive: Tensor
 
 
 def collate(encoded: Sequence[Encoded], gold: Sequence[int], tasks: Sequence[int]) -> SpanBatch:
     """Collect sequences with the index of each right option (ignored for extraction) and of each task."""
     starts, ends, golds = [], [], []
+    extractive = torch.as_tensor([bool(item.offsets) for item in encoded])
     for item, label in zip(encoded, gold, strict=True):
-        if item.context[1] > item.context[0] and item.offsets:
+        if item.offsets:
             rows = list(range(*item.context))
             starts.append(rows)
             ends.append(rows)
@@ -83,7 +86,12 @@ def collate(encoded: Sequence[Encoded], gold: Sequence[int], tasks: Sequence[int
         support[n, 1, : len(e)] = torch.as_tensor(e)
         present[n, : len(s)] = True
     return SpanBatch(
-        [item.ids for item in encoded], torch.as_tensor(tasks), support, present, torch.as_tensor(golds)
+        [item.ids for item in encoded],
+        torch.as_tensor(tasks),
+        support,
+        present,
+        torch.as_tensor(golds),
+        extractive,
     )
 
 
@@ -95,25 +103,34 @@ def span_loss(logits: Tensor, batch: SpanBatch) -> tuple[Tensor, Tensor]:
         batch: Which candidates exist and which are right.
 
     Returns:
-        Loss and 0/1 correctness of each text, `(N,)` both.
+        Loss and 0/1 correctness of each text, `(N,)` both. An extracted answer counts as right when its start
+        is.
     """
     present, gold = batch.present.to(logits.device), batch.gold.to(logits.device)
     masked = logits.masked_fill(~present[:, None], -torch.inf)
     each = F.cross_entropy(masked.flatten(0, 1), gold.flatten(), reduction="none").view(-1, 2).mean(1)
-    right = masked.sum(1).argmax(1) == gold[:, 0]
+    choice = torch.where(batch.extractive.to(logits.device)[:, None], masked[:, 0], masked.sum(1))
+    right = choice.argmax(1) == gold[:, 0]
     return each, right.float()
 
 
 class ModularPrompts(nn.Module):
     """Routers w (T, L, K), modules z (L, K, d), projections A (L, d, P * H), span head (2, H).
 
-    Initialisation: w ~ U(-1e-3, 1e-3), head ~ N(0, 0.02), z ~ N(0, 1) and A ~ N(0, scale^2 / d), so that the prompt of
-    one module has entries of size `scale`. (Released: z and A so small that their product starts near a saddle and, at
-    learning rates that leave it soon, grows past any useful size within a few dozen steps.)
+    Initialisation: w ~ U(-1e-3, 1e-3), head ~ N(0, 0.02), z ~ N(0, 1) and A ~ N(0, scale^2 / d), so that the
+    prompt of one module has entries of size `scale`. (Released: z and A so small that their product starts near
+    a saddle and, at learning rates that leave it soon, grows past any useful size within a few dozen steps.)
     """
 
     def __init__(
-        self, tasks: int, layers: int, modules: int, dim: int, frame: Frame, hidden: int, scale: float,
+        self,
+        tasks: int,
+        layers: int,
+        modules: int,
+        dim: int,
+        frame: Frame,
+        hidden: int,
+        scale: float,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
@@ -133,10 +150,8 @@ class ModularPrompts(nn.Module):
     def points(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
         """Intrinsic points `(G, L, d)` of the given tasks."""
         logits = self.router[tasks]
-        if gates.noise:
-            weights = relaxed_bernoulli(logits, gates.temperature, generator)
-        else:
-            weights = torch.sigmoid(logits)
+        noise = gates.noise
+        weights = relaxed_bernoulli(logits, gates.temperature, generator) if noise else torch.sigmoid(logits)
         total = weights.sum(-1, keepdim=True) + 1e-12 if gates.normalized else weights.shape[-1]
         return torch.einsum("glk,lkd->gld", weights / total, self.bank)
 
@@ -159,5 +174,5 @@ class ModularPrompts(nn.Module):
                 states = states.index_add(0, at, added)
             states = encoder.layer(index, states[None], layout, read if index == last else None)[0]
         logits = F.linear(states.float(), self.head_weight, self.head_bias)  # (N, 2 * C, start and end)
-        start, end = logits.unflatten(1, (2, -1)).unbind(1)
+        start, end = logits.view(len(logits), 2, -1, 2).unbind(1)
         return torch.stack((start[..., 0], end[..., 1]), dim=1)

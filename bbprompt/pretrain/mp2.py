@@ -1,8 +1,8 @@
 """Multi-task pre-training of modular prompts (MP2, section 3): the frozen backbone, many tasks, one loop.
 
-Writes a prompt artifact that `tune` loads. Fast and slow learning (MP2, section 3.3): the router's learning rate is a
-multiple of the prompts'. Checkpoints hold parameters and optimizer state as safetensors; a resumed training sees the
-same batches and gates.
+Writes a prompt artifact that `tune` loads. Fast and slow learning (MP2, section 3.3): the router's learning
+rate is a multiple of the prompts'. Checkpoints hold parameters and optimizer state as safetensors; a resumed
+training sees the same batches and gates.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bbprompt.backends.encoder import Encoder
+from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.mrc import Frame
 from bbprompt.pretrain.mixture import Mixture
-from bbprompt.pretrain.model import Gates, ModularPrompts, span_loss
+from bbprompt.pretrain.model import Gates, ModularPrompts, SpanBatch, span_loss
 from bbprompt.prompts import ModularPrompt, PromptConfig
 
 __all__ = ["PretrainConfig", "Progress", "Trainer"]
@@ -44,6 +46,7 @@ class PretrainConfig(BaseModel):
     kind: Literal["mp2-deep", "mp2-shallow"]
     backbone: str = "intfloat/multilingual-e5-small"
     tasks: list[str] | Literal["upstream"] = "upstream"
+    weights: dict[str, _Count] = Field(default_factory=dict, description="visits a round; 1 where not named")
     modules: _Count = 8
     intrinsic_dim: _Count = 64
     prompt_length: _Count = 8
@@ -106,8 +109,14 @@ class Trainer:
         layers = len(encoder.layers) if config.kind == "mp2-deep" else 1
         generator = torch.Generator().manual_seed(config.seed)
         self.prompts = ModularPrompts(
-            len(mixture.tasks), layers, config.modules, config.intrinsic_dim, frame, encoder.hidden,
-            config.prompt_scale, generator,
+            len(mixture.tasks),
+            layers,
+            config.modules,
+            config.intrinsic_dim,
+            frame,
+            encoder.hidden,
+            config.prompt_scale,
+            generator,
         ).to(encoder.device)
         p = self.prompts
         self.optimizer = torch.optim.Adam(
@@ -133,11 +142,7 @@ class Trainer:
             seen += sum(len(ids) for ids in batch.ids)
             elapsed = time.monotonic() - began
             done = self.step - self._resumed_at
-            report(
-                Progress(
-                    self.step, loss, accuracy, seen / elapsed, elapsed / done * (config.steps - self.step)
-                )
-            )
+            report(Progress(self.step, loss, accuracy, seen / elapsed, elapsed / done * (config.steps - self.step)))
             if self.step % config.save_every == 0 or self.step == config.steps:
                 self.save()
             if self.step % config.valid_every == 0 and self.step < config.steps:
@@ -145,19 +150,17 @@ class Trainer:
 
     _resumed_at = 0
 
-    def _train(self, batch: object) -> tuple[float, float]:
+    def _train(self, batch: SpanBatch) -> tuple[float, float]:
         config = self.config
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         noisy = self.step >= config.noise_from * config.steps
-        logits = self.prompts(
-            self.encoder, batch, Gates(noisy, config.temperature, config.normalized), generator
-        )
-        each, right = span_loss(logits, batch)  # type: ignore[arg-type]
+        logits = self.prompts(self.encoder, batch, Gates(noisy, config.temperature, config.normalized), generator)
+        each, right = span_loss(logits, batch)
         loss = each.mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"step {self.step}: the loss is {loss.item()}; lower the learning rates")
+            raise UsageError(f"step {self.step}: the loss is {loss.item()}; lower the recipe's learning rates")
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.prompts.parameters(), config.clip)
         factor = self._schedule()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
@@ -192,7 +195,8 @@ class Trainer:
     def artifact(self, backbone_id: str, backbone_digest: str, training: dict[str, object]) -> ModularPrompt:
         """The prompts as they stand, as an artifact in memory (float16 precision, as it will be stored)."""
         p, config = self.prompts, self.config
-        # Modules of unit size make the tuner's step sizes mean the same for every artifact; A takes the factor up.
+        # Modules of unit size make the tuner's step sizes mean the same for every artifact; A takes the
+        # factor up.
         size = p.bank.detach().pow(2).mean((1, 2), keepdim=True).sqrt()
 
         def array(tensor: Tensor) -> np.ndarray:
@@ -243,16 +247,22 @@ class Trainer:
         temporary.replace(self.directory / "checkpoint.safetensors")
 
     def load(self) -> None:
-        """Go on from `checkpoint.safetensors`."""
-        from safetensors import safe_open
+        """Go on from `checkpoint.safetensors`.
 
+        Raises:
+            ArtifactError: The file is damaged.
+        """
         file = self.directory / "checkpoint.safetensors"
-        tensors = load_file(file)
-        with safe_open(file, framework="pt") as opened:
-            self.step = self._resumed_at = int(opened.metadata()["step"])
-        with torch.no_grad():
-            for name, parameter in self.prompts.named_parameters():
-                parameter.copy_(tensors[name])
-                self.optimizer.state[parameter] = {
-                    key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        try:
+            with safe_open(file, framework="pt") as opened:
+                step = int(opened.metadata()["step"])
+            tensors = load_file(file, device=str(self.encoder.device))
+            with torch.no_grad():
+                for name, parameter in self.prompts.named_parameters():
+                    parameter.copy_(tensors[name])
+                    self.optimizer.state[parameter] = {
+                        key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
+        self.step = self._resumed_at = step

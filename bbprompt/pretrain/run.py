@@ -80,9 +80,10 @@ def pretrain(
         option_limit=config.option_limit,
         option_characters=config.option_characters,
         shuffle_options=config.shuffle_options,
+        weights=config.weights,
     )
     trainer = Trainer(config, encoder, mixture, frame, out)
-    if resume:
+    if (out / "checkpoint.safetensors").is_file():
         trainer.load()
         log.info("resumed at step %d", trainer.step)
     trainer.run(lambda progress: report(progress, config.steps))
@@ -99,9 +100,10 @@ def _claim(out: Path, recipe: dict[str, object], resume: bool) -> None:
     text = json.dumps(recipe, ensure_ascii=False, sort_keys=True, indent=2) + "\n"
     file = out / "recipe.json"
     if resume:
-        if not (out / "checkpoint.safetensors").is_file():
-            raise UsageError(f"--resume {out}: there is no checkpoint.safetensors to go on from")
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        # Killed before its first checkpoint, a training goes on from step 0.
+        if not file.is_file():
+            raise UsageError(f"--resume {out}: there is no training to go on with")
+        if file.read_text(encoding="utf-8") != text:
             digest = hashlib.sha256(text.encode()).hexdigest()[:12]
             raise ResumeMismatch(f"{file}: the checkpoint was made with another recipe than this one ({digest})")
         return

@@ -53,9 +53,9 @@ def load_upstream(
 ) -> list[Upstream]:
     """Read every task's training examples and some to validate on.
 
-    From a `seen` task the few-shot pools of `spare_seeds` are left out, so that tuning on them later is true few-shot.
-    Validation comes from the dev split, else from the end of the shuffled training split. Examples whose question and
-    options alone do not fit are left out and counted.
+    From a `seen` task the few-shot pools of `spare_seeds` are left out, so that tuning on them later is true
+    few-shot. Validation comes from the dev split, else from the end of the shuffled training split. Examples
+    whose question and options alone do not fit are left out and counted.
 
     Raises:
         DataError: A task's data are missing or wrong, or nothing of a task is left.
@@ -102,7 +102,7 @@ def load_upstream(
 
 
 def _longest_options(example: Example, limit: int, characters: int) -> Example | None:
-    """The example with the longest options that thinning may leave; None where two of them are too long already."""
+    """The example with the longest options that thinning may leave; None where two are too long already."""
     if not example.options:
         return example
     right = example.options[example.label]

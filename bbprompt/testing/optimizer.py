@@ -1,13 +1,4 @@
-"""Fakes, toy losses and contract suites, for our tests and for those of third parties.
-
-A contract suite is a class of pytest tests without pytest in it. Subclass it under a name that pytest
-collects and say what to build::
-
-    class TestMine(OptimizerContract):
-        target = "mypackage.mine:Mine"
-        arguments = {"bounds": [[-5.0] * 3, [5.0] * 3], "seed": 7}
-        dim = 3
-"""
+"""The conformance suite for optimizers."""
 
 from __future__ import annotations
 
@@ -22,37 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from bbprompt.testing.checks import equal, refused, require
+from bbprompt.testing.losses import sphere
 
 if TYPE_CHECKING:
     from bbprompt.optimizers import Optimizer
 
-__all__ = ["OptimizerContract", "ellipsoid", "onemax", "sphere"]
-
-# ---------------------------------------------------------------------------------------------- toy losses
-
-
-def sphere(x: ArrayLike, center: ArrayLike = 0.0) -> NDArray[np.float64]:
-    """Return the squared distance of rows `(n, dim)` from a center, `(n,)`; minimum 0."""
-    away = np.asarray(x, dtype=np.float64) - np.asarray(center, dtype=np.float64)
-    return np.asarray(np.sum(away * away, axis=1), dtype=np.float64)
-
-
-def ellipsoid(x: ArrayLike, center: ArrayLike = 0.0, condition: float = 1e6) -> NDArray[np.float64]:
-    """Return sum_i condition^(i / (dim - 1)) (x_i - center_i)^2 of rows `(n, dim)`, `(n,)`; minimum 0."""
-    away = np.asarray(x, dtype=np.float64) - np.asarray(center, dtype=np.float64)
-    dim = away.shape[1]
-    weights = condition ** (np.arange(dim) / max(dim - 1, 1))
-    return np.asarray((away * away) @ weights, dtype=np.float64)
-
-
-def onemax(x: ArrayLike, target: ArrayLike = 1.0) -> NDArray[np.float64]:
-    """Return in how many bits rows `(n, dim)` of 0 and 1 differ from the target, `(n,)`; minimum 0."""
-    differs = np.asarray(x, dtype=np.float64) != np.asarray(target, dtype=np.float64)
-    return np.asarray(np.count_nonzero(differs, axis=1), dtype=np.float64)
-
-
-# ------------------------------------------------------------------------------------ optimizer contract
+__all__ = ["OptimizerContract"]
 
 
 class OptimizerContract:
@@ -95,12 +64,12 @@ class OptimizerContract:
         optimizer = self.make()
         for _ in range(self.rounds):
             rows = optimizer.ask()
-            _require(isinstance(rows, np.ndarray) and rows.dtype == np.float64, "ask gives no float64 array")
-            _require(rows.ndim == 2 and len(rows) >= 1, f"ask gives shape {rows.shape}, not (n, dim), n >= 1")
-            _require(rows.shape[1] == self.dim, f"rows are {rows.shape[1]} wide instead of {self.dim}")
-            _require(bool(np.all(np.isfinite(rows))), "an asked row is not finite")
+            require(isinstance(rows, np.ndarray) and rows.dtype == np.float64, "ask gives no float64 array")
+            require(rows.ndim == 2 and len(rows) >= 1, f"ask gives shape {rows.shape}, not (n, dim), n >= 1")
+            require(rows.shape[1] == self.dim, f"rows are {rows.shape[1]} wide instead of {self.dim}")
+            require(bool(np.all(np.isfinite(rows))), "an asked row is not finite")
             if self.binary:
-                _require(bool(np.all((rows == 0) | (rows == 1))), "an asked row is not binary")
+                require(bool(np.all((rows == 0) | (rows == 1))), "an asked row is not binary")
             optimizer.tell(rows, self.loss(rows))
 
     def test_same_arguments_and_tells_give_the_same_asks(self) -> None:
@@ -108,7 +77,7 @@ class OptimizerContract:
         first, second = self.make(), self.make()
         for _ in range(self.rounds):
             rows = first.ask()
-            _require(_equal(rows, second.ask()), "two equal optimizers ask for different rows")
+            require(equal(rows, second.ask()), "two equal optimizers ask for different rows")
             first.tell(rows, self.loss(rows))
             second.tell(rows, self.loss(rows))
 
@@ -116,7 +85,7 @@ class OptimizerContract:
         """A process with another hash seed goes the same way, bit for bit."""
         here = _digest_of_asks(self.make(), lambda rows: OptimizerContract.loss(self, rows), self.rounds)
         code = (
-            "import json, sys; from bbprompt import testing as t; a = json.loads(sys.argv[1]);"
+            "import json, sys; from bbprompt.testing import optimizer as t; a = json.loads(sys.argv[1]);"
             "c = type('C', (t.OptimizerContract,), a); o = c();"
             "print(t._digest_of_asks(o.make(), o.loss, o.rounds))"
         )
@@ -135,8 +104,8 @@ class OptimizerContract:
             text=True,
             check=False,
         )
-        _require(done.returncode == 0, f"the other process failed:\n{done.stderr}")
-        _require(done.stdout.strip() == here, "another process asks for other rows")
+        require(done.returncode == 0, f"the other process failed:\n{done.stderr}")
+        require(done.stdout.strip() == here, "another process asks for other rows")
 
     def test_replay_restores_it(self) -> None:
         """Telling the same again, with or without asking, leads to the same next ask."""
@@ -152,16 +121,16 @@ class OptimizerContract:
             asking.tell(rows, losses)
             silent.tell(rows, losses)
         expected = original.ask()
-        _require(_equal(asking.ask(), expected), "after replaying asks and tells the next ask differs")
-        _require(_equal(silent.ask(), expected), "after replaying the tells alone the next ask differs")
-        _require(asking.stop == original.stop == silent.stop, "after a replay stop differs")
-        _require(asking.best[1] == original.best[1] == silent.best[1], "after a replay best differs")
+        require(equal(asking.ask(), expected), "after replaying asks and tells the next ask differs")
+        require(equal(silent.ask(), expected), "after replaying the tells alone the next ask differs")
+        require(asking.stop == original.stop == silent.stop, "after a replay stop differs")
+        require(asking.best[1] == original.best[1] == silent.best[1], "after a replay best differs")
 
     def test_asking_twice_is_refused(self) -> None:
         """A second ask needs a tell in between."""
         optimizer = self.make()
         rows = optimizer.ask()
-        _refused(RuntimeError, optimizer.ask)
+        refused(RuntimeError, optimizer.ask)
         optimizer.tell(rows, self.loss(rows))
         optimizer.ask()
 
@@ -175,18 +144,18 @@ class OptimizerContract:
         broken_row[-1, -1] = np.nan
         with_nan, with_minus_inf = losses.copy(), losses.copy()
         with_nan[-1], with_minus_inf[-1] = np.nan, -np.inf
-        _refused(ValueError, lambda: optimizer.tell(rows, with_nan))
-        _refused(ValueError, lambda: optimizer.tell(rows, with_minus_inf))
-        _refused(ValueError, lambda: optimizer.tell(broken_row, losses))
-        _refused(ValueError, lambda: optimizer.tell(rows[0], losses[:1]))
-        _refused(ValueError, lambda: optimizer.tell(rows[:, :-1], losses))
-        _refused(ValueError, lambda: optimizer.tell(np.hstack([rows, rows[:, :1]]), losses))
-        _refused(ValueError, lambda: optimizer.tell(rows, np.append(losses, 1.0)))
-        _refused(ValueError, lambda: optimizer.tell(rows[:0], losses[:0]))
-        _refused(RuntimeError, lambda: optimizer.best)
+        refused(ValueError, lambda: optimizer.tell(rows, with_nan))
+        refused(ValueError, lambda: optimizer.tell(rows, with_minus_inf))
+        refused(ValueError, lambda: optimizer.tell(broken_row, losses))
+        refused(ValueError, lambda: optimizer.tell(rows[0], losses[:1]))
+        refused(ValueError, lambda: optimizer.tell(rows[:, :-1], losses))
+        refused(ValueError, lambda: optimizer.tell(np.hstack([rows, rows[:, :1]]), losses))
+        refused(ValueError, lambda: optimizer.tell(rows, np.append(losses, 1.0)))
+        refused(ValueError, lambda: optimizer.tell(rows[:0], losses[:0]))
+        refused(RuntimeError, lambda: optimizer.best)
         optimizer.tell(rows, losses)
         untouched.tell(rows, losses)
-        _require(_equal(optimizer.ask(), untouched.ask()), "a refused tell changed the optimizer")
+        require(equal(optimizer.ask(), untouched.ask()), "a refused tell changed the optimizer")
 
     def test_global_generators_are_neither_read_nor_changed(self) -> None:
         """Randomness of numpy, random and torch outside plays no part."""
@@ -199,15 +168,15 @@ class OptimizerContract:
                 before = _global_state()
                 rows = first.ask()
                 first.tell(rows, self.loss(rows))
-                _require(_global_state() == before, "a global random generator was used")
+                require(_global_state() == before, "a global random generator was used")
                 random.seed(1000 + turn)
                 np.random.seed(1000 + turn)
-                _require(_equal(second.ask(), rows), "rows depend on a global random generator")
+                require(equal(second.ask(), rows), "rows depend on a global random generator")
                 second.tell(rows, self.loss(rows))
         finally:
             np.random.set_state(saved[0])
             random.setstate(saved[1])
-        _require(_torch_state() == saved[2], "torch's global generator or number of threads was changed")
+        require(_torch_state() == saved[2], "torch's global generator or number of threads was changed")
 
     def test_infeasible_rows_are_the_worst(self) -> None:
         """Some or all losses of +inf are taken in."""
@@ -221,10 +190,8 @@ class OptimizerContract:
             optimizer.tell(rows, losses)
             if turn == 0:
                 row, loss = optimizer.best
-                _require(
-                    loss == np.inf and _equal(row, rows[0]), "all rows infeasible: best is not the first"
-                )
-        _require(bool(np.all(np.isfinite(optimizer.ask()))), "an asked row is not finite")
+                require(loss == np.inf and equal(row, rows[0]), "all rows infeasible: best is not the first")
+        require(bool(np.all(np.isfinite(optimizer.ask()))), "an asked row is not finite")
 
     def test_flat_losses_end_nothing(self) -> None:
         """Five rounds of equal losses do not stop it."""
@@ -232,14 +199,14 @@ class OptimizerContract:
         for _ in range(5):
             rows = optimizer.ask()
             optimizer.tell(rows, np.full(len(rows), 0.5))
-            _require(optimizer.stop in (None, "exhausted"), f"flat losses stopped it: {optimizer.stop}")
+            require(optimizer.stop in (None, "exhausted"), f"flat losses stopped it: {optimizer.stop}")
         if optimizer.stop is None:
-            _require(bool(np.all(np.isfinite(optimizer.ask()))), "an asked row is not finite")
+            require(bool(np.all(np.isfinite(optimizer.ask()))), "an asked row is not finite")
 
     def test_best_is_the_best_of_all_told_rows(self) -> None:
         """The earliest row of the lowest loss is best at any time."""
         optimizer = self.make()
-        _refused(RuntimeError, lambda: optimizer.best)
+        refused(RuntimeError, lambda: optimizer.best)
         seen: list[NDArray[np.float64]] = []
         scored: list[float] = []
         for _ in range(self.rounds):
@@ -249,8 +216,8 @@ class OptimizerContract:
             seen.extend(rows)
             scored.extend(losses)
             row, loss = optimizer.best
-            _require(loss == min(scored), "best has another loss than the lowest told")
-            _require(_equal(row, seen[int(np.argmin(scored))]), "best has another row than that of its loss")
+            require(loss == min(scored), "best has another loss than the lowest told")
+            require(equal(row, seen[int(np.argmin(scored))]), "best has another row than that of its loss")
 
     def test_warm_start(self) -> None:
         """Rows that were never asked for can be told first, and count."""
@@ -261,11 +228,11 @@ class OptimizerContract:
         twin.tell(rows, losses)
         for _ in range(self.rounds):
             asked = optimizer.ask()
-            _require(_equal(asked, twin.ask()), "after a warm start two equal optimizers differ")
+            require(equal(asked, twin.ask()), "after a warm start two equal optimizers differ")
             optimizer.tell(asked, self.loss(asked))
             twin.tell(asked, self.loss(asked))
         row, loss = optimizer.best
-        _require(loss == -100.0 and _equal(row, rows[0]), "best overlooks rows of the warm start")
+        require(loss == -100.0 and equal(row, rows[0]), "best overlooks rows of the warm start")
 
     def test_arrays_are_not_shared_with_the_caller(self) -> None:
         """Changing arrays given or received changes nothing inside."""
@@ -275,21 +242,21 @@ class OptimizerContract:
             losses = self.loss(rows)
             careful.tell(rows, losses)
             mutable = careless.ask()
-            _require(_equal(mutable, rows), "an array that the caller changed is still in use")
+            require(equal(mutable, rows), "an array that the caller changed is still in use")
             mutable[:] = rows
             mutable_losses = losses.copy()
             careless.tell(mutable, mutable_losses)
             mutable[:] = 77.0
             mutable_losses[:] = -77.0
             careless.best[0][:] = 55.0
-        _require(_equal(careless.best[0], careful.best[0]), "best changes with an array of the caller")
+        require(equal(careless.best[0], careful.best[0]), "best changes with an array of the caller")
         spoiled, kept = self.make(), self.make()
         asked = spoiled.ask()
         original = asked.copy()
         asked[:] = 33.0
         spoiled.tell(original, self.loss(original))
         kept.tell(kept.ask(), self.loss(original))
-        _require(_equal(spoiled.ask(), kept.ask()), "an asked array that the caller changed is still in use")
+        require(equal(spoiled.ask(), kept.ask()), "an asked array that the caller changed is still in use")
 
 
 def _digest_of_asks(
@@ -308,24 +275,6 @@ def _build(target: str, arguments: Mapping[str, Any]) -> Optimizer:
     module, _, name = target.partition(":")
     built: Optimizer = getattr(importlib.import_module(module), name)(**arguments)
     return built
-
-
-def _require(condition: bool, message: str) -> None:
-    # Not `assert`: pytest would not rewrite it here, and python -O would drop it.
-    if not condition:
-        raise AssertionError(message)
-
-
-def _refused(error: type[Exception], action: Callable[[], object]) -> None:
-    try:
-        action()
-    except error:
-        return
-    raise AssertionError(f"expected a {error.__name__}")
-
-
-def _equal(left: NDArray[np.float64], right: NDArray[np.float64]) -> bool:
-    return left.shape == right.shape and left.tobytes() == right.tobytes()
 
 
 def _global_state() -> tuple[object, object, object]:

@@ -1,0 +1,110 @@
+"""The command line: `bbprompt COMMAND`. Each command's module imports what is heavy when it runs.
+
+An error is one line on standard error, and the exit code says of which kind it is (see `bbprompt.errors`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from bbprompt import __version__
+from bbprompt.commands import doctor, inspect, pretrain, tune, use
+from bbprompt.errors import BBPromptError, Interrupted
+
+__all__ = ["app", "main", "run"]
+
+app = typer.Typer(
+    name="bbprompt",
+    help="Tune the prompt of a frozen language model that you can only call forward.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+_pretrain = typer.Typer(help="Train prompts with gradients, once, for many tasks.", rich_markup_mode=None)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"bbprompt {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(tune.tune)
+app.command()(tune.resume)
+app.command("eval")(use.evaluate)
+app.command()(use.predict)
+app.add_typer(_pretrain, name="pretrain")
+_pretrain.command()(pretrain.mp2)
+app.command()(inspect.tasks)
+app.command()(inspect.methods)
+app.command()(doctor.doctor)
+
+
+@_pretrain.callback()
+def _pretrain_root() -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command that the process was called with, and end it with the right exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a stream may be replaced by one that cannot do this
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Args:
+        arguments: What follows `bbprompt`; nothing asks for help.
+
+    Returns:
+        The exit code; the message of an error is on standard error.
+    """
+    debug = "--debug" in arguments
+    try:
+        code = app(list(arguments) or ["--help"], prog_name="bbprompt", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BBPromptError as error:
+        _say(str(error) if type(error) is Interrupted else f"error: {error}", debug)
+        return error.exit_code
+    except typer.TyperException as error:
+        _say(f"error: {error.format_message()}{_hint(error)}", debug)
+        return error.exit_code
+    except typer.Abort:
+        _say("error: aborted", debug)
+        return 1
+    except Exception as error:  # the outermost boundary: whatever comes here is a bug and is reported as one
+        _say(
+            f"error: {type(error).__name__}: {error} (a bug; please report it with the output of --debug)",
+            debug,
+        )
+        return 1
+
+
+def _hint(error: typer.TyperException) -> str:
+    """Where the flags of the command that was meant are explained."""
+    context = getattr(error, "ctx", None)
+    return f" (see `{context.command_path} --help`)" if context is not None else ""
+
+
+def _say(message: str, debug: bool) -> None:
+    """One line on standard error, behind the traceback if that is wanted."""
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(" ".join(message.split()) + "\n")

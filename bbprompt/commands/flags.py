@@ -1,0 +1,29 @@
+"""Flags and arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = ["Debug", "Device", "Dtype", "Json", "Quiet", "RunDir", "Threads"]
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print the result as one JSON object on the last line of standard output."),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no logs.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False, help="Directory of a run.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option("--device", show_default=False, help="Where the model runs; auto takes CUDA if there is one."),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16"] | None,
+    typer.Option("--dtype", show_default=False, help="Precision of the model; auto is float32."),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", show_default=False, min=1, help="CPU threads [default: all cores].")
+]

@@ -1,0 +1,199 @@
+"""`bbprompt eval` and `bbprompt predict`: a finished run at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json as jsonlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, RunDir, Threads
+from bbprompt.commands.output import abandon, write, write_json
+from bbprompt.errors import DataError, DiskError, UsageError
+
+if TYPE_CHECKING:
+    from bbprompt.predict import Evaluation, TunedPrompt
+
+__all__ = ["evaluate", "predict"]
+
+_AT_ONCE = 256
+
+
+def evaluate(
+    run_dir: RunDir,
+    split: Annotated[Literal["train", "dev", "test"], typer.Option(help="Split of the data, whole.")] = "test",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|hub|sample|auto", show_default=False, help="[default: the data of the run]."),
+    ] = None,
+    test_limit: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Score at most so many examples.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a finished run again, or on other data."""
+    from bbprompt.predict import load_prompt
+    from bbprompt.terminal import Meter, logging_to, open_console
+
+    console = open_console(quiet)
+    with (
+        logging_to(console),
+        load_prompt(run_dir, device=device or "auto", dtype=dtype, threads=threads) as prompt,
+    ):
+        meters: list[Meter] = []
+
+        def report(done: int, total: int) -> None:
+            if not meters:
+                meters.append(Meter(console, total))
+            meters[0].update(split, min(done, total), "examples")
+
+        try:
+            found = prompt.evaluate(split, data, test_limit, report)
+        finally:
+            for meter in meters:
+                meter.close()
+        if json:
+            write_json({"run_dir": str(prompt.path), "task": prompt.task.name, **dataclasses.asdict(found)})
+        else:
+            write(_sentence(prompt, found))
+
+
+def predict(
+    run_dir: RunDir,
+    input_file: Annotated[
+        Path,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            show_default=False,
+            help="Records (.jsonl, .jsonl.gz, .tsv, .csv, .parquet) or one text a line (.txt).",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="JSON Lines; - is standard output.")],
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Label new texts, with a probability for each label.
+
+    Each line of the output is an input record with its `label` and the `probabilities` of all labels; a `label` that
+    the record had is not looked at, and is replaced.
+    """
+    from bbprompt.predict import load_prompt
+    from bbprompt.terminal import Meter, logging_to, open_console
+
+    if json and str(output) == "-":
+        raise UsageError("--json: standard output already takes the labels; give --output a file")
+    records = _inputs(input_file)  # before the model is loaded, which takes a while
+    if str(output) != "-" and not output.absolute().parent.is_dir():
+        raise UsageError(f"--output {output}: there is no such directory")
+    console = open_console(quiet)
+    counts: dict[str, int] = {}
+    with (
+        logging_to(console),
+        load_prompt(run_dir, device=device or "auto", dtype=dtype, threads=threads) as prompt,
+        _target(output) as stream,
+    ):
+        meter = Meter(console, None)
+        try:
+            while some := list(itertools.islice(records, _AT_ONCE)):
+                for line, label in _labelled(prompt, input_file, some):
+                    stream.write(line)
+                    counts[label] = counts.get(label, 0) + 1
+                meter.update("predict", sum(counts.values()), "texts")
+        finally:
+            meter.close()
+        if not counts:
+            raise DataError(f"{input_file}: no records")
+    if json:
+        labels = {"labels": counts} if prompt.task.labelled else {}
+        write_json({"run_dir": str(prompt.path), "output": str(output), "n": sum(counts.values()), **labels})
+    elif str(output) != "-":
+        write(f"{sum(counts.values())} texts labelled: {output}")
+
+
+def _labelled(
+    prompt: TunedPrompt, file: Path, records: list[tuple[int, str | Mapping[str, Any]]]
+) -> Iterator[tuple[str, str]]:
+    """Output line and label of each record."""
+    examples = []
+    for number, record in records:
+        try:
+            examples.append(prompt.example(record))
+        except (DataError, UsageError) as error:
+            raise type(error)(f"{file}:{number}: {error}") from None
+    for (_, record), example, found in zip(records, examples, prompt.predict_examples(examples), strict=True):
+        probabilities = {name: round(share, 6) for name, share in found.probabilities.items()}
+        fields = example.fields if isinstance(record, str) else record
+        line = {**fields, "label": found.label, "probabilities": probabilities}
+        # Parquet may hold dates and the like; they are passed through as text.
+        yield jsonlib.dumps(line, ensure_ascii=False, default=str) + "\n", found.label
+
+
+def _inputs(file: Path) -> Iterator[tuple[int, str | Mapping[str, Any]]]:
+    from bbprompt.recordfile import read_records, read_texts
+
+    return read_texts(file) if file.name.lower().endswith(".txt") else read_records(file)
+
+
+@contextmanager
+def _target(output: Path) -> Iterator[IO[str]]:
+    """A stream whose file appears whole or not at all; standard output, pipes and devices are written directly.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+    try:
+        if str(output) == "-":
+            stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", write_through=True)
+            try:
+                yield stream
+            finally:
+                stream.detach()  # else it would close standard output
+        elif output.exists() and not output.is_file():
+            with output.open("w", encoding="utf-8") as stream:
+                yield stream
+        else:
+            yield from _whole(output)
+    except OSError as error:
+        if str(output) == "-":
+            abandon()
+        raise DiskError(f"{output}: cannot be written: {error.strerror or error}") from None
+
+
+def _whole(output: Path) -> Iterator[IO[str]]:
+    scratch = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(output)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _sentence(prompt: TunedPrompt, found: Evaluation) -> str:
+    where = "the bundled sample" if found.source == "sample" else found.id
+    most = f"; always the most frequent label {found.majority:.3f}" if found.majority else ""
+    cut = f"; {found.cut_tokens} tokens cut" if found.cut_tokens else ""
+    return (
+        f"{prompt.task.name}, {found.split} of {where}: {found.metric} {found.value:.4f} ± {found.stderr:.4f} "
+        f"({found.n} examples{most}{cut})"
+    )

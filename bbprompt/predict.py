@@ -1,0 +1,300 @@
+"""A tuned prompt at work: labelling new texts and scoring a finished run again, from its directory alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from bbprompt.config import MethodConfig, TuneConfig
+from bbprompt.data import SplitName, data_digest, open_data
+from bbprompt.errors import ArtifactError, DataError, DiskError, UsageError
+from bbprompt.example import Example
+from bbprompt.metrics import majority, standard_error
+from bbprompt.oracle import Oracle, check_scores
+from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.readout import SpanReadout
+from bbprompt.result import Result
+from bbprompt.run import limited, open_oracle, reopen
+from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.scoring import labelled, score_split
+from bbprompt.task import Task
+from bbprompt.yamlfile import validate
+
+__all__ = ["Evaluation", "Prediction", "TunedPrompt", "load_prompt", "read_result"]
+
+_log = logging.getLogger(__name__)
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a tuned prompt says of one text.
+
+    Attributes:
+        label: The raw label of the task; the text of the chosen option; or the extracted answer.
+        probabilities: Label (or option text) -> probability, summing to 1; empty for extraction.
+    """
+
+    label: str
+    probabilities: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A score on a split.
+
+    Attributes:
+        split: Its name.
+        source: Kind of place the data came from: "path", "hub" or "sample".
+        id: The place.
+        metric: "accuracy" or "f1".
+        value: Mean over the examples, a fraction.
+        stderr: Its standard error.
+        n: Number of examples.
+        majority: Accuracy of the most frequent label; 0 where examples have options of their own.
+        cut_tokens: Tokens that did not fit the model.
+    """
+
+    split: str
+    source: str
+    id: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    majority: float
+    cut_tokens: int
+
+
+class TunedPrompt:
+    """A finished run, ready for use; made by `load_prompt`. Close it, or use it in a ``with`` block.
+
+    Attributes:
+        path: The run directory.
+        result: What the run said at its end.
+        task: Its task.
+        config: The settings it was started with.
+        point: The tuned intrinsic point, `(L, d)` float32.
+    """
+
+    def __init__(self, directory: RunDirectory, config: TuneConfig, oracle: Oracle, point: NDArray[np.float32]) -> None:
+        """For `load_prompt` only."""
+        where = str(directory.path / MANIFEST)
+        self.path = directory.path
+        self.result = read_result(directory)
+        self.task = validate(Task, directory.manifest["task"], where)
+        self.config = config
+        self.point = point
+        method = validate(MethodConfig, directory.manifest["method"], where)
+        self._readout = SpanReadout(method.support, method.legacy_decision)
+        self._tested = directory.manifest["data"]["test"]
+        self._oracle = oracle
+
+    def predict(self, inputs: Iterable[str | Mapping[str, Any]]) -> list[Prediction]:
+        """Label new inputs.
+
+        Args:
+            inputs: Texts, where the task reads a single field, or records with the fields of the template (and
+                `choices` where each example has options of its own). A label in a record is not looked at.
+
+        Raises:
+            UsageError: One text or record instead of several, or texts for a task of several fields.
+            DataError: An input lacks a field; it is named by its number, counted from 1.
+            OracleError: The model cannot be reached.
+        """
+        if isinstance(inputs, (str, Mapping)):
+            raise UsageError("predict takes a list: put the one text or record into brackets")
+        examples = []
+        for number, item in enumerate(inputs, start=1):
+            try:
+                examples.append(self.example(item))
+            except DataError as error:
+                raise DataError(f"input {number}: {error}") from None
+        return self.predict_examples(examples)
+
+    def example(self, item: str | Mapping[str, Any]) -> Example:
+        """Turn one input into an unlabelled example.
+
+        Raises:
+            UsageError: A bare text, and the task reads several fields.
+            DataError: A field is missing or wrong; the message does not say where.
+        """
+        if isinstance(item, str):
+            fields = self.task.field_names
+            if self.task.type != "single" or len(fields) != 1:
+                needed = [*fields, "choices"] if self.task.type == "choice" else fields
+                raise UsageError(
+                    f"the task {self.task.name} needs records with {', '.join(needed)}, not bare texts; "
+                    "give JSON Lines or TSV"
+                )
+            item = {fields[0]: item}
+        return self.task.example(item, labelled=False)
+
+    def predict_examples(self, examples: Sequence[Example]) -> list[Prediction]:
+        """Label examples, in order, whatever their labels say."""
+        predictions: list[Prediction] = []
+        extractive = self.task.type == "extractive"
+        longest = self._readout.longest_answer if extractive else None
+        for begin in range(0, len(examples), _AT_ONCE):
+            some = examples[begin : begin + _AT_ONCE]
+            batch = labelled(self.task, some, for_loss=False).batch
+            reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
+            scores = check_scores(reply, batch, 1)
+            if extractive:
+                predictions += [Prediction(answer, {}) for answer in self._readout.extracts(scores, batch)[0]]
+                continue
+            for example, shares in zip(some, self._readout.probabilities(scores, batch)[0], strict=True):
+                names = list(self.task.labels) if self.task.labelled else example.options
+                predictions.append(_prediction(names, shares))
+        return predictions
+
+    def evaluate(
+        self,
+        split: SplitName = "test",
+        data: str | None = None,
+        limit: int | None = None,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Evaluation:
+        """Score the prompt on a split.
+
+        Args:
+            split: A split of the data, whole: "dev" is not the few-shot dev set.
+            data: As `--data`; None for the data of the run.
+            limit: Most examples to score; None: the run's limit for its own test split, else all.
+            report: Told how many of how many examples are done.
+
+        Raises:
+            UsageError: There are no such data.
+            DataError: The split is missing, or a record is wrong.
+        """
+        source = open_data(self.task, data or self.config.data)
+        own = data is None and split == "test"
+        most = self.config.test_limit if limit is None and own else limit
+        examples = limited(source.split(split), most, self.config.seed)
+        if own and limit is None and data_digest(examples) != self._tested:
+            _log.warning("%s: the test data are not those that the run was scored on", source.id)
+        score = score_split(
+            self._oracle,
+            self._readout,
+            self.task,
+            examples,
+            self.point[None],
+            lambda done: report(done, len(examples)),
+        )
+        values = score.values[0]
+        gold = [example.label for example in examples]
+        return Evaluation(
+            split=split,
+            source=source.source,
+            id=str(source.id),
+            metric=self.task.metric,
+            value=float(values.mean()),
+            stderr=standard_error(values),
+            n=len(values),
+            majority=majority(gold, len(self.task.options)) if self.task.labelled else 0.0,
+            cut_tokens=score.cut,
+        )
+
+    def close(self) -> None:
+        """Let go of the model; closing twice is harmless."""
+        self._oracle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_prompt(
+    run_dir: Path | str,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None,
+    batch_tokens: int | None = None,
+    threads: int | None = None,
+) -> TunedPrompt:
+    """Open a finished run for use.
+
+    Args:
+        run_dir: Its directory.
+        device: Where the model runs; need not be where it was tuned.
+        dtype: Precision; None for that of the run.
+        batch_tokens: Tokens at once; None for the device's default.
+        threads: CPU threads; None for all cores.
+
+    Raises:
+        UsageError: There is no run, or it is not finished.
+        ArtifactError: Backbone or prompts are missing, or are not those the run was tuned with.
+        DiskError: A file of the run is damaged.
+    """
+    directory, config = reopen(Path(run_dir), writable=False)
+    with directory:
+        if not directory.finished:
+            raise UsageError(f"{run_dir}: this run is not finished; go on with `bbprompt resume {run_dir}`")
+        name = config.prompts or directory.manifest["method"]["prompts"]
+        prompt = ModularPrompt.load(resolve_prompts(name))
+        model = directory.manifest["model"]
+        if prompt.digest != model["prompts_digest"]:
+            raise ArtifactError(
+                f"prompts '{name}': not those that {run_dir} was tuned with (digest {prompt.digest[:12]}, "
+                f"then {model['prompts_digest'][:12]}); install the bbprompt version of the run or tune again"
+            )
+        point = _read_point(directory, (prompt.config.layers, prompt.config.intrinsic_dim))
+        oracle = open_oracle(
+            config.backend,
+            prompt,
+            backbone=config.backbone,
+            device=device,
+            dtype=dtype or config.dtype,
+            batch_tokens=batch_tokens or config.batch_tokens,
+            max_tokens=config.max_tokens,
+            threads=threads,
+        )
+        return TunedPrompt(directory, config, oracle, point)
+
+
+def read_result(directory: RunDirectory) -> Result:
+    """Read the result of a finished run.
+
+    Raises:
+        DiskError: It is missing or damaged.
+    """
+    try:
+        return Result.model_validate_json(directory.read_bytes(RESULT))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise DiskError(f"{directory.path / RESULT}: damaged: {where}: {first['msg']}; tune again") from None
+
+
+def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.float32]:
+    file = directory.path / PROMPT
+    try:
+        point = load(directory.read_bytes(PROMPT))["point"]
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DiskError(f"{file}: damaged ({error}); tune again") from None
+    if point.shape != shape or not np.isfinite(point).all():
+        raise DiskError(f"{file}: the point has shape {point.shape}, not {shape}, or is not finite; tune again")
+    return np.asarray(point, dtype=np.float32)
+
+
+def _prediction(names: Sequence[str], shares: NDArray[np.float64]) -> Prediction:
+    """The best option; options that read the same share their probability."""
+    probabilities: dict[str, float] = {}
+    for name, share in zip(names, shares, strict=True):
+        probabilities[name] = probabilities.get(name, 0.0) + float(share)
+    return Prediction(names[int(shares.argmax())], probabilities)

@@ -1,0 +1,97 @@
+"""What a finished run says: the content of `result.json`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["Before", "Calls", "DataUsed", "Result", "Seconds", "StageResult", "TestScore"]
+
+
+class _Values(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataUsed(_Values):
+    """Which data: `source` is "path", "hub" or "sample"; numbers of examples."""
+
+    source: str
+    id: str
+    train: int
+    dev: int
+    test: int
+
+
+class Calls(_Values):
+    """Calls by kind; train and dev are budgeted, test is one per prompt scored on the test split."""
+
+    train: int
+    dev: int
+    test: int
+
+
+class Before(_Values):
+    """The same model and prompts with nothing tuned.
+
+    `majority` is the accuracy of the most frequent label; 0 where the options belong to the example.
+    """
+
+    metric: str
+    dev: float
+    test: float
+    majority: float
+
+
+class StageResult(_Values):
+    """One stage: its calls, best train loss and seconds; dev and test of the prompt chosen at its end."""
+
+    name: str
+    optimizer: str
+    calls: int
+    train_loss: float
+    dev: float
+    test: float
+    seconds: float
+
+
+class TestScore(_Values):
+    """The returned prompt on the test split; a fraction with its standard error over n examples."""
+
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+
+class Seconds(_Values):
+    """Wall seconds, and where they went."""
+
+    total: float
+    oracle: float
+    optimizer: float
+    load: float
+    test: float
+
+
+class Result(_Values):
+    """A finished run. Fractions, not percent.
+
+    `digest` is a SHA-256 of what was found (prompt, calls, scores): equal for equal runs, whatever the clock
+    said.
+    """
+
+    task: str
+    data: DataUsed
+    method: str
+    backbone: str
+    prompts: str
+    backend: str
+    seed: int
+    budget: int
+    calls: Calls
+    before: Before
+    stages: tuple[StageResult, ...]
+    dev: float
+    test: TestScore
+    cut_tokens: int
+    seconds: Seconds
+    digest: str

@@ -1,0 +1,371 @@
+"""A run from settings to result: open everything, search, score the test split, write the result.
+
+Resuming is replay: the same search runs again from the manifest's settings, and what the journal holds is not
+asked for a second time. So a run that was killed ends with the result it would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from bbprompt import __version__
+from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.data import DataSource, open_data
+from bbprompt.errors import UsageError
+from bbprompt.evaluate import Evaluator
+from bbprompt.example import Example
+from bbprompt.fewshot import FewShot, sample
+from bbprompt.ledger import Ledger
+from bbprompt.metrics import majority, standard_error
+from bbprompt.oracle import Oracle
+from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.readout import SpanReadout
+from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
+from bbprompt.rundir import CURVE, PROMPT, RESULT, RunDirectory
+from bbprompt.scoring import SplitScore, labelled, score_split
+from bbprompt.task import Task, load_task
+from bbprompt.tuner import Found, Status, search
+
+__all__ = [
+    "Prepared",
+    "Watcher",
+    "default_directory",
+    "limited",
+    "open_oracle",
+    "prepare",
+    "reopen",
+    "run_digest",
+    "tune",
+]
+
+#: Libraries whose version may change a result.
+_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "botorch", "gpytorch")
+
+
+class Watcher:
+    """Hears of a run's progress; the base class is silent. The terminal display overrides what it shows."""
+
+    def prepared(self, run: Prepared) -> None:
+        """Everything is open; the search begins."""
+
+    def status(self, status: Status) -> None:
+        """A batch of calls is settled. Raising here stops the run, which can then be resumed."""
+
+    def testing(self, done: int, total: int) -> None:
+        """So many test examples are scored. Raising here stops the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run with everything open."""
+
+    config: TuneConfig
+    method: MethodConfig
+    task: Task
+    data: DataSource
+    few: FewShot
+    test: tuple[Example, ...]
+    prompt: ModularPrompt
+    oracle: Oracle
+    threads: int
+    load_seconds: float
+
+    @property
+    def readout(self) -> SpanReadout:
+        """How the method reads scores."""
+        return SpanReadout(self.method.support, self.method.legacy_decision)
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything that decides the result: settings, digests, versions, threads."""
+        info = self.oracle.info
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "method": self.method.model_dump(mode="json"),
+            "task": self.task.model_dump(mode="json"),
+            "data": {
+                "source": self.data.source,
+                "id": self.data.id,
+                "few_shot": self.few.digest,
+                "test": _digest(self.test),
+            },
+            "model": {
+                "backbone": info.backbone,
+                "backbone_digest": info.backbone_digest,
+                "prompts_digest": info.prompts_digest,
+                "precision": info.precision,
+                "device": info.device,
+                "max_tokens": info.max_tokens,
+            },
+            "threads": self.threads,
+            "versions": {
+                "bbprompt": __version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
+        }
+
+
+def open_oracle(
+    backend: str,
+    prompt: ModularPrompt,
+    *,
+    backbone: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> Oracle:
+    """Open a frozen model.
+
+    Args:
+        backend: "local".
+        prompt: The artifact behind the oracle.
+        backbone: Hub id or directory; None for the one the prompts were trained for.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto" (float32), "float32" or "bfloat16".
+        batch_tokens: Tokens at once; None for the device's default.
+        max_tokens: Longest sequence; None for the backbone's limit.
+        threads: CPU threads; None for all cores.
+
+    Raises:
+        UsageError: A backend or device that is not there.
+        ArtifactError: Backbone or prompts cannot be loaded or do not fit each other.
+    """
+    if backend != "local":
+        raise UsageError(f"--backend '{backend}': only 'local' is supported by this version")
+    import torch
+
+    from bbprompt.backends.backbone import load_backbone
+    from bbprompt.backends.local import LocalOracle
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
+    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    return LocalOracle(
+        load_backbone(backbone or prompt.config.backbone),
+        prompt,
+        device=chosen,
+        dtype="float32" if dtype == "auto" else dtype,
+        batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
+        max_tokens=max_tokens,
+    )
+
+
+def prepare(config: TuneConfig) -> Prepared:
+    """Open task, data, prompts and model; nothing is written and no call is made.
+
+    Raises:
+        UsageError: A setting is wrong, or the budget does not hold one population.
+        DataError: Data or artifact are wrong.
+    """
+    began = time.monotonic()
+    task = load_task(config.task)
+    method = method_with(load_method(config.method), config.set)
+    if config.budget < method.least_budget:
+        raise UsageError(
+            f"--budget {config.budget}: method {method.name} needs at least {method.least_budget} calls "
+            "(the untuned prompt, one population and one look at dev)"
+        )
+    data = open_data(task, config.data)
+    few = sample(task, data.split("train"), config.seed, config.shots)
+    test = limited(data.split("test"), config.test_limit, config.seed)
+    prompt = ModularPrompt.load(resolve_prompts(config.prompts or method.prompts))
+    oracle = open_oracle(
+        config.backend,
+        prompt,
+        backbone=config.backbone,
+        device=config.device,
+        dtype=config.dtype,
+        batch_tokens=config.batch_tokens,
+        max_tokens=config.max_tokens,
+        threads=config.threads,
+    )
+    threads = config.threads or os.cpu_count() or 1
+    return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
+
+
+def limited(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[Example, ...]:
+    """At most `limit` examples, drawn by the seed and kept in their order; all of them without a limit."""
+    if limit is None or limit >= len(examples):
+        return tuple(examples)
+    order = np.random.default_rng(seed).permutation(len(examples))[:limit]
+    return tuple(examples[i] for i in sorted(order.tolist()))
+
+
+def default_directory(run: Prepared) -> Path:
+    """`runs/<task>-<method>-<seed>-<digest>`."""
+    digest = run_digest(run.manifest())[:8]
+    return Path("runs") / f"{run.task.name}-{run.method.name}-{run.config.seed}-{digest}"
+
+
+def reopen(path: Path, *, writable: bool) -> tuple[RunDirectory, TuneConfig]:
+    """Open a run directory with the settings it began with."""
+    directory = RunDirectory.open(path, writable=writable)
+    return directory, TuneConfig.model_validate(directory.manifest["config"])
+
+
+def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
+    """Run, or go on with, a search in its directory and write its result.
+
+    Raises:
+        DiskError: A file cannot be written.
+        ResumeMismatch: The directory's run began with other settings, data, model or code.
+        Interrupted: The watcher asked to stop.
+    """
+    watcher = watcher or Watcher()
+    directory.check_manifest(run.manifest())
+    began = time.monotonic()
+    clock = _Clock(_old_seconds(directory), began)
+    ledger = Ledger(directory.journal(), run.config.budget)
+    train = labelled(run.task, run.few.train, for_loss=True)
+    dev = labelled(run.task, run.few.dev, for_loss=True)
+    evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev)
+    watcher.prepared(run)
+
+    def report(status: Status) -> None:
+        directory.append_curve(
+            status.calls, status.stage, status.train_loss, status.dev_metric, clock.row(ledger.unclaimed > 0)
+        )
+        watcher.status(status)
+
+    found = search(run.method, run.prompt.space, evaluator, run.config.seed, report)
+    searched = time.monotonic()
+    points, which = np.unique(found.points.astype(np.float32), axis=0, return_inverse=True)
+    score = score_split(
+        run.oracle, run.readout, run.task, run.test, points, lambda done: watcher.testing(done, len(run.test))
+    )
+    ended = time.monotonic()
+    seconds = Seconds(
+        total=round(clock.before + ended - began + run.load_seconds, 3),
+        oracle=round(evaluator.oracle_seconds, 3),
+        optimizer=round(found.optimizer_seconds, 3),
+        load=round(run.load_seconds, 3),
+        test=round(ended - searched, 3),
+    )
+    calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
+    result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
+    directory.write_bytes(PROMPT, save(_tensors(found)))
+    directory.write_json(RESULT, result.model_dump(mode="json"))
+    return result
+
+
+def _result(
+    run: Prepared,
+    found: Found,
+    score: SplitScore,
+    which: np.ndarray,
+    calls: Calls,
+    cut: int,
+    seconds: Seconds,
+) -> Result:
+    metric = run.task.metric
+    tests = [score.values[row] for row in which]
+    gold = [example.label for example in run.test]
+    most = majority(gold, len(run.task.options)) if run.task.labelled else 0.0
+    stages = tuple(
+        StageResult(
+            name=trace.name,
+            optimizer=trace.optimizer,
+            calls=trace.calls,
+            train_loss=trace.train_loss,
+            dev=trace.chosen.dev_metric,
+            test=float(values.mean()),
+            seconds=round(trace.seconds, 3),
+        )
+        for trace, values in zip(found.stages, tests[1:], strict=True)
+    )
+    final = tests[-1]
+    what = {
+        "point": hashlib.sha256(found.chosen.incumbent.point.astype("<f4").tobytes()).hexdigest(),
+        "calls": calls.model_dump(),
+        "dev": found.chosen.dev_metric.hex(),
+        "train": [trace.train_loss.hex() for trace in found.stages],
+        "test": float(final.mean()).hex(),
+    }
+    return Result(
+        task=run.task.name,
+        data=DataUsed(
+            source=run.data.source,
+            id=str(run.data.id),
+            train=len(run.few.train),
+            dev=len(run.few.dev),
+            test=len(run.test),
+        ),
+        method=run.method.name,
+        backbone=run.oracle.info.backbone,
+        prompts=run.config.prompts or run.method.prompts,
+        backend=run.config.backend,
+        seed=run.config.seed,
+        budget=run.config.budget,
+        calls=calls,
+        before=Before(metric=metric, dev=found.before.dev_metric, test=float(tests[0].mean()), majority=most),
+        stages=stages,
+        dev=found.chosen.dev_metric,
+        test=TestScore(metric=metric, value=float(final.mean()), stderr=standard_error(final), n=len(final)),
+        cut_tokens=cut + score.cut,
+        seconds=seconds,
+        digest=run_digest(what),
+    )
+
+
+def _tensors(found: Found) -> dict[str, np.ndarray]:
+    """What was tuned: the point, and the router it came from where there is one."""
+    chosen = found.chosen.incumbent
+    tensors = {"point": chosen.point.astype(np.float32)}
+    if chosen.router is not None:
+        tensors["router"] = chosen.router.astype(np.float32)
+    return tensors
+
+
+def run_digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    from bbprompt.journal import canonical_json
+
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def _digest(examples: tuple[Example, ...]) -> str:
+    from bbprompt.data import data_digest
+
+    return data_digest(examples)
+
+
+class _Clock:
+    """Seconds of the curve: replayed rows keep what they had, new rows count on from the last of them."""
+
+    def __init__(self, old: list[float], began: float) -> None:
+        self._old, self._began, self._row = old, began, 0
+        self.before = old[-1] if old else 0.0
+
+    def row(self, replayed: bool) -> float:
+        """Seconds for the next row."""
+        self._row += 1
+        if replayed and self._row <= len(self._old):
+            return self._old[self._row - 1]
+        return self.before + time.monotonic() - self._began
+
+
+def _old_seconds(directory: RunDirectory) -> list[float]:
+    if not (directory.path / CURVE).is_file():
+        return []
+    lines = directory.read_bytes(CURVE).decode("utf-8", errors="replace").splitlines()[1:]
+    seconds = []
+    for line in lines:
+        try:
+            seconds.append(float(line.rsplit(",", 1)[1]))
+        except (IndexError, ValueError):
+            break  # the curve is not durable row by row: its last row may be torn
+    return seconds

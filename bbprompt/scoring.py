@@ -1,0 +1,100 @@
+"""Scoring labelled examples under given points: few-shot batches, whole splits, and new texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bbprompt.example import Answer, Example
+from bbprompt.metrics import accuracy, answer_f1
+from bbprompt.oracle import Oracle, Scores, TextBatch, check_scores
+from bbprompt.readout import SpanReadout
+from bbprompt.task import Task
+
+__all__ = ["Labelled", "SplitScore", "labelled", "metric_values", "score_split"]
+
+_TEXTS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A batch with what is right.
+
+    Attributes:
+        batch: The N texts.
+        gold: Index of the right option of each text; -1 for extraction.
+        answers: Extraction: the accepted answers of each text.
+    """
+
+    batch: TextBatch
+    gold: tuple[int, ...]
+    answers: tuple[tuple[Answer, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitScore:
+    """Metric values `(n, N)` of n points on the N examples of a split, and how many tokens were cut."""
+
+    values: NDArray[np.float64]
+    cut: int
+
+
+def labelled(task: Task, examples: Sequence[Example], for_loss: bool) -> Labelled:
+    """Write examples out for the model.
+
+    Args:
+        task: Their task.
+        examples: At least one.
+        for_loss: Extraction: the first known answer goes along, so that its loss can be asked for and a
+            context that is too long is cut around it. Never so for a test split.
+    """
+    forms = tuple(task.render(example) for example in examples)
+    extractive = task.type == "extractive"
+    known: tuple[Answer | None, ...] = ()
+    if extractive:
+        known = tuple(example.answers[0] if for_loss and example.answers else None for example in examples)
+    return Labelled(
+        TextBatch(forms, known),
+        tuple(example.label for example in examples),
+        tuple(example.answers for example in examples),
+    )
+
+
+def metric_values(task: Task, readout: SpanReadout, scores: Scores, data: Labelled) -> NDArray[np.float64]:
+    """Metric of each candidate on each text, `(n, N)`: accuracy 0/1, or the F1 of the extracted answer."""
+    if task.type == "extractive":
+        return np.array(
+            [
+                [answer_f1(given, answers) for given, answers in zip(row, data.answers, strict=True)]
+                for row in readout.extracts(scores, data.batch)
+            ]
+        )
+    return np.array([accuracy(row, data.gold) for row in readout.choices(scores, data.batch)])
+
+
+def score_split(
+    oracle: Oracle,
+    readout: SpanReadout,
+    task: Task,
+    examples: Sequence[Example],
+    points: NDArray[np.floating],
+    report: Callable[[int], None] = lambda done: None,
+) -> SplitScore:
+    """Metric of `points` `(n, L, d)` on every example; `report` is told how many examples are done."""
+    longest = readout.longest_answer if task.type == "extractive" else None
+    pieces, cut = [], 0
+    for begin in range(0, len(examples), _TEXTS_AT_ONCE):
+        data = labelled(task, examples[begin : begin + _TEXTS_AT_ONCE], for_loss=False)
+        scores = check_scores(
+            oracle.score(data.batch, points, readout.support, longest),
+            data.batch,
+            len(points),
+            answers=longest is not None,
+        )
+        pieces.append(metric_values(task, readout, scores, data))
+        cut += scores.cut
+        report(begin + len(data.gold))
+    return SplitScore(np.concatenate(pieces, axis=1), cut)

@@ -1,0 +1,184 @@
+"""The search: the untuned prompt, stage I, stage II, and the explicit choice among what was looked at.
+
+One loop for both stages: ask, score on train, tell; now and then look at the incumbent on dev. Which prompt
+is returned is decided by dev (and train) alone, by the method's `select` rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bbprompt.config import MethodConfig
+from bbprompt.evaluate import Evaluator
+from bbprompt.prompts import PromptSpace
+from bbprompt.stages import Incumbent, Stage, prompt_stage, router_stage
+
+_T = TypeVar("_T")
+
+__all__ = ["Found", "Look", "StageTrace", "Status", "search"]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """An incumbent with what train and dev say of it."""
+
+    incumbent: Incumbent
+    dev_loss: float
+    dev_metric: float
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Where the search stands: for the progress bar and the curve."""
+
+    calls: int
+    stage: str
+    train_loss: float
+    dev_metric: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageTrace:
+    """One finished stage.
+
+    Attributes:
+        name: "router" or "prompt".
+        optimizer: What drove it.
+        calls: Train and dev calls it made.
+        train_loss: Loss of its incumbent.
+        chosen: The look that the method's rule preferred at its end, which may stem from before the stage.
+        seconds: Wall time.
+    """
+
+    name: str
+    optimizer: str
+    calls: int
+    train_loss: float
+    chosen: Look
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the search returns."""
+
+    before: Look
+    stages: tuple[StageTrace, ...]
+    chosen: Look
+    optimizer_seconds: float
+
+    @property
+    def points(self) -> NDArray[np.float64]:
+        """The untuned point and the one chosen after each stage, `(1 + stages, L, d)`."""
+        return np.stack([self.before.incumbent.point, *(stage.chosen.incumbent.point for stage in self.stages)])
+
+
+def search(
+    method: MethodConfig,
+    space: PromptSpace,
+    evaluator: Evaluator,
+    seed: int,
+    report: Callable[[Status], None],
+) -> Found:
+    """Spend the evaluator's budget on the method's stages.
+
+    Args:
+        method: Stages and the rule of choice.
+        space: What is searched.
+        evaluator: Scores candidates; its budget bounds everything.
+        seed: Of the optimizers.
+        report: Told after every batch of calls.
+    """
+    run = _Search(method, evaluator, report)
+    even = space.even()
+    before = run.look(Incumbent(even, float(evaluator.train(even[None])[0])))
+    run.report("start", before.incumbent.loss)
+    traces = []
+    if method.router is not None:
+        stage: Stage = router_stage(method.router, space, method.rule, before.incumbent, seed)
+        traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most=method.router.calls))
+    if method.prompt is not None:
+        start = run.chosen.incumbent
+        stage = prompt_stage(method.prompt, start, seed)
+        traces.append(run.stage(stage, method.prompt.popsize, method.prompt.dev_every, most=None))
+    return Found(before, tuple(traces), run.chosen, run.optimizer_seconds)
+
+
+class _Search:
+    """What the stages of one search share: the looks taken so far."""
+
+    def __init__(self, method: MethodConfig, evaluator: Evaluator, report: Callable[[Status], None]) -> None:
+        self._method, self._evaluator, self._report = method, evaluator, report
+        self._looks: list[Look] = []
+        self.optimizer_seconds = 0.0
+
+    @property
+    def chosen(self) -> Look:
+        """The look that the method's rule prefers; the earliest of equals."""
+        return min(self._looks, key=self._rank)
+
+    def look(self, incumbent: Incumbent) -> Look:
+        """Score an incumbent on dev, unless that was done: one call."""
+        for known in self._looks:
+            if np.array_equal(known.incumbent.point, incumbent.point):
+                return known
+        self._looks.append(Look(incumbent, *self._evaluator.dev(incumbent.point)))
+        return self._looks[-1]
+
+    def report(self, stage: str, train_loss: float) -> None:
+        """Tell where the search stands."""
+        self._report(Status(self._evaluator.spent, stage, train_loss, self.chosen.dev_metric))
+
+    def stage(self, stage: Stage, size: int, dev_every: int, most: int | None) -> StageTrace:
+        """Run one stage until its calls, the budget or its optimizer end.
+
+        An ask is only made when the budget holds all of it and the look that may follow; what is left is not
+        spent.
+        """
+        began, first, train_calls = time.monotonic(), self._evaluator.spent, 0
+        next_look = dev_every
+        while stage.stop is None and size + 1 <= self._evaluator.left:
+            if most is not None and train_calls + size > most:
+                break
+            points = self._timed(stage.ask)
+            losses = self._evaluator.train(points)
+            self._timed(functools.partial(stage.tell, losses))
+            train_calls += len(points)
+            if train_calls >= next_look:
+                self.look(stage.incumbent)
+                next_look += dev_every * ((train_calls - next_look) // dev_every + 1)
+            self.report(stage.name, stage.incumbent.loss)
+        if self._evaluator.left:
+            self.look(stage.incumbent)
+        self.report(stage.name, stage.incumbent.loss)
+        return StageTrace(
+            stage.name,
+            stage.optimizer,
+            self._evaluator.spent - first,
+            stage.incumbent.loss,
+            self.chosen,
+            time.monotonic() - began,
+        )
+
+    def _timed(self, work: Callable[[], _T]) -> _T:
+        began = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.optimizer_seconds += time.monotonic() - began
+
+    def _rank(self, look: Look) -> float:
+        match self._method.select:
+            case "dev-loss":
+                return look.dev_loss
+            case "pooled-loss":
+                return look.dev_loss + look.incumbent.loss
+            case "dev-metric":
+                return -look.dev_metric

@@ -1,0 +1,226 @@
+"""Settings: bundled methods, changes to them, and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from bbprompt.config import (
+    MethodConfig,
+    PromptStageConfig,
+    RouterStageConfig,
+    TuneConfig,
+    load_method,
+    method_names,
+    method_with,
+    parse_set,
+)
+from bbprompt.errors import UsageError
+from bbprompt.router import CODE, PAPER, GateRule
+
+
+def test_the_bundled_methods() -> None:
+    assert {"mp2-deep", "mp2-deep-code", "mp2-shallow", "mp2-shallow-code"} <= set(method_names())
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_bundled_method_loads(name: str) -> None:
+    method = load_method(name)
+    assert method.name == name, "the name in the file is that of the file"
+    assert method.summary
+    assert method.source
+    assert method_with(method, {}) == method
+    assert MethodConfig.model_validate(method.model_dump(mode="json")) == method
+    assert 4 <= method.least_budget <= 30
+
+
+def test_the_papers_settings() -> None:
+    deep, shallow = load_method("mp2-deep"), load_method("mp2-shallow")
+    assert deep.rule is shallow.rule is PAPER
+    assert deep.router is not None
+    assert shallow.router is not None
+    assert deep.prompt is not None
+    assert shallow.prompt is not None
+    assert (deep.router.calls, shallow.router.calls) == (100, 200)
+    assert deep.router.kappa == shallow.router.kappa == 2.0
+    assert deep.prompt.popsize == shallow.prompt.popsize == 20
+    assert (deep.prompt.layout, deep.prompt.sigma_first, deep.prompt.sigma) == ("layerwise", 0.05, 0.01)
+    assert (shallow.prompt.layout, shallow.prompt.sigma_first) == ("joint", 0.1)
+
+
+def test_the_released_settings() -> None:
+    deep = load_method("mp2-deep-code")
+    assert deep.rule is CODE
+    assert deep.router is not None
+    assert deep.prompt is not None
+    assert (deep.router.space, deep.router.random, deep.router.batch) == ("continuous", 20, 1)
+    assert (deep.prompt.sigma_first, deep.prompt.sigma, deep.prompt.bound) == (0.5, 0.1, 5.0)
+    assert (deep.prompt.keep, deep.support, deep.legacy_decision, deep.select) == (
+        "all-time",
+        "sequence",
+        True,
+        "dev-metric",
+    )
+
+
+def test_a_rule_of_ones_own() -> None:
+    method = method_with(load_method("mp2-deep"), {"mixing": "normalized"})
+    assert method.rule == GateRule("binary", "normalized")
+
+
+def test_a_method_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "name: mine\nsummary: s\nsource: me\nprompts: p\ngates: sigmoid\nmixing: mean\n"
+        "prompt: {layout: joint, sigma_first: 1e-2, sigma: 0.5}\n"
+    )
+    method = load_method(str(file))
+    assert method.router is None
+    assert method.prompt == PromptStageConfig(layout="joint", sigma_first=0.01, sigma=0.5)
+    assert method.least_budget == 23
+    file.write_text(file.read_text() + "colour: red\n")
+    with pytest.raises(UsageError, match=r"mine\.yaml: unknown key 'colour'"):
+        load_method(str(file))
+
+
+def test_an_unknown_method() -> None:
+    with pytest.raises(UsageError, match=r"there is no method 'mp2-dep'; did you mean 'mp2-deep'\?"):
+        load_method("mp2-dep")
+    with pytest.raises(UsageError, match=r"no such file"):
+        load_method("nowhere/mine.yaml")
+
+
+# ----------------------------------------------------------------------------------------------- --set
+
+
+def test_set_changes_what_it_names() -> None:
+    method = load_method("mp2-deep")
+    changed = method_with(method, {"router.calls": 40, "prompt.sigma": 0.5, "select": "dev-loss", "prompt.bound": 2})
+    assert changed.router == method.router.model_copy(update={"calls": 40})  # type: ignore[union-attr]
+    assert changed.prompt == method.prompt.model_copy(update={"sigma": 0.5, "bound": 2.0})  # type: ignore[union-attr]
+    assert changed.select == "dev-loss"
+    assert load_method("mp2-deep") == method
+
+
+def test_set_leaves_a_stage_out() -> None:
+    method = method_with(load_method("mp2-deep"), {"router": None})
+    assert method.router is None
+    with pytest.raises(UsageError, match=r"--set router\.calls: the method mp2-deep has no such setting"):
+        method_with(method, {"router.calls": 3})
+
+
+@pytest.mark.parametrize("key", ["colour", "router.colour", "router.calls.more", "nothing.calls", "", ".", "router."])
+def test_set_of_an_unknown_key(key: str) -> None:
+    with pytest.raises(UsageError, match="has no such setting"):
+        method_with(load_method("mp2-deep"), {key: 1})
+
+
+BAD: list[tuple[str, Any]] = [
+    ("router.calls", 0),
+    ("router.calls", 2.5),
+    ("router.calls", True),
+    ("router.calls", 3),  # less than one batch
+    ("router.kappa", -1.0),
+    ("router.kappa", float("nan")),
+    ("router.kappa", float("inf")),
+    ("router.optimizer", "adam"),
+    ("prompt.popsize", 1),
+    ("prompt.sigma", 0.0),
+    ("prompt.sigma", float("nan")),
+    ("prompt.sigma_first", float("inf")),
+    ("prompt.bound", -2),
+    ("prompt.layout", "deep"),
+    ("gates", "tanh"),
+    ("select", "test"),
+    ("name", 3),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD)
+def test_set_of_a_wrong_value(key: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=key.split(".")[0]) as caught:
+        method_with(load_method("mp2-deep"), {key: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_parse_set() -> None:
+    pairs = [
+        "router.calls=40",
+        "prompt.sigma=1e-2",
+        "router=null",
+        "select=dev-loss",
+        "router.warm_start=false",
+        "a=b=c",
+    ]
+    assert parse_set(pairs) == {
+        "router.calls": 40,
+        "prompt.sigma": "1e-2",
+        "router": None,
+        "select": "dev-loss",
+        "router.warm_start": False,
+        "a": "b=c",
+    }
+    changed = method_with(load_method("mp2-deep"), parse_set(["prompt.sigma=1e-2"]))
+    assert changed.prompt is not None
+    assert changed.prompt.sigma == 0.01
+    assert parse_set([]) == {}
+
+
+@pytest.mark.parametrize(
+    "pair", ["router.calls", "=3", "router.calls=[1]", "router={calls: 3}", "select='open", "x=&a 1 *b"]
+)
+def test_parse_set_refuses(pair: str) -> None:
+    with pytest.raises(UsageError, match="--set"):
+        parse_set([pair])
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: lcqmc\nbudget: 500\nseed: 3\nset:\n  router.calls: 8\n")
+    config = TuneConfig.from_file(file, {"budget": 900, "seed": None, "device": "cpu"})
+    assert (config.task, config.budget, config.seed, config.device) == ("lcqmc", 900, 3, "cpu")
+    assert config.set == {"router.calls": 8}
+    assert TuneConfig.from_file(None, {"task": "lcqmc"}) == TuneConfig(task="lcqmc")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("task: lcqmc\nbudge: 5\n", r"run\.yaml: unknown key 'budge'; did you mean 'budget'"),
+        ("budget: 5\n", r"run\.yaml: the key 'task' is missing"),
+        ("task: lcqmc\nbudget: many\n", r"run\.yaml: budget: "),
+        ("task: lcqmc\nbudget: true\n", r"run\.yaml: budget: "),
+        ("task: lcqmc\nseed: -1\n", r"run\.yaml: seed: "),
+        ("task: lcqmc\nshots: 0\n", r"run\.yaml: shots: "),
+        ("task: lcqmc\ndevice: tpu\n", r"run\.yaml: device: "),
+        ("task: lcqmc\ndtype: float16\n", r"run\.yaml: dtype: "),
+    ],
+)
+def test_a_wrong_file(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        TuneConfig.from_file(file, {})
+
+
+def test_a_wrong_flag() -> None:
+    with pytest.raises(UsageError, match=r"command line: device: "):
+        TuneConfig.from_file(None, {"task": "lcqmc", "device": "tpu"})
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        TuneConfig(task="lcqmc").budget = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        RouterStageConfig(calls=8).calls = 3  # type: ignore[misc]
+
+
+def test_a_manifest_gives_the_settings_back() -> None:
+    config = TuneConfig(task="lcqmc", budget=50, set={"router.calls": 8, "router": None})
+    assert TuneConfig.model_validate(config.model_dump(mode="json")) == config

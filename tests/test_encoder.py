@@ -1,0 +1,192 @@
+"""The thin forward against stock transformers models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from reference import plain_states
+
+from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.errors import ArtifactError
+
+KINDS = ("bert", "roberta", "electra")
+LENGTHS = (5, 40, 9, 23, 24, 5, 1, 38)
+
+
+@pytest.fixture(scope="module")
+def models(tiny_bert_dir: Path, tiny_roberta_dir: Path) -> dict[str, Any]:
+    from transformers import ElectraConfig, ElectraModel
+
+    from bbprompt.backends.backbone import load_backbone
+
+    config = ElectraConfig(
+        vocab_size=400,
+        embedding_size=16,  # narrower than the states, as published: a projection stands between
+        hidden_size=tiny.HIDDEN,
+        num_hidden_layers=tiny.LAYERS,
+        num_attention_heads=tiny.HEADS,
+        intermediate_size=tiny.FFN,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        electra = ElectraModel(config).eval()
+    return {
+        "bert": load_backbone(str(tiny_bert_dir)).model,
+        "roberta": load_backbone(str(tiny_roberta_dir)).model,
+        "electra": electra,
+    }
+
+
+def texts(seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(5, 300, size).tolist() for size in LENGTHS]
+
+
+def run(encoder: Encoder, ids: list[list[int]], prompts: torch.Tensor | None = None, first: int = 1) -> list[Any]:
+    """Last states of each text from our forward, prompts `(L, P, H)` added before each layer."""
+    layout = pack([len(text) for text in ids])
+    states = encoder.embed(ids, layout)[None]
+    for index in range(len(encoder.layers)):
+        if prompts is not None and index < len(prompts):
+            slots = (layout.starts[:, None] + torch.arange(first, first + prompts.shape[1])).flatten()
+            states = states.index_add(1, slots, prompts[index].repeat(len(ids), 1)[None])
+        states = encoder.layer(index, states, layout)
+    return [states[0, at : at + len(text)] for at, text in zip(layout.starts.tolist(), ids, strict=True)]
+
+
+def largest_difference(ours: list[Any], theirs: list[np.ndarray]) -> float:
+    assert [tuple(one.shape) for one in ours] == [other.shape for other in theirs]
+    return max(float(np.abs(one.float().numpy() - other).max()) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("prepack", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_stock_forward(models: dict[str, Any], kind: str, prepack: bool) -> None:
+    ids = texts()
+    with torch.inference_mode():
+        ours = run(Encoder(models[kind], prepack=prepack), ids)
+    assert largest_difference(ours, plain_states(models[kind], ids)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_injection_equals_a_hook_before_each_layer(models: dict[str, Any], kind: str) -> None:
+    ids = [text for text in texts() if len(text) > 4]
+    prompts = np.random.default_rng(1).normal(size=(tiny.LAYERS, 3, tiny.HIDDEN)).astype(np.float32)
+    with torch.inference_mode():
+        ours = run(Encoder(models[kind]), ids, torch.from_numpy(prompts))
+        bare = run(Encoder(models[kind]), ids)
+    assert largest_difference(ours, plain_states(models[kind], ids, prompts)) < 1e-5
+    assert largest_difference(ours, [one.numpy() for one in bare]) > 0.1, "the prompts must be visible"
+
+
+def test_a_zero_prompt_is_no_prompt(models: dict[str, Any]) -> None:
+    ids = [text for text in texts() if len(text) > 4]
+    with torch.inference_mode():
+        encoder = Encoder(models["bert"])
+        zero = run(encoder, ids, torch.zeros(tiny.LAYERS, 3, tiny.HIDDEN))
+        none = run(encoder, ids)
+    assert all(torch.equal(one, other) for one, other in zip(zero, none, strict=True))
+
+
+def test_a_shallow_prompt_is_added_once(models: dict[str, Any]) -> None:
+    ids = [text for text in texts() if len(text) > 4]
+    prompts = np.random.default_rng(1).normal(size=(1, 3, tiny.HIDDEN)).astype(np.float32)
+    with torch.inference_mode():
+        ours = run(Encoder(models["bert"]), ids, torch.from_numpy(prompts))
+    assert largest_difference(ours, plain_states(models["bert"], ids, prompts)) < 1e-5
+
+
+def test_token_type_is_fed_at_every_position(models: dict[str, Any]) -> None:
+    ids = texts()
+    with torch.inference_mode():
+        ours = run(Encoder(models["bert"], token_type=1), ids)
+    assert largest_difference(ours, plain_states(models["bert"], ids, token_type=1)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_read_rows_equal_those_of_the_whole_layer(models: dict[str, Any], kind: str) -> None:
+    ids = texts()
+    layout = pack([len(text) for text in ids])
+    encoder = Encoder(models[kind])
+    rng = np.random.default_rng(2)
+    read = layout.starts[:, None] + torch.tensor([rng.integers(0, len(text), 6).tolist() for text in ids])
+    with torch.inference_mode():
+        states = encoder.embed(ids, layout)[None].repeat(3, 1, 1)
+        states = states + torch.from_numpy(rng.normal(0, 0.1, states.shape).astype(np.float32))
+        whole = encoder.layer(1, states, layout)
+        rows = encoder.layer(1, states, layout, read)
+    assert rows.shape == (3, len(ids), 6, tiny.HIDDEN)
+    assert (rows - whole[:, read]).abs().max() < 1e-5
+
+
+def test_candidates_run_side_by_side(models: dict[str, Any]) -> None:
+    ids = texts()
+    layout = pack([len(text) for text in ids])
+    encoder = Encoder(models["bert"])
+    with torch.inference_mode():
+        states = torch.randn(4, sum(LENGTHS), tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
+        together = encoder.layer(0, states, layout)
+        apart = torch.cat([encoder.layer(0, one[None], layout) for one in states])
+    assert (together - apart).abs().max() < 1e-5
+
+
+def test_with_and_without_gradients(models: dict[str, Any]) -> None:
+    ids = texts()
+    encoder = Encoder(models["bert"])
+    with torch.inference_mode():
+        forward = run(encoder, ids)
+    prompts = torch.zeros(tiny.LAYERS, 1, tiny.HIDDEN, requires_grad=True)
+    training = run(encoder, ids, prompts, first=0)
+    assert largest_difference(forward, [one.detach().numpy() for one in training]) < 1e-5
+    sum(one.square().sum() for one in training).backward()  # type: ignore[union-attr]
+    assert prompts.grad is not None
+    assert (prompts.grad.abs().amax((1, 2)) > 0).all()
+    assert all(parameter.grad is None for parameter in models["bert"].parameters())
+
+
+def test_bfloat16_is_near(models: dict[str, Any]) -> None:
+    ids = texts()
+    with torch.inference_mode():
+        ours = run(Encoder(models["bert"], torch.bfloat16), ids)
+    assert ours[0].dtype == torch.bfloat16
+    theirs = np.concatenate(plain_states(models["bert"], ids))
+    mine = torch.cat(ours).float().numpy()
+    assert np.abs(mine - theirs).mean() < 0.05
+
+
+def test_layout() -> None:
+    layout = pack(LENGTHS, slack=16)
+    assert [LENGTHS[i] for i in layout.order] == sorted(LENGTHS)
+    covered = sorted(
+        row for at, size in zip(layout.starts.tolist(), LENGTHS, strict=True) for row in range(at, at + size)
+    )
+    assert covered == list(range(sum(LENGTHS)))
+    first = 0
+    for group in layout.groups:
+        sizes = [LENGTHS[i] for i in group.texts.tolist()]
+        assert max(sizes) - min(sizes) < 16
+        assert group.first == first
+        assert group.mask.sum().item() == len(group.cells) == sum(sizes)
+        # The grid's cells give back the rows in order.
+        assert group.rows.flatten()[group.cells].tolist() == list(range(sum(sizes)))
+        first += sum(sizes)
+    assert first == sum(LENGTHS)
+    assert [len(group.texts) for group in layout.groups] == [4, 3, 1]
+
+
+def test_other_models_are_refused() -> None:
+    from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+    small = {"vocab_size": 50, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+    with pytest.raises(ArtifactError, match="type 'distilbert' with activation"):
+        Encoder(DistilBertModel(DistilBertConfig(**small)))
+    sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ArtifactError, match="activation 'relu'"):
+        Encoder(BertModel(BertConfig(**sizes, intermediate_size=8, hidden_act="relu")))

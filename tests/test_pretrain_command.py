@@ -1,0 +1,89 @@
+"""`bbprompt pretrain mp2` up to the training itself, and the recipes that come with the package."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bbprompt import cli
+from bbprompt.commands import pretrain as command
+from bbprompt.pretrain import run
+from bbprompt.pretrain.mp2 import PretrainConfig, Progress
+
+Calls = list[tuple[PretrainConfig, Path, Path | None, dict[str, Any]]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What the training was called with; it pretends to have done three steps."""
+    made: Calls = []
+
+    def pretrain(
+        config: PretrainConfig,
+        out: Path,
+        data: Path | None,
+        report: Callable[[Progress, int], None],
+        **settings: Any,
+    ) -> dict[str, float]:
+        made.append((config, out, data, settings))
+        for step in (1, 2, 3):
+            report(Progress(step, 1.25, 0.5, 1000.0, 120.0), config.steps)
+        return {"one": 0.5, "two": 0.75}
+
+    monkeypatch.setattr(run, "pretrain", pretrain)
+    return made
+
+
+@pytest.mark.parametrize("name", command._names())
+def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
+    file = command._RECIPES / f"{name}.yaml"
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert set(values) == set(PretrainConfig.model_fields)
+    assert command._recipe(name, Path()).kind == name
+
+
+def test_a_bundled_recipe_by_name(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["pretrain", "mp2", "--config", "mp2-shallow", "--device", "cpu", "--data", "somewhere"]) == 0
+    ((config, out, data, settings),) = calls
+    assert (config.kind, out, data) == ("mp2-shallow", Path("runs/pretrain-mp2-shallow"), Path("somewhere"))
+    assert settings == {"resume": False, "device": "cpu"}
+    out_text, err = capsys.readouterr()
+    assert "mean                     0.625" in out_text
+    assert out_text.endswith("Next: bbprompt tune --task lcqmc --prompts runs/pretrain-mp2-shallow/artifact\n")
+    assert "pretrain: 1/2400 steps, loss 1.250, accuracy 0.50, 1000 tokens/s, 2 min left" in err
+
+
+def test_going_on_takes_the_recipe_of_the_directory(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = PretrainConfig(kind="mp2-deep", steps=7, clip=1e-05).model_dump(mode="json")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    assert cli.run(["pretrain", "mp2", "--resume", str(tmp_path), "--json", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert json.loads(out) == {
+        "artifact": str(tmp_path / "artifact"),
+        "validation": {"one": 0.5, "two": 0.75},
+        "mean": 0.625,
+    }
+    ((config, folder, _, settings),) = calls
+    assert config.model_dump(mode="json") == recipe
+    assert (folder, settings["resume"]) == (tmp_path, True)
+
+
+def test_a_wrong_recipe(tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("kind: mp2-deep\nstepps: 3\n", encoding="utf-8")
+    assert cli.run(["pretrain", "mp2", "--config", str(file)]) == 2
+    assert "unknown key 'stepps'; did you mean 'steps'" in capsys.readouterr().err
+    assert cli.run(["pretrain", "mp2", "--resume", str(tmp_path)]) == 2
+    assert "no recipe.json" in capsys.readouterr().err
+    assert not calls

@@ -1,0 +1,105 @@
+"""Searches on the toy oracle, without files of a model: what the tests of the tuner and of recovery share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_prompt
+
+from bbprompt.config import MethodConfig, load_method, method_with
+from bbprompt.evaluate import Evaluator
+from bbprompt.journal import Journal
+from bbprompt.ledger import Ledger
+from bbprompt.oracle import Oracle, Scores
+from bbprompt.prompts import PromptSpace
+from bbprompt.readout import SpanReadout
+from bbprompt.scoring import Labelled, labelled
+from bbprompt.task import Task
+from bbprompt.testing import ToyOracle
+from bbprompt.tuner import Found, search
+
+TASK = Task.model_validate(tiny_prompt.PAIR)
+
+
+def space(layers: int = 3, modules: int = 3, dim: int = 4, tasks: int = 2) -> PromptSpace:
+    """Random modules and upstream routers that fit a toy oracle of the same size."""
+    rng = np.random.default_rng(0)
+    names = tuple(f"task{i}" for i in range(tasks))
+    return PromptSpace(rng.normal(size=(layers, modules, dim)), rng.normal(size=(tasks, layers, modules)), names)
+
+
+def data(count: int, seed: int, task: Task = TASK) -> Labelled:
+    """A batch of pairs."""
+    records = tiny_prompt.pair_records(count, seed)
+    return labelled(task, [task.example(record) for record in records], for_loss=True)
+
+
+class Recorder:
+    """An oracle that writes down what it is asked."""
+
+    def __init__(self, inner: Oracle | None = None) -> None:
+        self.inner = inner or ToyOracle()
+        self.batches: list[int] = []
+        self.texts: set[str] = set()
+
+    @property
+    def info(self) -> Any:
+        return self.inner.info
+
+    @property
+    def calls(self) -> int:
+        """Candidates scored."""
+        return sum(self.batches)
+
+    def score(self, batch: Any, points: Any, *more: Any) -> Scores:
+        self.batches.append(len(points))
+        self.texts.update("".join(part.text for part in form.parts) for form in batch.forms)
+        return self.inner.score(batch, points, *more)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+#: Cheap: no Gaussian process unless a test asks for it.
+METHODS: dict[str, MethodConfig] = {
+    "layerwise": method_with(load_method("mp2-deep"), {"router": None}),
+    "joint": method_with(load_method("mp2-shallow"), {"router": None}),
+    "all-time": method_with(load_method("mp2-deep-code"), {"router": None, "prompt.popsize": 6}),
+    "router": method_with(load_method("mp2-deep"), {"prompt": None, "router.calls": 16, "router.random": 8}),
+    "both": method_with(
+        load_method("mp2-deep"), {"router.calls": 12, "router.random": 4, "prompt.popsize": 6, "prompt.dev_every": 20}
+    ),
+    "nothing": method_with(load_method("mp2-deep"), {"router": None, "prompt": None}),
+}
+
+
+def run(
+    folder: Path,
+    method: MethodConfig,
+    budget: int,
+    *,
+    oracle: Oracle | None = None,
+    seed: int = 1,
+    report: Any = lambda status: None,
+    sizes: tuple[int, int] = (12, 10),
+) -> tuple[Found, Ledger, Recorder]:
+    """Search with a journal in `folder`, going on with what it holds."""
+    recorder = Recorder(oracle)
+    folder.mkdir(exist_ok=True)
+    journal = Journal(folder / "journal.log", "toy")
+    try:
+        ledger = Ledger(journal, budget)
+        evaluator = Evaluator(
+            recorder,
+            ledger,
+            SpanReadout(method.support, method.legacy_decision),
+            TASK,
+            data(sizes[0], 1),
+            data(sizes[1], 2),
+        )
+        found = search(method, space(), evaluator, seed, report)
+    finally:
+        journal.close()
+    return found, ledger, recorder
