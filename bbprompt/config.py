@@ -34,6 +34,7 @@ _METHODS = Path(__file__).parent / "configs" / "methods"
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Step = Annotated[float, Field(ge=1e-20, le=1e20)]
 
 
 class _Settings(BaseModel):
@@ -49,6 +50,7 @@ class RouterStageConfig(_Settings):
         space: "binary" searches {0, 1}^(L*K) as in the paper, "continuous" the box [-5, 5]^(L*K) as in the
             released code.
         calls: Train calls of the stage (paper: 200 shallow, 100 deep).
+        share: At most this share of the budget, where a second stage follows; binds for small budgets only.
         kappa: UCB's weight of the standard deviation.
         random: Routers tried before the Gaussian process proposes.
         batch: Routers an ask.
@@ -59,6 +61,7 @@ class RouterStageConfig(_Settings):
     optimizer: Literal["bo", "enumerate"] = "bo"
     space: Literal["binary", "continuous"] = "binary"
     calls: _Count
+    share: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     random: _Count = 20
     batch: _Count = 4
@@ -90,11 +93,18 @@ class PromptStageConfig(_Settings):
 
     layout: Literal["layerwise", "joint"]
     popsize: Annotated[int, Field(ge=2, strict=True)] = 20
-    sigma_first: _Positive
-    sigma: _Positive
+    sigma_first: _Step
+    sigma: _Step
     bound: _Positive | None = None
     keep: Literal["improving", "all-time"] = "improving"
     dev_every: _Count = 100
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sigma = self.sigma_first if self.layout == "joint" else max(self.sigma_first, self.sigma)
+        if self.bound is not None and sigma > 2 * self.bound:
+            raise ValueError(f"sigma: {sigma:g} is wider than the box of bound {self.bound:g}")
+        return self
 
 
 class MethodConfig(_Settings):
@@ -179,18 +189,6 @@ class TuneConfig(_Settings):
     threads: _Count | None = None
     test_limit: _Count | None = None
     set: Mapping[str, Any] = Field(default_factory=dict)
-
-    @classmethod
-    def from_file(cls, path: Path | None, flags: Mapping[str, Any]) -> TuneConfig:
-        """Merge `--config` and flags; flags that are None were not given.
-
-        Raises:
-            UsageError: An unknown key or a value of the wrong kind, named with its file or flag.
-        """
-        given = {key: value for key, value in flags.items() if value is not None}
-        where = "command line" if path is None else str(path)
-        merged = {**(read_yaml(path) if path is not None else {}), **given}
-        return validate(cls, merged, where)
 
 
 def method_names() -> list[str]:

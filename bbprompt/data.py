@@ -240,9 +240,7 @@ def _file_reader(file: Path) -> _Reader:
 
 def _from_hub(task: Task) -> DataSource:
     if task.hub is None:
-        raise UsageError(
-            f"--data hub: the task {task.name} names no hub data set; add a `hub` key to its YAML"
-        )
+        raise UsageError(f"--data hub: the task {task.name} names no hub data set; add a `hub` key to its YAML")
     try:
         import datasets
     except ImportError:
@@ -260,9 +258,7 @@ def _from_hub(task: Task) -> DataSource:
             readers[name] = _hub_reader(task, hub, place, theirs)
     if not readers:
         have = ", ".join(there)
-        raise DataError(
-            f"hub data set {place}: has only the splits {have}; say which is which in `hub.splits`"
-        )
+        raise DataError(f"hub data set {place}: has only the splits {have}; say which is which in `hub.splits`")
     return DataSource(task, "hub", place, readers)
 
 

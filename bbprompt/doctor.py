@@ -109,9 +109,7 @@ def _devices() -> Iterator[Finding]:
         yield Finding("cuda", "note", "a driver is installed, but torch sees no device", fix)
     else:
         yield Finding("cuda", "ok", "none")
-    yield Finding(
-        "precision", "ok", "--dtype auto is float32; bfloat16 is faster and may reorder close candidates"
-    )
+    yield Finding("precision", "ok", "--dtype auto is float32; bfloat16 is faster and may reorder close candidates")
 
 
 def _cpu_flags() -> frozenset[str]:
@@ -155,9 +153,7 @@ def _caches() -> Iterator[Finding]:
     root = cache_root()
     place = next(folder for folder in (root, *root.parents) if folder.exists())
     if not os.access(place, os.W_OK | os.X_OK):
-        yield Finding(
-            "cache", "problem", f"{root} cannot be written", "set BBPROMPT_CACHE to another directory"
-        )
+        yield Finding("cache", "problem", f"{root} cannot be written", "set BBPROMPT_CACHE to another directory")
     else:
         yield Finding("cache", "ok", f"{root}: {_size(_used(root))}")
     from huggingface_hub.constants import HF_HUB_CACHE

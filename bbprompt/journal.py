@@ -126,9 +126,7 @@ class Journal:
             data = self._disk.read(path)
             self.records, end = _verified(path, run_id, data)
             if end < len(data):
-                _log.warning(
-                    "%s:%d: cut a torn last line of %d bytes", path, len(self.records) + 1, len(data) - end
-                )
+                _log.warning("%s:%d: cut a torn last line of %d bytes", path, len(self.records) + 1, len(data) - end)
                 self._disk.truncate(file, end)
             # A killed process may have left lines that are written but not durable: trust none before this.
             self._disk.sync(file)

@@ -169,9 +169,7 @@ class Ledger:
             if call_id not in self._kinds:
                 raise LedgerError(f"call {call_id} was never reserved")
         if new:
-            self._apply(
-                self._journal.append({"op": "settle", "ids": list(new), "values": list(new.values())})
-            )
+            self._apply(self._journal.append({"op": "settle", "ids": list(new), "values": list(new.values())}))
 
     def _is_new(self, call_id: str, kind: Kind) -> bool:
         if kind not in _KINDS:

@@ -54,9 +54,7 @@ def index(record: Mapping[str, Any], n_choices: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise DataError(f"the label must be the index of a choice, a whole number, got {short(value)}")
     if not 0 <= value < n_choices:
-        raise DataError(
-            f"the label {short(value)} is out of range; there are {n_choices} choices, counted from 0"
-        )
+        raise DataError(f"the label {short(value)} is out of range; there are {n_choices} choices, counted from 0")
     return value
 
 

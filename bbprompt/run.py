@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from bbprompt import __version__
 from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.data import DataSource, open_data
-from bbprompt.errors import UsageError
+from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.evaluate import Evaluator
 from bbprompt.example import Example
 from bbprompt.fewshot import FewShot, sample
@@ -32,10 +32,11 @@ from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.readout import SpanReadout
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
-from bbprompt.rundir import CURVE, PROMPT, RESULT, RunDirectory
+from bbprompt.rundir import CURVE, MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import SplitScore, labelled, score_split
 from bbprompt.task import Task, load_task
 from bbprompt.tuner import Found, Status, search
+from bbprompt.yamlfile import validate
 
 __all__ = [
     "Prepared",
@@ -172,6 +173,7 @@ def prepare(config: TuneConfig) -> Prepared:
         DataError: Data or artifact are wrong.
     """
     began = time.monotonic()
+    config = _located(config)
     task = load_task(config.task)
     method = method_with(load_method(config.method), config.set)
     if config.budget < method.least_budget:
@@ -212,9 +214,29 @@ def default_directory(run: Prepared) -> Path:
 
 
 def reopen(path: Path, *, writable: bool) -> tuple[RunDirectory, TuneConfig]:
-    """Open a run directory with the settings it began with."""
+    """Open a run directory with the settings it began with.
+
+    Raises:
+        ResumeMismatch: The manifest was written by a version with other settings.
+    """
     directory = RunDirectory.open(path, writable=writable)
-    return directory, TuneConfig.model_validate(directory.manifest["config"])
+    try:
+        return directory, validate(TuneConfig, directory.manifest.get("config"), str(directory.path / MANIFEST))
+    except UsageError as error:
+        directory.close()
+        raise ResumeMismatch(f"{error}; the run was begun by another version of bbprompt") from error
+
+
+def _located(config: TuneConfig) -> TuneConfig:
+    """The settings with every path absolute, so that a run can be resumed and used from anywhere."""
+    named = {"task": config.task, "method": config.method}
+    paths = {key: value for key, value in named.items() if value.endswith((".yaml", ".yml"))}
+    paths |= {key: value for key, value in (("backbone", config.backbone), ("prompts", config.prompts)) if value}
+    if config.data not in ("auto", "hub", "sample"):
+        paths["data"] = config.data
+    return config.model_copy(
+        update={key: str(Path(value).resolve()) for key, value in paths.items() if Path(value).exists()}
+    )
 
 
 def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
@@ -230,6 +252,7 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     began = time.monotonic()
     clock = _Clock(_old_seconds(directory), began)
     ledger = Ledger(directory.journal(), run.config.budget)
+    replayed = ledger.reserved - len(ledger.in_doubt)
     train = labelled(run.task, run.few.train, for_loss=True)
     dev = labelled(run.task, run.few.dev, for_loss=True)
     evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev)
@@ -237,7 +260,7 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
 
     def report(status: Status) -> None:
         directory.append_curve(
-            status.calls, status.stage, status.train_loss, status.dev_metric, clock.row(ledger.unclaimed > 0)
+            status.calls, status.stage, status.train_loss, status.dev_metric, clock.row(status.calls <= replayed)
         )
         watcher.status(status)
 

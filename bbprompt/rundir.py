@@ -169,9 +169,7 @@ class RunDirectory:
             self._journal = Journal(self.path / JOURNAL, self.run_id, self._disk)
         return self._journal
 
-    def append_curve(
-        self, calls: int, stage: str, train_loss: float, best_dev: float | None, seconds: float
-    ) -> None:
+    def append_curve(self, calls: int, stage: str, train_loss: float, best_dev: float | None, seconds: float) -> None:
         """Add a row to the curve; the first row after opening the directory begins the file anew.
 
         The curve is not made durable row by row: a resumed run replays its journal and so writes every row
@@ -281,8 +279,7 @@ def _refuse_used(path: Path, disk: Disk) -> None:
     found = [name for name in disk.names(path) if name != LOCK and not _is_temporary(name)]
     if MANIFEST in found:
         raise UsageError(
-            f"{path}: this run was begun already; go on with `bbprompt resume {path}` "
-            "or choose another --run-dir"
+            f"{path}: this run was begun already; go on with `bbprompt resume {path}` or choose another --run-dir"
         )
     if found:
         raise UsageError(
@@ -312,13 +309,7 @@ def _parsed_manifest(path: Path, data: bytes) -> dict[str, Any]:
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted key and JSON text of everything in a nested value, in order."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else list(enumerate(value))
-        if isinstance(value, list)
-        else ()
-    )
+    items = value.items() if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else ()
     if not items:
         yield prefix, canonical_json(value).decode("ascii")
     for key, item in items:

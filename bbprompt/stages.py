@@ -199,9 +199,7 @@ def router_stage(
 
     if config.optimizer == "enumerate":
         if dim > 16:
-            raise UsageError(
-                f"router.optimizer 'enumerate' takes at most 16 router entries, these prompts have {dim}"
-            )
+            raise UsageError(f"router.optimizer 'enumerate' takes at most 16 router entries, these prompts have {dim}")
         from bbprompt.optimizers.enumerate import Enumeration
 
         return stage(Enumeration(dim, config.batch), "enumerate")
@@ -241,9 +239,7 @@ def prompt_stage(config: PromptStageConfig, start: Incumbent, seed: int) -> Stag
         return RowStage("prompt", "cmaes", search(layers * dim, config.sigma_first, 0), decode, start)
     sigmas = [config.sigma_first] + [config.sigma] * (layers - 1)
     # Seeds far apart, so that no two layers and no two neighbouring runs share a generator.
-    return LayerStage(
-        start, [search(dim, sigma, 1_000_003 * i) for i, sigma in enumerate(sigmas)], config.keep
-    )
+    return LayerStage(start, [search(dim, sigma, 1_000_003 * i) for i, sigma in enumerate(sigmas)], config.keep)
 
 
 def _upstream_rows(space: PromptSpace, binary: bool) -> NDArray[np.float64] | None:

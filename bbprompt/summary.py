@@ -43,9 +43,7 @@ def notes(result: Result) -> list[str]:
     if before.majority:
         lines.append(f"Always answering the most frequent label gives {before.majority:.3f} on test.")
     if result.data.source == "sample":
-        lines.append(
-            "The data are the bundled sample: good for trying things out, no evidence about a method."
-        )
+        lines.append("The data are the bundled sample: good for trying things out, no evidence about a method.")
     if result.dev <= before.dev:
         lines.append(
             f"On dev the tuned prompt is not better than the untuned one "
@@ -57,9 +55,7 @@ def notes(result: Result) -> list[str]:
             f"({metric} {after.value:.3f}, before {before.test:.3f})."
         )
     elif after.value - before.test < 2 * after.stderr:
-        lines.append(
-            "On test the gain is smaller than two standard errors of the score; another seed may undo it."
-        )
+        lines.append("On test the gain is smaller than two standard errors of the score; another seed may undo it.")
     if before.majority and after.value <= before.majority:
         lines.append("On test the tuned prompt does not beat the most frequent label.")
     if result.cut_tokens:

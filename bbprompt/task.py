@@ -218,9 +218,7 @@ class Task(BaseModel):
             hint = f'; write it as the string "{raw}"' if str(raw) in self.labels else ""
             raise DataError(f"the label {short(raw)} is not a string{hint}")
         if raw not in self.labels:
-            raise DataError(
-                f"unknown label {short(raw)}; the task {self.name} knows {listed(list(self.labels))}"
-            )
+            raise DataError(f"unknown label {short(raw)}; the task {self.name} knows {listed(list(self.labels))}")
         return list(self.labels).index(raw)
 
 
@@ -247,9 +245,7 @@ def parse_template(template: str) -> tuple[tuple[str, str | None], ...]:
             end = template.find("}", at)
             name = template[at + 1 : end] if end > 0 else ""
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(
-                    f"template: character {at + 1} opens no {{field}}; write {{{{ for a literal brace"
-                )
+                raise ValueError(f"template: character {at + 1} opens no {{field}}; write {{{{ for a literal brace")
             pairs.append(("".join(literal), name))
             literal = []
             at = end + 1

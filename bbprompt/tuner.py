@@ -103,7 +103,10 @@ def search(
     traces = []
     if method.router is not None:
         stage: Stage = router_stage(method.router, space, method.rule, before.incumbent, seed)
-        traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most=method.router.calls))
+        most = method.router.calls
+        if method.prompt is not None:
+            most = min(most, max(int(method.router.share * evaluator.left), method.router.batch))
+        traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
     if method.prompt is not None:
         start = run.chosen.incumbent
         stage = prompt_stage(method.prompt, start, seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_the_incumbent_never_gets_worse_and_gives_back_its_loss(name: str) -> No
     start = begin()
     trail = drive(STAGES[name](start), 30 if name in ("layerwise", "joint") else 5)
     losses = [start.loss, *(incumbent.loss for _, incumbent in trail)]
-    assert all(after <= before for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before for before, after in itertools.pairwise(losses))
     assert losses[-1] < losses[0]
     for points, incumbent in trail:
         assert points.shape[1:] == SPACE.shape
@@ -104,7 +105,7 @@ def test_a_joint_search_uses_the_first_step_size() -> None:
 def test_bounds_hold_the_offset() -> None:
     start = begin()
     for config in (LAYERWISE, JOINT):
-        wide = config.model_copy(update={"bound": 0.5, "sigma_first": 2.0, "sigma": 2.0, "popsize": 30})
+        wide = config.model_copy(update={"bound": 0.5, "sigma_first": 1.0, "sigma": 1.0, "popsize": 30})
         stage = prompt_stage(wide, start, 3)
         for points, _ in drive(stage, 6):
             assert np.abs(points - start.point).max() <= 0.5 + 1e-12

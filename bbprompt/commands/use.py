@@ -174,7 +174,8 @@ def _target(output: Path) -> Iterator[IO[str]]:
     except OSError as error:
         if str(output) == "-":
             abandon()
-        raise DiskError(f"{output}: cannot be written: {error.strerror or error}") from None
+        where = "standard output" if str(output) == "-" else output
+        raise DiskError(f"{where}: cannot be written: {error.strerror or error}") from None
 
 
 def _whole(output: Path) -> Iterator[IO[str]]:

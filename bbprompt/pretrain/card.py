@@ -34,6 +34,7 @@ def model_card(prompt: ModularPrompt) -> str:
         f"tokens, seed {recipe['seed']}; the whole recipe stands in `config.json`. The few-shot pools of the "
         f"`seen` tasks (seeds {', '.join(map(str, recipe['spare_seeds']))}) were left out.",
         "",
+        *([recipe["note"], ""] if recipe.get("note") else []),
         "## Upstream validation",
         "",
         f"Share of {recipe['valid_size']} validation examples answered right by the task's own router,",

@@ -55,9 +55,9 @@ def thin_options(example: Example, limit: int, characters: int, shuffle: bool, r
 class Mixture:
     """Draws batches of `tasks_per_step` tasks with `per_task` examples each.
 
-    Tasks are visited in random order, each as often in a round as its weight says (1 where none is given); within a task examples are visited in random order,
-    epoch after epoch. Everything follows from the seed and the step, so a resumed training sees the same
-    batches.
+    Tasks are visited in random order, each as often in a round as its weight says (1 where none is given); within a
+    task examples are visited in random order, epoch after epoch. Everything follows from the seed and the step, so a
+    resumed training sees the same batches.
     """
 
     def __init__(

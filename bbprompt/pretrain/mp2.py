@@ -76,6 +76,7 @@ class PretrainConfig(BaseModel):
     save_every: _Count = 250
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     threads: _Count | None = None
+    note: str = Field(default="", description="what a reader of the model card should know")
     license: str = "CC BY-NC 4.0 (research use; the data sets keep their own terms)"
 
 

@@ -47,10 +47,14 @@ def pretrain(
         Final validation score of each upstream task.
 
     Raises:
-        UsageError: `out` holds another training and `resume` was not asked for.
+        UsageError: `out` holds another training and `resume` was not asked for, or the recipe names tasks that
+            may not be trained on or are not there.
         ResumeMismatch: The checkpoint was made with another recipe.
     """
     recipe = config.model_dump(mode="json")
+    chosen = upstream_tasks(config.tasks)
+    if unknown := sorted(set(config.weights) - {task.name for task in chosen}):
+        raise UsageError(f"weights: '{unknown[0]}' is not among the tasks of the recipe; correct or remove it")
     _claim(out, recipe, resume)
     torch.set_num_threads(config.threads or torch.get_num_threads())
     backbone = load_backbone(config.backbone)
@@ -59,7 +63,7 @@ def pretrain(
     frame = frame_for(backbone.tokenizer, tuple(placeholders), config.max_tokens)
     tokenize = tokenize_with(backbone.tokenizer)
     tasks = load_upstream(
-        upstream_tasks(config.tasks),
+        chosen,
         data,
         tokenize=tokenize,
         frame=frame,
@@ -83,7 +87,7 @@ def pretrain(
         weights=config.weights,
     )
     trainer = Trainer(config, encoder, mixture, frame, out)
-    if (out / "checkpoint.safetensors").is_file():
+    if resume and (out / "checkpoint.safetensors").is_file():
         trainer.load()
         log.info("resumed at step %d", trainer.step)
     trainer.run(lambda progress: report(progress, config.steps))

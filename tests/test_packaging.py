@@ -1,0 +1,124 @@
+"""What is built is what is installed: a wheel and a source distribution with everything in them, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+def _cannot_build() -> str | None:
+    if importlib.util.find_spec("build") is None:
+        return "the package `build` is not installed"
+    version = importlib.metadata.version("setuptools")
+    if int(version.partition(".")[0]) < 77:
+        return f"setuptools {version} is older than 77"
+    if not (ROOT / "README.md").is_file():
+        return "there is no README.md yet"
+    return None
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A wheel that was built from the source distribution, and that distribution."""
+    if reason := _cannot_build():
+        pytest.skip(reason)
+    out = tmp_path_factory.mktemp("dist")
+    # Without --wheel and --sdist the wheel is built from the unpacked source distribution, which so is tested too.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    existing = {path.name for path in ROOT.iterdir()}
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert {path.name for path in ROOT.iterdir()} - existing <= {"bbprompt.egg-info"}, "leaves nothing behind"
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+def wanted() -> set[str]:
+    """Everything that must be installed, as paths from site-packages."""
+    endings = {".py", ".yaml", ".typed", ".jsonl", ".json", ".safetensors", ".md"}
+    found = set()
+    for folder, inside in (
+        (ROOT / "bbprompt", "bbprompt"),
+        (ROOT / "optimizers", "bbprompt/optimizers"),
+        (ROOT / "backends", "bbprompt/backends"),
+        (ROOT / "configs", "bbprompt/configs"),
+    ):
+        for path in folder.rglob("*"):
+            if path.is_file() and path.suffix in endings and "__pycache__" not in path.parts:
+                found.add(f"{inside}/{path.relative_to(folder).as_posix()}")
+    return found
+
+
+def test_a_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) -> None:
+    names = set(zipfile.ZipFile(built[0]).namelist())
+    tops = {name.partition("/")[0] for name in names}
+    assert "bbprompt" in tops
+    assert all(top == "bbprompt" or top.endswith(".dist-info") for top in tops), tops
+    assert len(tops) == 2
+    installed = {name for name in names if name.startswith("bbprompt/") and not name.endswith("/")}
+    assert wanted() - installed == set()
+    assert installed - wanted() == set()
+    for name in (
+        "bbprompt/configs/methods/mp2-deep.yaml",
+        "bbprompt/configs/tasks/lcqmc.yaml",
+        "bbprompt/optimizers/cmaes.py",
+        "bbprompt/backends/local.py",
+        "bbprompt/py.typed",
+    ):
+        assert name in installed
+    assert any(name.startswith("bbprompt/bundled/samples/lcqmc/") for name in installed)
+
+
+def test_a_source_distribution_builds_and_is_tested(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[1]) as archive:
+        members = archive.getmembers()
+    names = {member.name.partition("/")[2] for member in members}
+    assert {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"} <= names
+    assert wanted() - names == set()
+    assert not {name for name in names if name.startswith((".git", "runs", ".ci")) or "__pycache__" in name}
+
+
+def test_an_installed_wheel_works_away_from_the_sources(built: tuple[Path, Path], tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(built[0]).extractall(site)
+    code = (
+        "import bbprompt, pathlib; from bbprompt.config import load_method, method_names;"
+        "from bbprompt.task import load_task, task_names; from bbprompt.data import open_data;"
+        "print(pathlib.Path(bbprompt.__file__).parent.parent);"
+        "[load_method(name) for name in method_names()];"
+        "[load_task(name) for name in task_names()];"
+        "print(len(method_names()), len(task_names()), len(open_data(load_task('lcqmc'), 'sample').split('test')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+    )
+    assert done.returncode == 0, done.stderr
+    where, counts = done.stdout.splitlines()
+    assert Path(where) == site
+    methods, tasks, test = map(int, counts.split())
+    assert methods >= 4
+    assert tasks >= 45
+    assert test >= 300
+
+
+def test_the_version_is_said_once(built: tuple[Path, Path]) -> None:
+    import bbprompt
+
+    name = built[0].name
+    assert name.startswith(f"bbprompt-{bbprompt.__version__}-py3-none-any")

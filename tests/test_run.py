@@ -1,0 +1,372 @@
+"""Runs on the tiny model, from settings to result: files, fields, death and recovery."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from bbprompt.config import TuneConfig
+from bbprompt.errors import ArtifactError, DataError, Interrupted, ResumeMismatch, UsageError
+from bbprompt.result import Result
+from bbprompt.run import Prepared, Watcher, default_directory, prepare, reopen, tune
+from bbprompt.rundir import RunDirectory
+from bbprompt.tuner import Status
+
+FAST: dict[str, Any] = {"router": None, "prompt.popsize": 8, "prompt.dev_every": 16}
+
+
+def config(data: Path, prompts: Path, **changes: Any) -> TuneConfig:
+    settings = {
+        "task": str(data / "task.yaml"),
+        "data": str(data),
+        "prompts": str(prompts),
+        "budget": 60,
+        "device": "cpu",
+        "threads": 1,
+        "set": FAST,
+    }
+    return TuneConfig.model_validate(settings | changes)
+
+
+def begin(run: Prepared, folder: Path, watcher: Watcher | None = None) -> Result:
+    with RunDirectory.create(folder, run.manifest()) as directory:
+        return tune(run, directory, watcher)
+
+
+def go_on(run: Prepared, folder: Path, watcher: Watcher | None = None) -> Result:
+    directory, _ = reopen(folder, writable=True)
+    with directory:
+        return tune(run, directory, watcher)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_pair_data: Path, tiny_prompts: Path) -> Prepared:
+    """A run on the pair task with everything open."""
+    return prepare(config(tiny_pair_data, tiny_prompts))
+
+
+@pytest.fixture(scope="module")
+def finished(pair: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of it."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    begin(pair, folder)
+    return folder
+
+
+# ---------------------------------------------------------------------------------- files and fields
+
+
+def test_the_files_of_a_run(finished: Path, pair: Prepared) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names - {"run.lock"} == {"manifest.json", "journal.log", "curve.csv", "prompt.safetensors", "result.json"}
+    manifest = json.loads((finished / "manifest.json").read_text(encoding="utf-8"))
+    assert TuneConfig.model_validate(manifest["config"]) == pair.config
+    assert manifest["threads"] == 1
+    assert manifest["data"]["few_shot"] == pair.few.digest
+    assert manifest["model"]["backbone_digest"] == pair.oracle.info.backbone_digest
+    assert manifest["model"]["prompts_digest"] == pair.prompt.digest
+    assert manifest["model"]["device"].startswith("cpu")
+    assert {"bbprompt", "python", "torch", "numpy", "cma"} <= set(manifest["versions"])
+    tensors = load_file(finished / "prompt.safetensors")
+    assert {name: array.shape for name, array in tensors.items()} == {"point": (3, 4)}
+
+
+def test_the_fields_of_a_result(finished: Path, pair: Prepared) -> None:
+    data = json.loads((finished / "result.json").read_text(encoding="utf-8"))
+    result = Result.model_validate(data)
+    assert set(data) >= {
+        *("task", "data", "method", "backbone", "prompts", "backend", "seed", "budget", "calls", "before"),
+        *("stages", "dev", "test", "seconds", "digest"),
+    }
+    assert data["data"] == {"source": "path", "id": pair.config.data, "train": 32, "dev": 32, "test": 30}
+    assert (result.task, result.method, result.backend, result.seed) == ("tiny-pair", "mp2-deep", "local", 42)
+    assert result.calls.train + result.calls.dev <= result.budget == 60
+    assert result.calls.test in (1, 2)
+    assert data["before"].keys() >= {"metric", "dev", "test"}
+    assert data["stages"][0].keys() >= {"name", "optimizer", "calls", "train_loss", "dev", "seconds"}
+    assert data["stages"][0]["calls"] == result.calls.train + result.calls.dev - 2
+    assert data["test"].keys() == {"metric", "value", "stderr", "n"}
+    assert data["test"]["metric"] == data["before"]["metric"] == "accuracy"
+    assert data["test"]["n"] == 30
+    for fraction in (result.dev, result.test.value, result.before.dev, result.before.test):
+        assert 0 <= fraction <= 1
+    assert data["seconds"].keys() == {"total", "oracle", "optimizer", "load", "test"}
+    assert result.seconds.total >= result.seconds.oracle > 0
+    assert len(result.digest) == 64
+
+
+def test_the_curve(finished: Path) -> None:
+    lines = (finished / "curve.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "calls,stage,train_loss,best_dev,seconds"
+    rows = [line.split(",") for line in lines[1:]]
+    calls, seconds = [int(row[0]) for row in rows], [float(row[4]) for row in rows]
+    result = Result.model_validate_json((finished / "result.json").read_bytes())
+    assert calls == sorted(calls)
+    assert calls[-1] == result.calls.train + result.calls.dev
+    assert seconds == sorted(seconds)
+    assert {row[1] for row in rows} == {"start", "prompt"}
+
+
+@pytest.mark.parametrize("kind", ["single", "choice", "extract"])
+def test_every_kind_of_task(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    data, prompts = request.getfixturevalue(f"tiny_{kind}_data"), request.getfixturevalue("tiny_shallow_prompts")
+    run = prepare(config(data, prompts, method="mp2-shallow", budget=30))
+    result = begin(run, tmp_path / "run")
+    assert result.test.n == 30
+    assert result.test.metric == ("f1" if kind == "extract" else "accuracy")
+    assert result.data.train == (56 if kind == "single" else 32)
+    assert result.before.majority == (5 / 30 if kind == "single" else 0.0)
+    assert begin(run, tmp_path / "again").digest == result.digest
+
+
+@pytest.mark.parametrize("method", ["mp2-deep", "mp2-deep-code"])
+def test_both_stages(method: str, tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
+    changes = {"router.calls": 8, "router.random": 4, "prompt.popsize": 8}
+    run = prepare(config(tiny_pair_data, tiny_prompts, method=method, set=changes, budget=50))
+    result = begin(run, tmp_path / "run")
+    assert [stage.name for stage in result.stages] == ["router", "prompt"]
+    assert [stage.optimizer for stage in result.stages] == ["bo-ucb", "cmaes"]
+    assert result.calls.test <= 3
+    assert begin(run, tmp_path / "again").digest == result.digest
+
+
+def test_bfloat16(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
+    run = prepare(config(tiny_pair_data, tiny_prompts, dtype="bfloat16", budget=20))
+    assert run.manifest()["model"]["precision"] == "bfloat16"
+    assert 0 <= begin(run, tmp_path / "run").test.value <= 1
+
+
+def test_the_test_split_is_scored_once_and_last(pair: Prepared, tmp_path: Path) -> None:
+    class Order:
+        info = pair.oracle.info
+
+        def __init__(self) -> None:
+            self.kinds: list[str] = []
+
+        def score(self, batch: Any, *request: Any) -> Any:
+            tests = {pair.task.render(example) for example in pair.test}
+            self.kinds.append("test" if batch.forms[0] in tests else "few-shot")
+            return pair.oracle.score(batch, *request)
+
+        def close(self) -> None:
+            pass
+
+    order = Order()
+    begin(replace(pair, oracle=order), tmp_path / "run")
+    assert order.kinds.count("test") == 1
+    assert order.kinds[-1] == "test"
+
+
+def test_fewer_test_examples(tiny_pair_data: Path, tiny_prompts: Path) -> None:
+    whole = prepare(config(tiny_pair_data, tiny_prompts))
+    some = prepare(config(tiny_pair_data, tiny_prompts, test_limit=7))
+    again = prepare(config(tiny_pair_data, tiny_prompts, test_limit=7))
+    assert some.test == again.test
+    assert len(some.test) == 7
+    at = [whole.test.index(example) for example in some.test]
+    assert at == sorted(at)
+    assert at != list(range(7))
+
+
+def test_equal_settings_find_the_same_and_another_seed_does_not(
+    pair: Prepared, finished: Path, tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path
+) -> None:
+    result = Result.model_validate_json((finished / "result.json").read_bytes())
+    again = begin(prepare(pair.config), tmp_path / "again")
+    assert again.digest == result.digest
+    assert (tmp_path / "again" / "prompt.safetensors").read_bytes() == (finished / "prompt.safetensors").read_bytes()
+    other = begin(prepare(config(tiny_pair_data, tiny_prompts, seed=7)), tmp_path / "other")
+    assert other.digest != result.digest
+
+
+def test_the_default_directory(pair: Prepared, tiny_pair_data: Path, tiny_prompts: Path) -> None:
+    name = default_directory(pair).name
+    assert default_directory(pair).parent == Path("runs")
+    assert name.startswith("tiny-pair-mp2-deep-42-")
+    other = prepare(config(tiny_pair_data, tiny_prompts, budget=61))
+    assert default_directory(other).name != name
+
+
+# --------------------------------------------------------------------------------- death and recovery
+
+
+def test_killed_at_any_instant_it_ends_the_same(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
+    settings = config(tiny_pair_data, tiny_prompts, budget=44, max_tokens=30)
+    (tmp_path / "config.json").write_text(settings.model_dump_json(), encoding="utf-8")
+    script = Path(__file__).parent / "killed.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    whole = summary.pop("never")
+    assert whole["cut"] > 0
+    assert len(summary) == 5
+    for name, found in summary.items():
+        assert found["killed"] == found["planned"] > 0, name
+        for key in ("digest", "calls", "cut", "prompt", "journal", "curve"):
+            assert found[key] == whole[key], (name, key)
+
+
+def test_killed_from_outside(pair: Prepared, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code = (
+        "import sys; from bbprompt.tuning import tune; from bbprompt.config import TuneConfig;"
+        "tune(TuneConfig.model_validate_json(sys.argv[1]), run_dir=sys.argv[2])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, pair.config.model_dump_json(), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    journal = folder / "journal.log"
+    try:
+        while process.poll() is None and not (journal.exists() and journal.stat().st_size > 1500):
+            time.sleep(0.001)  # until it is in the middle of its search
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert journal.stat().st_size < (finished / "journal.log").stat().st_size
+    result = go_on(pair, folder)
+    assert result.digest == Result.model_validate_json((finished / "result.json").read_bytes()).digest
+    assert (folder / "prompt.safetensors").read_bytes() == (finished / "prompt.safetensors").read_bytes()
+
+
+def test_a_journal_cut_anywhere(pair: Prepared, finished: Path, tmp_path: Path) -> None:
+    content = (finished / "journal.log").read_bytes()
+    expected = Result.model_validate_json((finished / "result.json").read_bytes())
+    for end in np.random.default_rng(0).integers(0, len(content), 6).tolist():
+        folder = tmp_path / str(end)
+        folder.mkdir()
+        (folder / "manifest.json").write_bytes((finished / "manifest.json").read_bytes())
+        (folder / "journal.log").write_bytes(content[:end])
+        result = go_on(pair, folder)
+        assert (result.digest, result.calls) == (expected.digest, expected.calls)
+        assert (folder / "journal.log").read_bytes() == content
+
+
+def test_a_finished_run_can_be_gone_on_with(pair: Prepared, finished: Path) -> None:
+    before = {name: (finished / name).read_bytes() for name in ("journal.log", "prompt.safetensors", "curve.csv")}
+    expected = Result.model_validate_json((finished / "result.json").read_bytes())
+    result = go_on(pair, finished)
+    assert result.digest == expected.digest
+    for name, content in before.items():
+        assert (finished / name).read_bytes() == content, name
+
+
+class Stopper(Watcher):
+    """Stops after some calls, and notes the seconds of the curve."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def status(self, status: Status) -> None:
+        if status.calls >= self.calls:
+            raise Interrupted("stopped")
+
+
+def test_stopped_and_gone_on_with(pair: Prepared, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        begin(pair, folder, Stopper(20))
+    first = (folder / "curve.csv").read_text(encoding="utf-8").splitlines()
+    assert not (folder / "result.json").exists()
+    with pytest.raises(Interrupted):
+        go_on(pair, folder, Stopper(40))
+    result = go_on(pair, folder)
+    assert result.digest == Result.model_validate_json((finished / "result.json").read_bytes()).digest
+    rows = (folder / "curve.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[: len(first) - 1] == first[:-1], "replayed rows keep their seconds"
+    seconds = [float(row.rsplit(",", 1)[1]) for row in rows[1:]]
+    assert seconds == sorted(seconds)
+    assert result.seconds.total >= seconds[-1]
+
+
+def test_what_differs_is_named(pair: Prepared, finished: Path, tiny_pair_data: Path, tiny_prompts: Path) -> None:
+    changes: list[tuple[str, Any, str]] = [
+        ("seed", 7, "config.seed"),
+        ("budget", 61, "config.budget"),
+        ("threads", 2, "config.threads"),
+        ("method", "mp2-deep-code", "config.method"),
+        ("set", {**FAST, "prompt.popsize": 9}, r"config\.set\.prompt\.popsize"),
+    ]
+    for key, value, name in changes:
+        other = prepare(config(tiny_pair_data, tiny_prompts, **{key: value}))
+        with pytest.raises(ResumeMismatch, match=f"{name} was .* when the run began and is .* now"):
+            go_on(other, finished)
+    with pytest.raises(ResumeMismatch, match="threads was 1 when the run began and is 3 now"):
+        go_on(replace(pair, threads=3), finished)
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "data.few_shot"), ("test", "data.test")])
+def test_a_changed_byte_of_data_is_noticed(
+    split: str, name: str, pair: Prepared, finished: Path, tiny_pair_data: Path
+) -> None:
+    file = tiny_pair_data / f"{split}.jsonl"
+    content = file.read_text(encoding="utf-8")
+    used = pair.few.train[0].fields["text_a"] if split == "train" else pair.test[0].fields["text_a"]
+    assert content.count(used) == 1
+    try:
+        file.write_text(content.replace(used, used[:-1] + "X"), encoding="utf-8")
+        changed = prepare(pair.config)
+    finally:
+        file.write_text(content, encoding="utf-8")
+    with pytest.raises(ResumeMismatch, match=name):
+        go_on(changed, finished)
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("budget", [-5, 0, 1, 10])
+def test_a_budget_below_one_population(budget: int, tiny_pair_data: Path, tiny_prompts: Path) -> None:
+    with pytest.raises(UsageError, match=f"--budget {budget}: method mp2-deep needs at least 11 calls"):
+        prepare(config(tiny_pair_data, tiny_prompts, budget=budget))
+
+
+def test_the_smallest_budget_runs(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
+    result = begin(prepare(config(tiny_pair_data, tiny_prompts, budget=11)), tmp_path / "run")
+    assert result.calls.train + result.calls.dev <= 11
+    assert result.calls.train == 9
+
+
+def test_what_is_missing_or_does_not_fit(
+    tiny_pair_data: Path, tiny_prompts: Path, tiny_roberta_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match="no such directory"):
+        prepare(config(tiny_pair_data, Path("nothing")))
+    with pytest.raises(ArtifactError, match="trained for"):
+        prepare(config(tiny_pair_data, tiny_prompts, backbone=str(tiny_roberta_dir)))
+    with pytest.raises(UsageError, match="only 'local' is supported"):
+        prepare(config(tiny_pair_data, tiny_prompts, backend="http://nowhere"))
+    for name in ("dev.jsonl", "test.jsonl"):
+        (tmp_path / name).write_bytes((tiny_pair_data / name).read_bytes())
+    with pytest.raises(DataError, match="the split 'train' of task tiny-pair is missing; there is dev, test"):
+        prepare(config(tiny_pair_data, tiny_prompts).model_copy(update={"data": str(tmp_path)}))
+    with pytest.raises(DataError, match="question and options alone take"):
+        begin(prepare(config(tiny_pair_data, tiny_prompts, max_tokens=12)), tmp_path / "run")
+
+
+def test_no_cuda(tiny_pair_data: Path, tiny_prompts: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UsageError, match="--device cuda: torch sees no CUDA device"):
+        prepare(config(tiny_pair_data, tiny_prompts, device="cuda"))

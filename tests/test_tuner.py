@@ -1,0 +1,227 @@
+"""The search on the toy oracle: budget, calls, the choice among looks, and replay."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_prompt
+import toyruns
+from toyruns import METHODS
+
+from bbprompt.config import method_with
+from bbprompt.errors import OracleError, ResumeMismatch
+from bbprompt.testing import FaultyOracle, ToyOracle
+from bbprompt.tuner import Found, Look, Status
+
+
+def looks_of(found: Found) -> list[Look]:
+    return [found.before, *(trace.chosen for trace in found.stages)]
+
+
+def same(one: Found, other: Found) -> bool:
+    return np.array_equal(one.points, other.points) and all(
+        (a.incumbent.loss, a.dev_loss, a.dev_metric) == (b.incumbent.loss, b.dev_loss, b.dev_metric)
+        for a, b in zip(looks_of(one), looks_of(other), strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------------------------- budget
+
+
+@pytest.mark.parametrize("budget", [23, 24, 42, 43, 44, 63, 64, 65, 100, 121, 122, 123, 144, 200])
+@pytest.mark.parametrize("name", ["layerwise", "joint"])
+def test_the_budget_is_never_exceeded(name: str, budget: int, tmp_path: Path) -> None:
+    found, ledger, oracle = toyruns.run(tmp_path, METHODS[name], budget)
+    spent = ledger.by_kind
+    assert spent["train"] + spent["dev"] == ledger.reserved == ledger.asked == oracle.calls <= budget
+    assert spent["test"] == 0
+    # What is left does not hold another population and its look.
+    assert budget - ledger.reserved < METHODS[name].prompt.popsize + 1  # type: ignore[union-attr]
+    assert sum(trace.calls for trace in found.stages) == ledger.reserved - 2
+
+
+@pytest.mark.parametrize("budget", range(9, 60, 5))
+def test_the_budget_is_never_exceeded_by_two_stages(budget: int, tmp_path: Path) -> None:
+    found, ledger, oracle = toyruns.run(tmp_path, METHODS["both"], budget)
+    assert oracle.calls == ledger.reserved <= budget
+    assert [trace.name for trace in found.stages] == ["router", "prompt"]
+    assert found.stages[0].calls <= 12 + 12 // 10 + 1
+    assert sum(trace.calls for trace in found.stages) == ledger.reserved - 2
+
+
+def test_a_call_is_one_candidate_on_one_batch(tmp_path: Path) -> None:
+    method = method_with(METHODS["layerwise"], {"prompt.dev_every": 40})
+    _, ledger, oracle = toyruns.run(tmp_path, method, 100)
+    # Untuned on train and on dev, then generations of 20 with a look after every second, while all fits.
+    assert oracle.batches == [1, 1, 20, 20, 1, 20, 20, 1]
+    assert ledger.by_kind == {"train": 81, "dev": 3, "test": 0}
+
+
+def test_only_train_and_dev_are_looked_at(tmp_path: Path) -> None:
+    _, _, oracle = toyruns.run(tmp_path, METHODS["both"], 80)
+    task = toyruns.TASK
+    shown = {
+        "".join(part.text for part in task.render(task.example(record)).parts)
+        for count, seed in ((12, 1), (10, 2))
+        for record in tiny_prompt.pair_records(count, seed)
+    }
+    assert oracle.texts == shown
+
+
+# -------------------------------------------------------------------------------------------- the looks
+
+
+@pytest.mark.parametrize("select", ["dev-loss", "pooled-loss", "dev-metric"])
+def test_the_choice_follows_the_rule(select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bbprompt import tuner
+
+    seen: list[Look] = []
+    original = tuner._Search.look
+
+    def watched(self: object, incumbent: object) -> Look:
+        seen.append(original(self, incumbent))  # type: ignore[arg-type]
+        return seen[-1]
+
+    monkeypatch.setattr(tuner._Search, "look", watched)
+    method = method_with(METHODS["both"], {"select": select})
+    found, _, _ = toyruns.run(tmp_path, method, 200)
+    value = {
+        "dev-loss": lambda look: look.dev_loss,
+        "pooled-loss": lambda look: look.dev_loss + look.incumbent.loss,
+        "dev-metric": lambda look: -look.dev_metric,
+    }[select]
+    assert len(seen) > 5
+    best = min(map(value, seen))
+    assert value(found.chosen) == best
+    first = next(look for look in seen if value(look) == best)
+    assert found.chosen is first, "the earliest of equals"
+    assert found.chosen is found.stages[-1].chosen
+    # A stage's choice is never worse than the one before.
+    values = list(map(value, looks_of(found)))
+    assert all(after <= before for before, after in itertools.pairwise(values))
+
+
+def test_tuning_lowers_the_train_loss(tmp_path: Path) -> None:
+    found, _, _ = toyruns.run(tmp_path, method_with(METHODS["layerwise"], {"prompt.sigma": 0.2}), 800)
+    assert found.stages[0].train_loss < found.before.incumbent.loss - 0.02
+    assert found.chosen.incumbent.loss < found.before.incumbent.loss
+
+
+def test_stage_two_starts_from_the_chosen_router(tmp_path: Path) -> None:
+    method = method_with(METHODS["both"], {"prompt.sigma": 1e-9, "prompt.sigma_first": 1e-9})
+    found, _, _ = toyruns.run(tmp_path, method, 100)
+    start, end = found.stages[0].chosen.incumbent, found.stages[1].chosen.incumbent
+    np.testing.assert_allclose(end.point, start.point, atol=1e-6)
+    assert end.router is start.router
+
+
+def test_a_look_at_the_same_point_costs_nothing(tmp_path: Path) -> None:
+    # Steps so small that in single precision nothing changes: the incumbent stays the untuned prompt.
+    method = method_with(
+        METHODS["layerwise"], {"prompt.sigma": 1e-19, "prompt.sigma_first": 1e-19, "prompt.dev_every": 1}
+    )
+    found, ledger, _ = toyruns.run(tmp_path, method, 100)
+    assert ledger.by_kind["dev"] == 1
+    assert found.chosen is found.before
+
+
+@pytest.mark.parametrize(("name", "stages"), [("router", ["router"]), ("layerwise", ["prompt"]), ("nothing", [])])
+def test_methods_of_one_stage_or_none(name: str, stages: list[str], tmp_path: Path) -> None:
+    found, ledger, _ = toyruns.run(tmp_path, METHODS[name], 60)
+    assert [trace.name for trace in found.stages] == stages
+    assert found.points.shape == (1 + len(stages), 3, 4)
+    if not stages:
+        assert found.chosen is found.before
+        assert ledger.reserved == 2
+    if name == "router":
+        assert ledger.by_kind["train"] == 1 + 16, "the stage's own limit"
+
+
+def test_reports(tmp_path: Path) -> None:
+    reports: list[Status] = []
+    found, ledger, _ = toyruns.run(tmp_path, METHODS["both"], 100, report=reports.append)
+    assert reports[0] == Status(2, "start", found.before.incumbent.loss, found.before.dev_metric)
+    assert [status.calls for status in reports] == sorted(status.calls for status in reports)
+    assert reports[-1].calls == ledger.reserved
+    assert [name for name, _ in itertools.groupby(status.stage for status in reports)] == ["start", "router", "prompt"]
+    assert reports[-1].train_loss == found.stages[-1].train_loss
+    assert reports[-1].dev_metric == found.chosen.dev_metric
+
+
+# ---------------------------------------------------------------------------------------- determinism
+
+
+def test_the_same_seed_finds_the_same_and_another_does_not(tmp_path: Path) -> None:
+    one, _, _ = toyruns.run(tmp_path / "a", METHODS["both"], 60)
+    two, _, _ = toyruns.run(tmp_path / "b", METHODS["both"], 60)
+    other, _, _ = toyruns.run(tmp_path / "c", METHODS["both"], 60, seed=2)
+    assert same(one, two)
+    assert not np.array_equal(one.points[-1], other.points[-1])
+
+
+def test_a_journal_cut_anywhere_is_gone_on_with_to_the_same_end(tmp_path: Path) -> None:
+    whole, ledger, oracle = toyruns.run(tmp_path / "whole", METHODS["all-time"], 60)
+    content = (tmp_path / "whole" / "journal.log").read_bytes()
+    rng = np.random.default_rng(0)
+    ends = {len(content), 0, 1, content.index(b"\n") + 1, *rng.integers(0, len(content), 26).tolist()}
+    for number, end in enumerate(sorted(ends)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "journal.log").write_bytes(content[:end])
+        found, again, asked = toyruns.run(folder, METHODS["all-time"], 60)
+        assert same(found, whole)
+        assert again.by_kind == ledger.by_kind
+        assert (folder / "journal.log").read_bytes() == content, "not one byte differs"
+        settled = content[:end].decode().splitlines()[: content[:end].count(b"\n")]
+        known = sum(line.count('"loss"') for line in settled if '"settle"' in line)
+        assert asked.calls == oracle.calls - known, "nothing settled is asked for again"
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_a_failing_oracle_spends_nothing_twice(at: int, tmp_path: Path) -> None:
+    whole, ledger, _ = toyruns.run(tmp_path / "whole", METHODS["all-time"], 60)
+    for fault, message in (("error", "as it was told to"), ("nan", "NaN"), ("shape", "shape")):
+        folder = tmp_path / fault
+        with pytest.raises(OracleError, match=message):
+            toyruns.run(folder, METHODS["all-time"], 60, oracle=FaultyOracle(ToyOracle(), at, fault))  # type: ignore[arg-type]
+        found, again, _ = toyruns.run(folder, METHODS["all-time"], 60)
+        assert same(found, whole)
+        assert again.by_kind == ledger.by_kind
+        assert (folder / "journal.log").read_bytes() == (tmp_path / "whole" / "journal.log").read_bytes()
+
+
+def test_a_search_that_takes_another_way_is_noticed(tmp_path: Path) -> None:
+    toyruns.run(tmp_path / "whole", METHODS["all-time"], 60)
+    content = (tmp_path / "whole" / "journal.log").read_bytes().splitlines(keepends=True)
+    # Also where only the last batch is reserved and in doubt.
+    for lines in (len(content), 7, 6, 5):
+        folder = tmp_path / str(lines)
+        folder.mkdir()
+        (folder / "journal.log").write_bytes(b"".join(content[:lines]))
+        with pytest.raises(ResumeMismatch, match="asks for other calls than the journal holds"):
+            toyruns.run(folder, method_with(METHODS["all-time"], {"prompt.sigma": 0.2, "prompt.sigma_first": 0.2}), 60)
+        assert (folder / "journal.log").read_bytes() == b"".join(content[:lines]), "nothing was added"
+
+
+def test_cut_tokens_are_known_after_a_replay(tmp_path: Path) -> None:
+    from bbprompt.evaluate import Evaluator
+    from bbprompt.journal import Journal
+    from bbprompt.ledger import Ledger
+    from bbprompt.readout import SpanReadout
+
+    points = toyruns.space().even()[None]
+    cuts = []
+    for oracle in (ToyOracle(max_tokens=34), FaultyOracle(ToyOracle(), at=1)):
+        journal = Journal(tmp_path / "journal.log", "toy")
+        data = toyruns.data(8, 1), toyruns.data(6, 2)
+        evaluator = Evaluator(oracle, Ledger(journal, 10), SpanReadout(), toyruns.TASK, *data)
+        evaluator.train(points)
+        train = evaluator.cut
+        evaluator.dev(points[0])
+        cuts.append((train, evaluator.cut))
+        journal.close()
+    assert cuts[0] == cuts[1]
+    assert 0 < cuts[0][0] < cuts[0][1]
