@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import time
@@ -21,6 +22,7 @@ from safetensors.numpy import save
 
 from bbprompt import __version__
 from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.curve import CurveClock
 from bbprompt.data import DataSource, open_data
 from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.evaluate import Evaluator
@@ -32,7 +34,7 @@ from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.readout import SpanReadout
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
-from bbprompt.rundir import CURVE, MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import SplitScore, labelled, score_split
 from bbprompt.task import Task, load_task
 from bbprompt.tuner import Found, Status, search
@@ -49,6 +51,8 @@ __all__ = [
     "run_digest",
     "tune",
 ]
+
+log = logging.getLogger("bbprompt")
 
 #: Libraries whose version may change a result.
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "botorch", "gpytorch")
@@ -154,7 +158,7 @@ def open_oracle(
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or _cores())
     return LocalOracle(
         load_backbone(backbone or prompt.config.backbone),
         prompt,
@@ -185,6 +189,7 @@ def prepare(config: TuneConfig) -> Prepared:
     few = sample(task, data.split("train"), config.seed, config.shots)
     test = limited(data.split("test"), config.test_limit, config.seed)
     prompt = ModularPrompt.load(resolve_prompts(config.prompts or method.prompts))
+    _warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
         config.backend,
         prompt,
@@ -195,8 +200,27 @@ def prepare(config: TuneConfig) -> Prepared:
         max_tokens=config.max_tokens,
         threads=config.threads,
     )
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or _cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt) -> None:
+    """Say so when the few-shot split may hold examples that the prompts were trained on."""
+    recipe = prompt.config.training.get("recipe", {})
+    if task.name in prompt.config.tasks and (config.shots or config.seed not in recipe.get("spare_seeds", [])):
+        log.warning(
+            "the prompts were trained on %s and left out the few-shot pools of seeds %s only: with --seed %d%s some "
+            "few-shot examples may have been trained on",
+            task.name,
+            ", ".join(map(str, recipe.get("spare_seeds", []))) or "(none)",
+            config.seed,
+            f" --shots {config.shots}" if config.shots else "",
+        )
 
 
 def limited(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[Example, ...]:
@@ -249,8 +273,7 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     """
     watcher = watcher or Watcher()
     directory.check_manifest(run.manifest())
-    began = time.monotonic()
-    clock = _Clock(_old_seconds(directory), began)
+    clock = CurveClock(directory)
     ledger = Ledger(directory.journal(), run.config.budget)
     replayed = ledger.reserved - len(ledger.in_doubt)
     train = labelled(run.task, run.few.train, for_loss=True)
@@ -272,7 +295,7 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     )
     ended = time.monotonic()
     seconds = Seconds(
-        total=round(clock.before + ended - began + run.load_seconds, 3),
+        total=round(clock.total + run.load_seconds, 3),
         oracle=round(evaluator.oracle_seconds, 3),
         optimizer=round(found.optimizer_seconds, 3),
         load=round(run.load_seconds, 3),
@@ -364,31 +387,3 @@ def _digest(examples: tuple[Example, ...]) -> str:
     from bbprompt.data import data_digest
 
     return data_digest(examples)
-
-
-class _Clock:
-    """Seconds of the curve: replayed rows keep what they had, new rows count on from the last of them."""
-
-    def __init__(self, old: list[float], began: float) -> None:
-        self._old, self._began, self._row = old, began, 0
-        self.before = old[-1] if old else 0.0
-
-    def row(self, replayed: bool) -> float:
-        """Seconds for the next row."""
-        self._row += 1
-        if replayed and self._row <= len(self._old):
-            return self._old[self._row - 1]
-        return self.before + time.monotonic() - self._began
-
-
-def _old_seconds(directory: RunDirectory) -> list[float]:
-    if not (directory.path / CURVE).is_file():
-        return []
-    lines = directory.read_bytes(CURVE).decode("utf-8", errors="replace").splitlines()[1:]
-    seconds = []
-    for line in lines:
-        try:
-            seconds.append(float(line.rsplit(",", 1)[1]))
-        except (IndexError, ValueError):
-            break  # the curve is not durable row by row: its last row may be torn
-    return seconds

@@ -42,9 +42,7 @@ def checked_count(name: str, value: int, least: int) -> int:
     return count
 
 
-def checked_bounds(
-    bounds: ArrayLike, *, binary: bool = False
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def checked_bounds(bounds: ArrayLike, *, binary: bool = False) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Split a box into its lower and upper corner.
 
     Args:

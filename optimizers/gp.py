@@ -174,9 +174,7 @@ class GPUCB:
         left = [row for key, row in rows.items() if key not in told]
         return np.array(left[: self._batch]).reshape(-1, self._history.dim)
 
-    def _random(
-        self, rng: np.random.Generator, count: int, chosen: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def _random(self, rng: np.random.Generator, count: int, chosen: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return rows of the random phase, `(count, dim)`."""
         dim = self._history.dim
         if self._binary:

@@ -59,9 +59,7 @@ class Posterior:
     alpha: NDArray[np.float64]
 
     @classmethod
-    def given(
-        cls, hyper: Hyperparameters, rows: NDArray[np.float64], targets: NDArray[np.float64]
-    ) -> Posterior:
+    def given(cls, hyper: Hyperparameters, rows: NDArray[np.float64], targets: NDArray[np.float64]) -> Posterior:
         """Condition on rows `(n, dim)` and targets `(n,)`.
 
         Repeated rows with hardly any noise make K singular: jitter on its diagonal is then raised step by
