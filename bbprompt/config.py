@@ -54,7 +54,8 @@ class RouterStageConfig(_Settings):
         kappa: UCB's weight of the standard deviation.
         random: Routers tried before the Gaussian process proposes.
         batch: Routers an ask.
-        warm_start: Try the upstream tasks' routers first.
+        warm_start: Score the upstream tasks' own mixtures before the search (a stage of its own, one call a task), and
+            try their routers first in it.
         dev_every: Train calls between two looks at the dev set.
     """
 

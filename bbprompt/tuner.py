@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bbprompt.config import MethodConfig
 from bbprompt.evaluate import Evaluator
 from bbprompt.prompts import PromptSpace
-from bbprompt.stages import Incumbent, Stage, prompt_stage, router_stage
+from bbprompt.stages import Incumbent, Stage, UpstreamStage, prompt_stage, router_stage
 
 _T = TypeVar("_T")
 
@@ -102,10 +102,14 @@ def search(
     run.report("start", before.incumbent.loss)
     traces = []
     if method.router is not None:
-        stage: Stage = router_stage(method.router, space, method.rule, before.incumbent, seed)
+        stage: Stage
         most = method.router.calls
         if method.prompt is not None:
             most = min(most, max(int(method.router.share * evaluator.left), method.router.batch))
+        if method.router.warm_start and len(space.routers):
+            stage = UpstreamStage(space, before.incumbent, method.router.batch)
+            traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
+        stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
         traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
     if method.prompt is not None:
         start = run.chosen.incumbent

@@ -91,8 +91,9 @@ def execute(run: Run, budget: int, extra: list[str]) -> None:
 def table(runs: list[Run]) -> str:
     """Mean and sd over seeds for each task and method, and paired differences over all runs of a track."""
     lines = [
-        "| task | track | method | seeds | n test | majority | before | after router | final | calls | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| task | track | method | seeds | n test | majority | before | after upstream | after router | final "
+        "| calls | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     gains: dict[tuple[str, str], list[tuple[float, float]]] = {}
     cells: dict[tuple[str, str], list[Result]] = {}
@@ -107,7 +108,7 @@ def table(runs: list[Run]) -> str:
         lines.append(
             f"| {task} | {track} | {method} | {len(results)} | {results[0].test.n} "
             f"| {spread(r.before.majority for r in results)} | {spread(r.before.test for r in results)} "
-            f"| {spread(r.stages[0].test for r in results)} | {spread(r.test.value for r in results)} "
+            f"| {after(results, 'upstream')} | {after(results, 'router')} | {spread(r.test.value for r in results)} "
             f"| {statistics.mean(r.calls.train + r.calls.dev for r in results):.0f} "
             f"| {statistics.mean(r.seconds.total for r in results):.0f} |"
         )
@@ -116,6 +117,12 @@ def table(runs: list[Run]) -> str:
         over = [f"{what} {paired([pair[i] for pair in pairs])}" for i, what in enumerate(("before", "majority"))]
         lines.append(f"- {track}, {method}, {len(pairs)} runs: final over {' and over '.join(over)}")
     return "\n".join(lines)
+
+
+def after(results: list[Result], name: str) -> str:
+    """Test score of the prompt chosen at the end of a stage, if the method has it."""
+    values = [stage.test for result in results for stage in result.stages if stage.name == name]
+    return spread(values) if values else "-"
 
 
 def spread(values: Iterable[float]) -> str:

@@ -140,6 +140,17 @@ def test_methods_of_one_stage_or_none(name: str, stages: list[str], tmp_path: Pa
         assert ledger.by_kind["train"] == 1 + 16, "the stage's own limit"
 
 
+def test_the_upstream_mixtures_are_tried_before_the_search(tmp_path: Path) -> None:
+    found, *_ = toyruns.run(tmp_path, METHODS["upstream"], 60)
+    first, second = found.stages
+    assert (first.name, first.optimizer, second.name) == ("upstream", "listing", "router")
+    known = toyruns.space()
+    mixtures = known.mix(known.routers, known.rule)
+    assert first.calls == len(known.routers) + 1, "one call an upstream task, and one look at dev"
+    best = first.chosen.incumbent
+    assert best is found.before.incumbent or any(np.array_equal(best.point, mixture) for mixture in mixtures)
+
+
 def test_reports(tmp_path: Path) -> None:
     reports: list[Status] = []
     found, ledger, _ = toyruns.run(tmp_path, METHODS["both"], 100, report=reports.append)

@@ -67,10 +67,20 @@ METHODS: dict[str, MethodConfig] = {
     "layerwise": method_with(load_method("mp2-deep"), {"router": None}),
     "joint": method_with(load_method("mp2-shallow"), {"router": None}),
     "all-time": method_with(load_method("mp2-deep-code"), {"router": None, "prompt.popsize": 6}),
-    "router": method_with(load_method("mp2-deep"), {"prompt": None, "router.calls": 16, "router.random": 8}),
-    "both": method_with(
-        load_method("mp2-deep"), {"router.calls": 12, "router.random": 4, "prompt.popsize": 6, "prompt.dev_every": 20}
+    "router": method_with(
+        load_method("mp2-deep"), {"prompt": None, "router.calls": 16, "router.random": 8, "router.warm_start": False}
     ),
+    "both": method_with(
+        load_method("mp2-deep"),
+        {
+            "router.calls": 12,
+            "router.random": 4,
+            "router.warm_start": False,
+            "prompt.popsize": 6,
+            "prompt.dev_every": 20,
+        },
+    ),
+    "upstream": method_with(load_method("mp2-deep"), {"prompt": None, "router.calls": 8, "router.random": 4}),
     "nothing": method_with(load_method("mp2-deep"), {"router": None, "prompt": None}),
 }
 
