@@ -58,7 +58,7 @@ def test_a_bundled_recipe_by_name(
     out_text, err = capsys.readouterr()
     assert "mean                     0.625" in out_text
     assert out_text.endswith("Next: bbprompt tune --task lcqmc --prompts runs/pretrain-mp2-shallow/artifact\n")
-    assert "pretrain: 1/2400 steps, loss 1.250, accuracy 0.50, 1000 tokens/s, 2 min left" in err
+    assert "pretrain: 1/3500 steps, loss 1.250, accuracy 0.50, 1000 tokens/s, 2 min left" in err
 
 
 def test_going_on_takes_the_recipe_of_the_directory(
