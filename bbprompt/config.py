@@ -54,7 +54,7 @@ class RouterStageConfig(_Settings):
         kappa: UCB's weight of the standard deviation.
         random: Routers tried before the Gaussian process proposes.
         batch: Routers an ask.
-        warm_start: Score the upstream tasks' own mixtures before the search (a stage of its own, one call a task), and
+        warm_start: Score the upstream tasks' own mixtures before the search (a stage of its own, two calls a task), and
             try their routers first in it.
         dev_every: Train calls between two looks at the dev set.
     """
@@ -136,7 +136,7 @@ class MethodConfig(_Settings):
     legacy_decision: bool = False
     router: RouterStageConfig | None = None
     prompt: PromptStageConfig | None = None
-    select: Literal["dev-loss", "pooled-loss", "dev-metric"] = "pooled-loss"
+    select: Literal["dev-loss", "pooled-loss", "dev-metric"] = "dev-loss"
 
     @property
     def rule(self) -> GateRule:

@@ -20,7 +20,7 @@ from bbprompt.optimizers.protocol import Optimizer
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
 
-__all__ = ["Incumbent", "LayerStage", "RowStage", "Stage", "UpstreamStage", "prompt_stage", "router_stage"]
+__all__ = ["Incumbent", "LayerStage", "RowStage", "Stage", "prompt_stage", "router_stage"]
 
 Points = NDArray[np.float64]
 
@@ -110,48 +110,6 @@ class RowStage:
             row = self._asked[lowest]
             router = self._best.router if self._router_shape is None else row.reshape(self._router_shape)
             self._best = Incumbent(self._decode(row[None])[0], float(losses[lowest]), router)
-        self._asked = None
-
-
-class UpstreamStage:
-    """The upstream tasks' own mixtures, as they were trained, one after the other: is this task like one of them?
-
-    Args:
-        space: Routers and the rule they were trained with.
-        start: The point to beat.
-        batch: Mixtures an ask.
-    """
-
-    name, optimizer = "upstream", "listing"
-
-    def __init__(self, space: PromptSpace, start: Incumbent, batch: int) -> None:
-        self._space, self._best, self._batch, self._next = space, start, batch, 0
-        self._asked: Points | None = None
-
-    @property
-    def incumbent(self) -> Incumbent:
-        """The mixture of the lowest train loss so far, or the start if none beats it."""
-        return self._best
-
-    @property
-    def stop(self) -> str | None:
-        """The reason "exhausted" when every upstream task was tried."""
-        return "exhausted" if self._next >= len(self._space.routers) else None
-
-    def ask(self) -> Points:
-        """The next mixtures `(n, L, d)`."""
-        self._asked = self._space.mix(self._space.routers[self._next : self._next + self._batch], self._space.rule)
-        return self._asked
-
-    def tell(self, losses: NDArray[np.float64]) -> None:
-        """Report the losses of the last ask."""
-        if self._asked is None:
-            raise RuntimeError("tell without ask")
-        lowest = int(losses.argmin())
-        if losses[lowest] < self._best.loss:
-            router = self._space.routers[self._next + lowest]
-            self._best = Incumbent(self._asked[lowest], float(losses[lowest]), router)
-        self._next += len(self._asked)
         self._asked = None
 
 

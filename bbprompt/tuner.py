@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bbprompt.config import MethodConfig
 from bbprompt.evaluate import Evaluator
 from bbprompt.prompts import PromptSpace
-from bbprompt.stages import Incumbent, Stage, UpstreamStage, prompt_stage, router_stage
+from bbprompt.stages import Incumbent, Stage, prompt_stage, router_stage
 
 _T = TypeVar("_T")
 
@@ -102,14 +102,11 @@ def search(
     run.report("start", before.incumbent.loss)
     traces = []
     if method.router is not None:
-        stage: Stage
-        most = method.router.calls
-        if method.prompt is not None:
-            most = min(most, max(int(method.router.share * evaluator.left), method.router.batch))
+        share = method.router.share if method.prompt is not None else 1.0
         if method.router.warm_start and len(space.routers):
-            stage = UpstreamStage(space, before.incumbent, method.router.batch)
-            traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
-        stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
+            traces.append(run.upstream(space, method.router.batch, int(share * evaluator.left)))
+        most = min(method.router.calls, max(int(share * evaluator.left), method.router.batch))
+        stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
         traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
     if method.prompt is not None:
         start = run.chosen.incumbent
@@ -142,6 +139,28 @@ class _Search:
     def report(self, stage: str, train_loss: float) -> None:
         """Tell where the search stands."""
         self._report(Status(self._evaluator.spent, stage, train_loss, self.chosen.dev_metric))
+
+    def upstream(self, space: PromptSpace, size: int, most: int) -> StageTrace:
+        """Score the upstream tasks' own mixtures, each on train and on dev: is this task like one of them?
+
+        Few candidates of which many may fit the 32 training texts by chance: looking at all of them on dev doubles
+        what the choice rests on. At most `most` calls are made, `size` mixtures at a time.
+        """
+        began, first = time.monotonic(), self._evaluator.spent
+        best = self.chosen.incumbent.loss
+        for begin in range(0, len(space.routers), size):
+            routers = space.routers[begin : begin + size]
+            if self._evaluator.spent - first + 2 * len(routers) > min(most, self._evaluator.left):
+                break
+            points = space.mix(routers, space.rule)
+            losses = self._evaluator.train(points)
+            for point, loss, router in zip(points, losses, routers, strict=True):
+                self.look(Incumbent(point, float(loss), router))
+            best = min(best, float(losses.min()))
+            self.report("upstream", best)
+        return StageTrace(
+            "upstream", "listing", self._evaluator.spent - first, best, self.chosen, time.monotonic() - began
+        )
 
     def stage(self, stage: Stage, size: int, dev_every: int, most: int | None) -> StageTrace:
         """Run one stage until its calls, the budget or its optimizer end.
