@@ -122,8 +122,10 @@ class MethodConfig(_Settings):
         legacy_decision: Decide by the product of raw logits (released code).
         router: Stage I; None leaves it out.
         prompt: Stage II; None leaves it out.
-        select: Which looked-at prompt is returned: lowest "dev-loss", lowest "pooled-loss" (train and dev
-            together), or highest "dev-metric" (the earliest of equals, as released). Test is never looked at.
+        select: Which looked-at prompt is returned. "both-losses": among the untuned mixtures the lowest train and dev
+            loss together; a prompt that was searched for, whose train loss is biased, replaces it only if its dev
+            loss is lower too. "dev-loss": the lowest dev loss; "pooled-loss": the lowest train and dev loss together;
+            "dev-metric": the highest dev metric, as released. The earliest of equals. Test is never looked at.
     """
 
     name: str
@@ -136,7 +138,7 @@ class MethodConfig(_Settings):
     legacy_decision: bool = False
     router: RouterStageConfig | None = None
     prompt: PromptStageConfig | None = None
-    select: Literal["dev-loss", "pooled-loss", "dev-metric"] = "dev-loss"
+    select: Literal["both-losses", "dev-loss", "pooled-loss", "dev-metric"] = "both-losses"
 
     @property
     def rule(self) -> GateRule:

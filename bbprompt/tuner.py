@@ -27,11 +27,17 @@ __all__ = ["Found", "Look", "StageTrace", "Status", "search"]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """An incumbent with what train and dev say of it."""
+    """An incumbent with what train and dev say of it; `searched` if it was found by minimising the train loss."""
 
     incumbent: Incumbent
     dev_loss: float
     dev_metric: float
+    searched: bool = False
+
+    @property
+    def pooled_loss(self) -> float:
+        """Train and dev loss together."""
+        return self.incumbent.loss + self.dev_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +132,14 @@ class _Search:
     @property
     def chosen(self) -> Look:
         """The look that the method's rule prefers; the earliest of equals."""
-        return min(self._looks, key=self._rank)
+        return functools.reduce(lambda held, look: look if self._better(look, held) else held, self._looks)
 
-    def look(self, incumbent: Incumbent) -> Look:
+    def look(self, incumbent: Incumbent, searched: bool = False) -> Look:
         """Score an incumbent on dev, unless that was done: one call."""
         for known in self._looks:
             if np.array_equal(known.incumbent.point, incumbent.point):
                 return known
-        self._looks.append(Look(incumbent, *self._evaluator.dev(incumbent.point)))
+        self._looks.append(Look(incumbent, *self._evaluator.dev(incumbent.point), searched))
         return self._looks[-1]
 
     def report(self, stage: str, train_loss: float) -> None:
@@ -178,11 +184,11 @@ class _Search:
             self._timed(functools.partial(stage.tell, losses))
             train_calls += len(points)
             if train_calls >= next_look:
-                self.look(stage.incumbent)
+                self.look(stage.incumbent, searched=True)
                 next_look += dev_every * ((train_calls - next_look) // dev_every + 1)
             self.report(stage.name, stage.incumbent.loss)
         if self._evaluator.left:
-            self.look(stage.incumbent)
+            self.look(stage.incumbent, searched=True)
         self.report(stage.name, stage.incumbent.loss)
         return StageTrace(
             stage.name,
@@ -200,11 +206,15 @@ class _Search:
         finally:
             self.optimizer_seconds += time.monotonic() - began
 
-    def _rank(self, look: Look) -> float:
+    def _better(self, look: Look, held: Look) -> bool:
+        """Whether the method's rule prefers a later look to the one held so far."""
         match self._method.select:
+            case "both-losses":
+                lower = look.pooled_loss < held.pooled_loss
+                return lower and (not look.searched or look.dev_loss < held.dev_loss)
             case "dev-loss":
-                return look.dev_loss
+                return look.dev_loss < held.dev_loss
             case "pooled-loss":
-                return look.dev_loss + look.incumbent.loss
+                return look.pooled_loss < held.pooled_loss
             case "dev-metric":
-                return -look.dev_metric
+                return look.dev_metric > held.dev_metric

@@ -81,8 +81,8 @@ def test_the_choice_follows_the_rule(select: str, tmp_path: Path, monkeypatch: p
     seen: list[Look] = []
     original = tuner._Search.look
 
-    def watched(self: object, incumbent: object) -> Look:
-        seen.append(original(self, incumbent))  # type: ignore[arg-type]
+    def watched(self: object, incumbent: object, searched: bool = False) -> Look:
+        seen.append(original(self, incumbent, searched))  # type: ignore[arg-type]
         return seen[-1]
 
     monkeypatch.setattr(tuner._Search, "look", watched)
@@ -102,6 +102,24 @@ def test_the_choice_follows_the_rule(select: str, tmp_path: Path, monkeypatch: p
     # A stage's choice is never worse than the one before.
     values = list(map(value, looks_of(found)))
     assert all(after <= before for before, after in itertools.pairwise(values))
+
+
+def test_a_searched_prompt_must_lower_both_losses(tmp_path: Path) -> None:
+    from bbprompt import tuner
+    from bbprompt.stages import Incumbent
+
+    point = np.zeros((3, 4))
+    run = tuner._Search(method_with(METHODS["both"], {"select": "both-losses"}), None, lambda status: None)  # type: ignore[arg-type]
+
+    def chosen(*looks: tuple[float, float, bool]) -> int:
+        run._looks = [Look(Incumbent(point, train), dev, 0.5, searched) for train, dev, searched in looks]
+        return run._looks.index(run.chosen)
+
+    assert chosen((0.7, 0.7, False), (0.4, 0.8, False)) == 1, "unsearched: both losses together"
+    assert chosen((0.7, 0.7, False), (0.1, 0.71, True)) == 0, "searched: a low train loss is not enough"
+    assert chosen((0.7, 0.7, False), (0.6, 0.65, True)) == 1
+    assert chosen((0.4, 0.8, False), (0.9, 0.75, True)) == 0
+    assert chosen((0.7, 0.7, False), (0.7, 0.7, False)) == 0, "the earliest of equals"
 
 
 def test_tuning_lowers_the_train_loss(tmp_path: Path) -> None:
