@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bbprompt.config import TuneConfig
+    from bbprompt.connect import open_oracle
     from bbprompt.errors import (
         ArtifactError,
         BBPromptError,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from bbprompt.predict import load_prompt
     from bbprompt.prompts import ModularPrompt, PromptSpace
     from bbprompt.result import Result
-    from bbprompt.run import open_oracle
     from bbprompt.task import Task
     from bbprompt.tuning import tune
 
@@ -63,7 +63,7 @@ _HOMES = {
     "Task": "task",
     "TuneConfig": "config",
     "load_prompt": "predict",
-    "open_oracle": "run",
+    "open_oracle": "connect",
     "tune": "tuning",
 }
 

@@ -16,10 +16,10 @@ from packaging.requirements import Requirement
 
 from bbprompt.backends.cache import cache_root
 from bbprompt.config import load_method
+from bbprompt.connect import open_oracle
 from bbprompt.data import DATA_VARIABLE
 from bbprompt.errors import BBPromptError
 from bbprompt.prompts import ModularPrompt, bundled_prompts
-from bbprompt.run import open_oracle
 from bbprompt.task import load_task, task_names
 
 __all__ = ["Finding", "examine"]

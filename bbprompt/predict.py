@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from bbprompt.config import MethodConfig, TuneConfig
+from bbprompt.connect import open_oracle
 from bbprompt.data import SplitName, data_digest, open_data
 from bbprompt.errors import ArtifactError, DataError, DiskError, UsageError
 from bbprompt.example import Example
@@ -24,7 +25,7 @@ from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.readout import SpanReadout
 from bbprompt.result import Result
-from bbprompt.run import limited, open_oracle, reopen
+from bbprompt.run import limited, reopen
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import labelled, score_split
 from bbprompt.task import Task

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import logging
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from safetensors.numpy import save
 
 from bbprompt import __version__
 from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.connect import cores, open_oracle
 from bbprompt.curve import CurveClock
 from bbprompt.data import DataSource, open_data
 from bbprompt.errors import ResumeMismatch, UsageError
@@ -45,7 +45,6 @@ __all__ = [
     "Watcher",
     "default_directory",
     "limited",
-    "open_oracle",
     "prepare",
     "reopen",
     "run_digest",
@@ -121,54 +120,6 @@ class Prepared:
         }
 
 
-def open_oracle(
-    backend: str,
-    prompt: ModularPrompt,
-    *,
-    backbone: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_tokens: int | None = None,
-    max_tokens: int | None = None,
-    threads: int | None = None,
-) -> Oracle:
-    """Open a frozen model.
-
-    Args:
-        backend: "local".
-        prompt: The artifact behind the oracle.
-        backbone: Hub id or directory; None for the one the prompts were trained for.
-        device: "auto", "cpu" or "cuda".
-        dtype: "auto" (float32), "float32" or "bfloat16".
-        batch_tokens: Tokens at once; None for the device's default.
-        max_tokens: Longest sequence; None for the backbone's limit.
-        threads: CPU threads; None for all cores.
-
-    Raises:
-        UsageError: A backend or device that is not there.
-        ArtifactError: Backbone or prompts cannot be loaded or do not fit each other.
-    """
-    if backend != "local":
-        raise UsageError(f"--backend '{backend}': only 'local' is supported by this version")
-    import torch
-
-    from bbprompt.backends.backbone import load_backbone
-    from bbprompt.backends.local import LocalOracle
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
-    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(threads or _cores())
-    return LocalOracle(
-        load_backbone(backbone or prompt.config.backbone),
-        prompt,
-        device=chosen,
-        dtype="float32" if dtype == "auto" else dtype,
-        batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
-        max_tokens=max_tokens,
-    )
-
-
 def prepare(config: TuneConfig) -> Prepared:
     """Open task, data, prompts and model; nothing is written and no call is made.
 
@@ -200,13 +151,8 @@ def prepare(config: TuneConfig) -> Prepared:
         max_tokens=config.max_tokens,
         threads=config.threads,
     )
-    threads = config.threads or _cores()
+    threads = config.threads or cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt) -> None:

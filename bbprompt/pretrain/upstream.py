@@ -17,7 +17,7 @@ from bbprompt.mrc import Frame, Offsets, encode
 from bbprompt.pretrain.mixture import Upstream
 from bbprompt.task import Task, load_task, task_names
 
-__all__ = ["load_upstream", "upstream_tasks"]
+__all__ = ["evaluation_inputs", "load_upstream", "upstream_tasks"]
 
 log = logging.getLogger("bbprompt")
 
@@ -54,13 +54,15 @@ def load_upstream(
     """Read every task's training examples and some to validate on.
 
     From a `seen` task the few-shot pools of `spare_seeds` are left out, so that tuning on them later is true
-    few-shot. Validation comes from the dev split, else from the end of the shuffled training split. Examples
-    whose question and options alone do not fit are left out and counted.
+    few-shot; from every task, what a test split of the evaluation side holds as well (`evaluation_inputs`).
+    Validation comes from the dev split, else from the end of the shuffled training split. Examples whose question
+    and options alone do not fit are left out and counted.
 
     Raises:
         DataError: A task's data are missing or wrong, or nothing of a task is left.
     """
     loaded = []
+    tested = evaluation_inputs(data)
     for task in tasks:
         source = open_data(task, data / task.folder if data is not None else "auto")
         if source.source == "sample":
@@ -69,6 +71,10 @@ def load_upstream(
         if task.track == "seen":
             spared = pool_uids(task, train, spare_seeds)
             train = [example for example in train if example.uid not in spared]
+        clean = [example for example in train if _texts(example) not in tested]
+        if len(clean) < len(train):
+            log.info("%s: left out %d examples that stand in a test split", task.name, len(train) - len(clean))
+        train = clean
 
         def fits(example: Example, task: Task = task) -> bool:
             worst = _longest_options(example, option_limit, option_characters)
@@ -99,6 +105,33 @@ def load_upstream(
         log.info("%s: %d of %d examples, %d to validate", task.name, len(kept), len(train), len(check))
         loaded.append(Upstream(task, kept, check))
     return loaded
+
+
+def evaluation_inputs(data: Path | None) -> frozenset[tuple[str, ...]]:
+    """The field contents of every example in the test splits of the tracks `seen` and `unseen`.
+
+    Data sets share texts (two may be drawn from one site), so a training split may hold another task's test texts.
+
+    Raises:
+        DataError: A bundled evaluation task's data are wrong. Where a directory of data lacks a task, it is named in
+            the log: its test texts are then not known and cannot be left out.
+    """
+    inputs: set[tuple[str, ...]] = set()
+    for task in (load_task(name) for name in task_names()):
+        if task.track not in ("seen", "unseen"):
+            continue
+        if data is not None and not (data / task.folder).exists():
+            log.warning("%s has no %s: its test texts cannot be left out of the training", data, task.folder)
+            continue
+        inputs.update(
+            _texts(example)
+            for example in open_data(task, data / task.folder if data is not None else "auto").split("test")
+        )
+    return frozenset(inputs)
+
+
+def _texts(example: Example) -> tuple[str, ...]:
+    return tuple(sorted(example.fields.values()))
 
 
 def _longest_options(example: Example, limit: int, characters: int) -> Example | None:
