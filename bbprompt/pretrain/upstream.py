@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from bbprompt.data import open_data
+from bbprompt.data import DATA_VARIABLE, open_data
 from bbprompt.errors import DataError, UsageError
 from bbprompt.example import Example
 from bbprompt.fewshot import pool_uids
@@ -111,22 +112,23 @@ def evaluation_inputs(data: Path | None) -> frozenset[tuple[str, ...]]:
     """The field contents of every example in the test splits of the tracks `seen` and `unseen`.
 
     Data sets share texts (two may be drawn from one site), so a training split may hold another task's test texts.
+    Tasks whose data are not in `data` (None: `BBPROMPT_DATA`) are named in the log.
 
     Raises:
-        DataError: A bundled evaluation task's data are wrong. Where a directory of data lacks a task, it is named in
-            the log: its test texts are then not known and cannot be left out.
+        DataError: A bundled evaluation task's data are wrong.
     """
+    root = data or (Path(os.environ[DATA_VARIABLE]) if os.environ.get(DATA_VARIABLE) else None)
     inputs: set[tuple[str, ...]] = set()
+    unknown = []
     for task in (load_task(name) for name in task_names()):
         if task.track not in ("seen", "unseen"):
             continue
-        if data is not None and not (data / task.folder).exists():
-            log.warning("%s has no %s: its test texts cannot be left out of the training", data, task.folder)
+        if root is None or not (root / task.folder).is_dir():
+            unknown.append(task.name)
             continue
-        inputs.update(
-            _texts(example)
-            for example in open_data(task, data / task.folder if data is not None else "auto").split("test")
-        )
+        inputs.update(_texts(example) for example in open_data(task, root / task.folder).split("test"))
+    if unknown:
+        log.warning("test texts of %s are not at hand: they cannot be left out of the training", ", ".join(unknown))
     return frozenset(inputs)
 
 
