@@ -45,6 +45,7 @@ __all__ = [
     "Watcher",
     "default_directory",
     "limited",
+    "located",
     "prepare",
     "reopen",
     "run_digest",
@@ -128,7 +129,7 @@ def prepare(config: TuneConfig) -> Prepared:
         DataError: Data or artifact are wrong.
     """
     began = time.monotonic()
-    config = _located(config)
+    config = located(config)
     task = load_task(config.task)
     method = method_with(load_method(config.method), config.set)
     if config.budget < method.least_budget:
@@ -197,7 +198,7 @@ def reopen(path: Path, *, writable: bool) -> tuple[RunDirectory, TuneConfig]:
         raise ResumeMismatch(f"{error}; the run was begun by another version of bbprompt") from error
 
 
-def _located(config: TuneConfig) -> TuneConfig:
+def located(config: TuneConfig) -> TuneConfig:
     """The settings with every path absolute, so that a run can be resumed and used from anywhere."""
     named = {"task": config.task, "method": config.method}
     paths = {key: value for key, value in named.items() if value.endswith((".yaml", ".yml"))}

@@ -1,0 +1,155 @@
+"""`bbprompt sweep`: many runs, resumable as a whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Threads
+from bbprompt.commands.output import command, write, write_json
+from bbprompt.commands.stop import Stop
+from bbprompt.errors import Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from bbprompt.sweep import Sweep
+
+__all__ = ["sweep"]
+
+
+def sweep(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", show_default=False, help="Holds a directory for each run, and sweep.json.")
+    ],
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", show_default=False, help="Names or YAML files, comma-separated.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(metavar="X,Y", show_default=False, help="Names or YAML files, comma-separated.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N,M", show_default=False, help="Comma-separated, such as 10,20,30,40,50.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_YAML",
+            show_default=False,
+            help="An experiment, bundled (configs/experiments) or a file: tasks, methods, seeds, variants and any "
+            "setting of tune; flags win.",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|hub|sample|auto", show_default=False, help="As `tune --data`."),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="ID_OR_DIR", show_default=False, help="As `tune --backbone`.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="ID_OR_DIR", show_default=False, help="As `tune --prompts`.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(show_default=False, help="Most calls of a run [default: 8000].")] = None,
+    shots: Annotated[int | None, typer.Option(show_default=False, help="As `tune --shots`.")] = None,
+    backend: Annotated[str | None, typer.Option(show_default=False, help="As `tune --backend`.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_tokens: Annotated[int | None, typer.Option(show_default=False, help="As `tune --batch-tokens`.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(show_default=False, help="As `tune --max-tokens`.")] = None,
+    threads: Threads = None,
+    test_limit: Annotated[int | None, typer.Option(show_default=False, help="As `tune --test-limit`.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="As `tune --set` (repeatable)."),
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run tasks x methods x seeds; finished runs are skipped, stopped ones go on.
+
+    The same few-shot split for every method follows from the seed. With nothing but --out, a sweep goes on as it was
+    begun. A failed run does not stop the others; at the end it is named, and the exit code is that of the first one.
+    The threads of a run are the cores divided by --workers, unless --threads says otherwise.
+    """
+    grid = {"tasks": _listed(tasks), "methods": _listed(methods), "seeds": _seeds(seeds)}
+    settings = {
+        "data": data,
+        "backbone": backbone,
+        "prompts": prompts,
+        "budget": budget,
+        "shots": shots,
+        "backend": backend,
+        "device": device,
+        "dtype": dtype,
+        "batch_tokens": batch_tokens,
+        "max_tokens": max_tokens,
+        "threads": threads,
+        "test_limit": test_limit,
+    }
+    state = _opened(out, config, grid, settings, changes or [], workers)
+
+    from bbprompt.commands.sweepview import SweepView
+    from bbprompt.sweep import run_sweep
+    from bbprompt.terminal import logging_to, open_console
+
+    console = open_console(quiet)
+    interrupted: Interrupted | None = None
+    with Stop() as stop, logging_to(console):
+        stop.advice = f"go on with: {command('sweep', '--out', out)}"
+        try:
+            with SweepView(console) as view:
+                run_sweep(state, workers, stop.check, view.show)
+        except Interrupted as error:
+            interrupted = error
+    _show(state, json)
+    if interrupted is not None:
+        raise interrupted
+    if state.exit_code:
+        raise typer.Exit(state.exit_code)
+
+
+def _opened(
+    out: Path, config: str | None, grid: dict[str, Any], settings: dict[str, Any], changes: list[str], workers: int
+) -> Sweep:
+    """The grid of the directory: as it was begun, or as the file and the flags say."""
+    from bbprompt.config import parse_set
+    from bbprompt.connect import cores
+    from bbprompt.experiment import experiment_from
+    from bbprompt.sweep import Sweep, read_sweep, with_threads, write_sweep
+
+    before = read_sweep(out)
+    flags = {**settings, "set": parse_set(changes) or None}
+    if before is not None and config is None and not any(v is not None for v in (*grid.values(), *flags.values())):
+        experiment = before
+    else:
+        experiment = experiment_from(config, grid, flags)
+    experiment = with_threads(experiment, before, max(1, cores() // workers))
+    return Sweep(out, {cell.name: cell for cell in write_sweep(out, experiment, before)})
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [part.strip() for part in text.split(",")]
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {text}: expected whole numbers, comma-separated, such as 10,20,30") from None
+
+
+def _show(state: Sweep, json: bool) -> None:
+    from bbprompt.commands.sweepview import counts_line
+
+    if json:
+        write_json(state.summary())
+        return
+    failed = [f"failed: {each['run']}: {each['error']} (exit {each['exit']})" for each in state.summary()["failed"]]
+    logs = [f"Logs: {state.out / 'logs'}"] if failed else []
+    following = f"Next: {command('compare', state.out)}"
+    write("\n".join([counts_line(state), *failed, *logs, following]))

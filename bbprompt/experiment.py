@@ -1,0 +1,182 @@
+"""Experiments: tasks x methods x variants x seeds, each cell of the grid a run of its own.
+
+An experiment is a YAML file (`configs/experiments/*.yaml` or a user's own) or flags. What is not the grid is a
+setting of `tune`, the same for all runs; a variant changes some of them and stands beside the plain method as
+a row of its own. The few-shot split follows from task, seed and shots alone, so two methods with the same seed
+are compared on the same examples.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bbprompt.config import TuneConfig, load_method, method_with
+from bbprompt.errors import UsageError
+from bbprompt.run import located
+from bbprompt.task import load_task
+from bbprompt.yamlfile import closest, read_yaml, validate
+
+__all__ = ["Cell", "Experiment", "experiment_from", "experiment_names", "row_name"]
+
+_BUNDLED = Path(__file__).parent / "configs" / "experiments"
+_GRID = ("summary", "source", "tasks", "methods", "seeds", "variants")
+_AXES = ("task", "method", "seed")
+
+_Name = Annotated[str, Field(min_length=1, strict=True)]
+_Seed = Annotated[int, Field(ge=0, strict=True)]
+_Label = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class Experiment(BaseModel):
+    """A grid of runs.
+
+    Attributes:
+        summary: One line.
+        source: What it repeats, such as a table of a paper.
+        tasks: Names, or paths of task YAMLs.
+        methods: Names, or paths of method YAMLs.
+        seeds: Of few-shot split and search.
+        variants: Name -> settings of `tune` that differ; empty for the plain methods alone. The name of the
+            variant without changes, if there is one, is up to the file.
+        settings: Settings of `tune` that all runs share.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    summary: str = ""
+    source: str = ""
+    tasks: tuple[_Name, ...] = Field(min_length=1)
+    methods: tuple[_Name, ...] = Field(min_length=1)
+    seeds: tuple[_Seed, ...] = Field(min_length=1)
+    variants: Mapping[_Label, Mapping[str, Any]] = Field(default_factory=dict)
+    settings: Mapping[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("tasks", "methods", "seeds"):
+            values = getattr(self, key)
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{key}: {value} stands twice")
+        for label, changes in {"": self.settings, **self.variants}.items():
+            for key in _AXES:
+                if key in changes:
+                    where = f"variants.{label}.{key}" if label else key
+                    raise ValueError(f"{where}: the grid says it; use {'seeds' if key == 'seed' else f'{key}s'}")
+        return self
+
+    def cells(self) -> tuple[Cell, ...]:
+        """Every run; seeds outermost, so that a sweep that is cut short has whole seeds.
+
+        Raises:
+            UsageError: A setting, task or method is wrong, or two runs would have one name.
+        """
+        cells: dict[str, Cell] = {}
+        variants = self.variants or {"": {}}
+        for seed, task, method, label in itertools.product(self.seeds, self.tasks, self.methods, variants):
+            changes = variants[label]
+            values = {**self.settings, **changes, "task": task, "method": method, "seed": seed}
+            values["set"] = {**(self.settings.get("set") or {}), **(changes.get("set") or {})}
+            config = located(validate(TuneConfig, values, f"variant {label}" if label else "experiment"))
+            name = "-".join(part for part in (_stem(task), _stem(method), label, str(seed)) if part)
+            if name in cells:
+                raise UsageError(f"experiment: two runs would be called {name}; give tasks and methods other names")
+            cells[name] = Cell(name, row_name(_stem(method), label), config)
+        self._check_names()
+        return tuple(cells.values())
+
+    def _check_names(self) -> None:
+        """Wrong names are an error now, not after the hours that the runs before them take."""
+        for task in self.tasks:
+            load_task(task)
+        for method, changes in itertools.product(self.methods, self.variants.values() or ({},)):
+            method_with(load_method(method), {**(self.settings.get("set") or {}), **(changes.get("set") or {})})
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        name: Of its directory.
+        row: The row of a table that it belongs to: the method, and the variant if there is one.
+        config: Its settings, paths absolute.
+    """
+
+    name: str
+    row: str
+    config: TuneConfig
+
+
+def row_name(method: str, variant: str) -> str:
+    """How a method under a variant is called in tables."""
+    return f"{method} {variant}" if variant else method
+
+
+def experiment_names() -> list[str]:
+    """Names of the bundled experiments."""
+    return sorted(file.stem for file in _BUNDLED.glob("*.yaml"))
+
+
+def experiment_from(file: str | None, grid: Mapping[str, Any], settings: Mapping[str, Any]) -> Experiment:
+    """An experiment from a file and flags; flags win.
+
+    Args:
+        file: A YAML file or the name of a bundled experiment; None for flags alone.
+        grid: Keys of the grid; None values do not count.
+        settings: Settings of `tune`; None values do not count. `set` is merged key by key.
+
+    Raises:
+        UsageError: There is no such file, or a key or value is wrong.
+    """
+    values: dict[str, Any] = {"settings": {}}
+    where = "command line"
+    if file is not None:
+        where, values = _read(file)
+    values |= {key: value for key, value in grid.items() if value is not None}
+    own, changes = values["settings"], {key: value for key, value in settings.items() if value is not None}
+    for holder in (own, *_mappings(values.get("variants"))):
+        if not isinstance(holder.get("set", {}), dict):
+            raise UsageError(f"{where}: set: expected a mapping of dotted keys to values, got {holder['set']!r}")
+    merged = {**own.get("set", {}), **changes.pop("set", {})}
+    values["settings"] = {**own, **changes, **({"set": merged} if merged else {})}
+    for key in ("tasks", "methods", "seeds"):
+        if key not in values:
+            raise UsageError(f"--{key} is missing; give --tasks, --methods and --seeds, or --config")
+    return validate(Experiment, values, where)
+
+
+def _read(name: str) -> tuple[str, dict[str, Any]]:
+    """Where an experiment stands and its keys, those of `tune` apart; a key may be spelled as the flag is."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = _BUNDLED / f"{name}.yaml"
+        if name not in experiment_names():
+            raise UsageError(f"--config {name}: no such file or bundled experiment{closest(name, experiment_names())}")
+    values: dict[str, Any] = {"settings": {}}
+    for key, value in read_yaml(path).items():
+        plain = key.replace("-", "_")
+        target = values if plain in _GRID else values["settings"]
+        if plain in target:
+            raise UsageError(f"{path}: the key '{plain}' stands twice, once as '{key}'")
+        if plain not in _GRID and plain not in TuneConfig.model_fields:
+            known = [*_GRID, *TuneConfig.model_fields]
+            raise UsageError(f"{path}: unknown key '{key}'{closest(plain, known)}")
+        target[plain] = value
+    return str(path), values
+
+
+def _mappings(variants: Any) -> Sequence[Mapping[str, Any]]:
+    if not isinstance(variants, dict):
+        return ()
+    return [changes for changes in variants.values() if isinstance(changes, dict)]
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem if name.endswith((".yaml", ".yml")) else name
