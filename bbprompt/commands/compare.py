@@ -1,0 +1,73 @@
+"""`bbprompt compare`: paired statistics over tasks and seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bbprompt.commands.flags import Debug, Json
+from bbprompt.commands.output import write, write_json
+from bbprompt.errors import DiskError
+
+__all__ = ["compare"]
+
+
+def compare(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", show_default=False, help="Of a sweep, or any directory of run directories.")
+    ],
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", show_default=False, help="What all others stand against [default: the first]."),
+    ] = None,
+    stages: Annotated[
+        bool, typer.Option("--stages", help="Also the prompt chosen at the end of each earlier stage, as rows.")
+    ] = False,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", show_default=False, help="Also write the main table as CSV.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Also write compare.md, table.csv, runs.csv, differences.csv, costs.csv and curves.csv.",
+        ),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the finished runs of a sweep: scores by task, paired differences, cost, and scores against calls.
+
+    Markdown in percent on standard output; CSV and JSON hold fractions. Runs that are missing are named.
+    """
+    from bbprompt.compare import compare as compared
+    from bbprompt.comparetext import as_json, csv_files, markdown
+    from bbprompt.runs import read_runs
+    from bbprompt.terminal import logging_to, open_console
+
+    with logging_to(open_console()):
+        found = compared(*read_runs(folder), baseline, stages)
+    text, files = markdown(found), csv_files(found)
+    if csv is not None:
+        _put(csv, files["table.csv"])
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DiskError(f"--out {out}: cannot be made: {error.strerror or error}") from None
+        for name, content in {"compare.md": text + "\n", **files}.items():
+            _put(out / name, content)
+    if json:
+        write_json(as_json(found))
+    else:
+        write(text)
+
+
+def _put(path: Path, content: str) -> None:
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,321 @@
+"""The comparison of methods over tasks and seeds: the papers' table, paired differences, cost, anytime curves.
+
+Scores are test scores. Beside the methods stand what costs nothing: the most frequent label, and the same model and
+prompts with nothing tuned ("before").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bbprompt.errors import UsageError
+from bbprompt.runs import FinishedRun, Missing
+from bbprompt.statistics import Paired, holm, mean_sd, paired, step_values
+from bbprompt.yamlfile import closest
+
+__all__ = ["AnytimeRow", "Comparison", "CostRow", "DifferenceRow", "Row", "Spread", "compare"]
+
+MAJORITY = "majority"
+BEFORE = "before"
+#: Tracks that get an average of their own, in the papers' order.
+_TRACKS = ("seen", "unseen", "unseen-relative", "upstream", "")
+
+Scores = dict[tuple[str, int], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean and sample standard deviation over n seeds; NaN for the deviation of one."""
+
+    mean: float
+    sd: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the main table.
+
+    Attributes:
+        name: The method, or what stands beside the methods.
+        cells: Task -> spread over its seeds.
+        averages: Name of a group of tasks -> spread, over the seeds that have all its tasks, of the mean over them; a
+            group of which no seed is whole is not there.
+    """
+
+    name: str
+    cells: Mapping[str, Spread]
+    averages: Mapping[str, Spread]
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceRow:
+    """A method against another on the same tasks and seeds; `group` says which tasks, `p` is corrected by Holm."""
+
+    method: str
+    against: str
+    group: str
+    found: Paired
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class CostRow:
+    """What a run of a method takes: means over its runs of budgeted calls, wall seconds and seconds of the model."""
+
+    method: str
+    runs: int
+    calls: float
+    seconds: float
+    oracle_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnytimeRow:
+    """Dev metric of the prompt that would be returned after so many calls: mean over tasks and seeds.
+
+    Attributes:
+        method: The method.
+        runs: Runs with a curve.
+        values: Calls -> mean; a run that ended earlier keeps its last value.
+        area: Mean of the curve from the first to the last call of the table.
+    """
+
+    method: str
+    runs: int
+    values: Mapping[int, float]
+    area: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that is compared.
+
+    Attributes:
+        tasks: Columns of the main table, grouped by track.
+        groups: Name of an average -> its tasks.
+        metrics: Task -> metric.
+        rows: Of the main table.
+        differences: Paired differences.
+        costs: A row a method.
+        anytime: A row a method.
+        runs: The runs that this rests on.
+        missing: The runs without a result.
+        notes: What a reader has to know.
+    """
+
+    tasks: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    metrics: Mapping[str, str]
+    rows: tuple[Row, ...]
+    differences: tuple[DifferenceRow, ...]
+    costs: tuple[CostRow, ...]
+    anytime: tuple[AnytimeRow, ...]
+    runs: tuple[FinishedRun, ...]
+    missing: tuple[Missing, ...]
+    notes: tuple[str, ...]
+
+
+def compare(
+    runs: Sequence[FinishedRun],
+    missing: Sequence[Missing],
+    baseline: str | None = None,
+    stages: bool = False,
+) -> Comparison:
+    """Compare finished runs.
+
+    Args:
+        runs: Read by `bbprompt.runs.read_runs`.
+        missing: Runs that are not finished, which are named in the notes.
+        baseline: Method that all others are compared with; None for the first one.
+        stages: Add a row for the prompt chosen at the end of each earlier stage.
+
+    Raises:
+        UsageError: Nothing is finished, or there is no such method.
+    """
+    if not runs:
+        raise UsageError(f"no run is finished, {len(missing)} are missing; go on with `bbprompt sweep`")
+    methods = list(dict.fromkeys(run.row for run in runs))
+    if baseline is not None and baseline not in methods:
+        raise UsageError(f"--baseline {baseline}: no finished run of that name{closest(baseline, methods)}")
+    scores = {name: _scores((run for run in runs if run.row == name), _final) for name in methods}
+    others = _untuned(runs, methods) | (_after_stages(runs, methods) if stages else {})
+    groups = _groups(runs, missing)
+    seeds = sorted({run.result.seed for run in runs})
+    table = {**others, **scores}
+    return Comparison(
+        tasks=_tasks(groups),
+        groups=groups,
+        metrics={run.result.task: run.result.test.metric for run in runs},
+        rows=tuple(_row(name, values, groups, seeds) for name, values in table.items()),
+        differences=tuple(_differences(methods, scores, runs, groups, baseline or methods[0])),
+        costs=tuple(_cost(name, [run for run in runs if run.row == name]) for name in methods),
+        anytime=tuple(_anytime(runs, methods)),
+        runs=tuple(runs),
+        missing=tuple(missing),
+        notes=tuple(_notes(runs, missing)),
+    )
+
+
+def _final(run: FinishedRun) -> float:
+    return run.result.test.value
+
+
+def _before(run: FinishedRun) -> float:
+    return run.result.before.test
+
+
+def _majority(run: FinishedRun) -> float:
+    return run.result.before.majority
+
+
+def _scores(runs: Iterable[FinishedRun], value: Callable[[FinishedRun], float]) -> Scores:
+    return {(run.result.task, run.result.seed): value(run) for run in runs}
+
+
+def _untuned(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, Scores]:
+    """The rows that cost nothing; methods whose untuned scores are the same share one row of them."""
+    majority = _scores((run for run in runs if run.result.before.majority), _majority)
+    shared: list[tuple[list[str], Scores]] = []
+    for name in methods:
+        values = _scores((run for run in runs if run.row == name), _before)
+        for names, held in shared:
+            if all(held[key] == values[key] for key in held.keys() & values.keys()):
+                names.append(name)
+                held.update(values)
+                break
+        else:
+            shared.append(([name], values))
+    before = {BEFORE if len(shared) == 1 else f"{BEFORE} ({', '.join(names)})": values for names, values in shared}
+    return ({MAJORITY: majority} if majority else {}) | before
+
+
+def _after_stages(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, Scores]:
+    rows: dict[str, Scores] = {}
+    for name in methods:
+        for run in (run for run in runs if run.row == name):
+            for stage in run.result.stages[:-1]:
+                row = rows.setdefault(f"{name}, after {stage.name}", {})
+                row[run.result.task, run.result.seed] = stage.test
+    return rows
+
+
+def _groups(runs: Sequence[FinishedRun], missing: Sequence[Missing]) -> dict[str, tuple[str, ...]]:
+    """Track -> its tasks in the order of the runs; tasks without a finished run count, or averages would shift."""
+    tracks = {run.result.task: run.track for run in runs} | {run.task: run.track for run in missing}
+    tracks = {task: track if track in _TRACKS else "" for task, track in tracks.items()}
+    groups = {track: tuple(task for task, own in tracks.items() if own == track) for track in _TRACKS}
+    return {track or "other": tasks for track, tasks in groups.items() if tasks}
+
+
+def _tasks(groups: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(task for tasks in groups.values() for task in tasks)
+
+
+def _row(name: str, scores: Scores, groups: Mapping[str, tuple[str, ...]], seeds: Sequence[int]) -> Row:
+    cells = {}
+    for task in _tasks(groups):
+        values = [scores[task, seed] for seed in seeds if (task, seed) in scores]
+        if values:
+            cells[task] = Spread(*mean_sd(values), len(values))
+    averages = {}
+    sets = {**groups, "all": _tasks(groups)} if len(groups) > 1 else groups
+    for group, tasks in sets.items():
+        whole = [seed for seed in seeds if all((task, seed) in scores for task in tasks)]
+        if whole:
+            means = [float(np.mean([scores[task, seed] for task in tasks])) for seed in whole]
+            averages[group] = Spread(*mean_sd(means), len(means))
+    return Row(name, cells, averages)
+
+
+def _differences(
+    methods: Sequence[str],
+    scores: Mapping[str, Scores],
+    runs: Sequence[FinishedRun],
+    groups: Mapping[str, tuple[str, ...]],
+    baseline: str,
+) -> Iterable[DifferenceRow]:
+    sets = {**groups, "all": _tasks(groups)} if len(groups) > 1 else groups
+    found: list[tuple[str, str, str, Paired]] = []
+    for name in methods:
+        own = [run for run in runs if run.row == name]
+        rivals: list[tuple[str, Scores]] = [
+            (BEFORE, _scores(own, _before)),
+            (MAJORITY, _scores((run for run in own if run.result.before.majority), _majority)),
+        ]
+        if name != baseline:
+            rivals.append((baseline, scores[baseline]))
+        for against, values in rivals:
+            for group, tasks in sets.items():
+                by_task = [_minus(scores[name], values, task) for task in tasks]
+                if kept := [differences for differences in by_task if differences]:
+                    found.append((name, against, group, paired(kept)))
+    corrected = holm([each[3].p for each in found])
+    return [DifferenceRow(*each, p) for each, p in zip(found, corrected, strict=True)]
+
+
+def _minus(scores: Scores, others: Scores, task: str) -> list[float]:
+    """Differences on a task, a seed each; rounded, so that equal ones are equal for the ranks."""
+    return [
+        round(value - others[own, seed], 12)
+        for (own, seed), value in scores.items()
+        if own == task and (own, seed) in others
+    ]
+
+
+def _cost(name: str, runs: Sequence[FinishedRun]) -> CostRow:
+    calls = [run.result.calls.train + run.result.calls.dev for run in runs]
+    seconds = [run.result.seconds.total for run in runs]
+    oracle = [run.result.seconds.oracle for run in runs]
+    return CostRow(name, len(runs), float(np.mean(calls)), float(np.mean(seconds)), float(np.mean(oracle)))
+
+
+def _anytime(runs: Sequence[FinishedRun], methods: Sequence[str]) -> Iterable[AnytimeRow]:
+    curves = [run.curve for run in runs if run.curve is not None and run.curve.calls]
+    if not curves:
+        return
+    first = max(curve.calls[0] for curve in curves)
+    last = max(curve.calls[-1] for curve in curves)
+    marks = sorted({first, last, *(mark for mark in _MARKS if first < mark < last)})
+    fine = np.arange(first, last + 1, dtype=np.float64)
+    for name in methods:
+        own = [run.curve for run in runs if run.row == name and run.curve is not None and run.curve.calls]
+        if own:
+            mean = np.mean([step_values(curve.calls, curve.dev, fine) for curve in own], axis=0)
+            yield AnytimeRow(name, len(own), {mark: float(mean[mark - first]) for mark in marks}, float(mean.mean()))
+
+
+_MARKS = (10, 20, 50, 100, 200, 300, 500, 1000, 2000, 4000, 8000, 16000)
+
+
+def _notes(runs: Sequence[FinishedRun], missing: Sequence[Missing]) -> Iterable[str]:
+    if missing:
+        yield f"{len(missing)} of {len(runs) + len(missing)} runs are missing, see below."
+    if any(run.result.data.source == "sample" for run in runs):
+        yield "Some data are the bundled sample: good for trying things out, no evidence about a method."
+    tests: dict[tuple[str, int], set[str]] = {}
+    splits: dict[tuple[str, int], set[str]] = {}
+    for run in runs:
+        key = (run.result.task, run.result.seed)
+        tests.setdefault(key, set()).add(run.test)
+        splits.setdefault(key, set()).add(run.split)
+    for what, found in (("test", tests), ("few-shot", splits)):
+        unlike = sorted({task for (task, _), digests in found.items() if len(digests) > 1})
+        if unlike:
+            yield f"Not paired: the {what} examples differ between runs of the same seed on {', '.join(unlike)}."
+    budgets = {run.result.budget for run in runs}
+    if len(budgets) > 1:
+        yield f"The budgets differ: {', '.join(map(str, sorted(budgets)))} calls."
+    fewest = min(len({run.result.seed for run in runs if run.row == row}) for row in {run.row for run in runs})
+    if fewest < 5:
+        yield (f"{fewest} seed{'s' if fewest > 1 else ''} only: an interval over so few says little about other seeds.")
+    worst = [run.result.test.stderr for run in runs if not math.isnan(run.result.test.stderr)]
+    if worst:
+        yield (
+            f"The standard error of one test score, from the number of test examples alone, is up to "
+            f"{100 * max(worst):.1f} points."
+        )
