@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from bbprompt import __version__
-from bbprompt.commands import compare, doctor, inspect, pretrain, sweep, tune, use
+from bbprompt.commands import compare, doctor, inspect, pretrain, report, sweep, tune, use
 from bbprompt.errors import BBPromptError, Interrupted
 
 __all__ = ["app", "main", "run"]
@@ -51,6 +51,7 @@ app.add_typer(_pretrain, name="pretrain")
 _pretrain.command()(pretrain.mp2)
 app.command()(sweep.sweep)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(inspect.tasks)
 app.command()(inspect.methods)
 app.command()(doctor.doctor)

@@ -110,8 +110,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
 def _scores_text() -> str:
     return (
         "In percent, mean (sample standard deviation) over seeds; accuracy unless F1 is said. `before` is the same "
-        "model and prompts with nothing tuned. A mean over tasks rests on the seeds that have all of them; n is said where "
-        "seeds are lacking."
+        "model and prompts with nothing tuned. A mean over tasks rests on the seeds that have all of them; n is said "
+        "where seeds are lacking."
     )
 
 

@@ -1,0 +1,145 @@
+"""`bbprompt report`: one self-contained page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Threads
+from bbprompt.commands.output import write, write_json
+from bbprompt.errors import DiskError, UsageError
+
+if TYPE_CHECKING:
+    from bbprompt.report.examples import Judged
+
+__all__ = ["report"]
+
+
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN_OR_SWEEP_DIR", show_default=False, help="A run, a sweep, or the directory of prompts."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="The page, such as report.html.")],
+    test: Annotated[
+        bool,
+        typer.Option(
+            "--test/--no-test", help="Of a run: label the test examples again, for confusions and the worst of them."
+        ),
+    ] = True,
+    test_limit: Annotated[
+        int | None, typer.Option(min=1, show_default=False, help="Label at most so many test examples.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="So many of the worst examples.")] = 20,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", show_default=False, help="Of a sweep: as `compare --baseline`."),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page that needs no network: of a run, of a sweep, or of pre-trained prompts.
+
+    A run: curves, scores, confusions, router, worst examples, settings. A sweep: the tables of `compare` and curves.
+    Prompts: the routers of the upstream tasks and the groups they fall into.
+    """
+    kind = _kind(folder)
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {out}: there is no such directory")
+    if out.is_dir():
+        raise UsageError(f"--out {out}: is a directory; give the name of a file")
+    if baseline is not None and kind != "sweep":
+        raise UsageError(f"--baseline: {folder} is no sweep")
+
+    from bbprompt.terminal import logging_to, open_console
+
+    console = open_console(quiet)
+    with logging_to(console):
+        if kind == "sweep":
+            from bbprompt.report.sweep import sweep_page
+
+            text = sweep_page(folder, baseline)
+        elif kind == "prompts":
+            from bbprompt.report.artifact import artifact_page
+
+            text = artifact_page(folder)
+        else:
+            text = _run(folder, test, test_limit, examples, device or "auto", dtype, threads, quiet)
+    try:
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be written: {error.strerror or error}") from None
+    if json:
+        write_json({"out": str(out), "kind": kind, "bytes": len(text.encode())})
+    else:
+        write(f"Written: {out}")
+
+
+def _kind(folder: Path) -> Literal["run", "sweep", "prompts"]:
+    from bbprompt.rundir import MANIFEST
+
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such directory")
+    if (folder / MANIFEST).is_file():
+        return "run"
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        return "prompts"
+    return "sweep"
+
+
+def _run(
+    folder: Path,
+    test: bool,
+    limit: int | None,
+    most: int,
+    device: Literal["auto", "cpu", "cuda"],
+    dtype: Literal["auto", "float32", "bfloat16"] | None,
+    threads: int | None,
+    quiet: bool,
+) -> str:
+    from bbprompt.predict import read_result
+    from bbprompt.report.run import run_page
+    from bbprompt.rundir import RunDirectory
+    from bbprompt.summary import notes
+
+    with RunDirectory.open(folder, writable=False) as directory:
+        if not directory.finished:
+            raise UsageError(f"{folder}: this run is not finished; go on with `bbprompt resume {folder}`")
+        said = notes(read_result(directory))
+    judged = _judged(folder, limit, device, dtype, threads, quiet) if test else None
+    return run_page(folder, judged, said, most)
+
+
+def _judged(
+    folder: Path,
+    limit: int | None,
+    device: Literal["auto", "cpu", "cuda"],
+    dtype: Literal["auto", "float32", "bfloat16"] | None,
+    threads: int | None,
+    quiet: bool,
+) -> list[Judged]:
+    from bbprompt.predict import load_prompt
+    from bbprompt.report.examples import judge
+    from bbprompt.terminal import Meter, open_console
+
+    meters: list[Meter] = []
+
+    def show(done: int, total: int) -> None:
+        if not meters:
+            meters.append(Meter(open_console(quiet), total))
+        meters[0].update("test", done, "examples")
+
+    with load_prompt(folder, device=device, dtype=dtype, threads=threads) as prompt:
+        try:
+            return judge(prompt, limit, show)
+        finally:
+            for meter in meters:
+                meter.close()
