@@ -85,11 +85,12 @@ def artifact_page(directory: Path) -> str:
         parts.append(section("Groups", table(["group", "tasks"], groups)))
     if tasks:
         mean = weights.mean(axis=1)
+        low = float(mean.min())
         parts.append(
             section(
                 "Routers",
-                paragraph("Mixing weights of each module, mean over the prompted layers."),
-                heat([f"z{number + 1}" for number in range(modules)], config.tasks, mean.tolist(), ".2f"),
+                paragraph(f"Mixing weights of each module, mean over the prompted layers; white is {low:.2f}."),
+                heat([f"z{number + 1}" for number in range(modules)], config.tasks, mean.tolist(), ".2f", white=low),
                 *(
                     details(
                         f"layer {layer + 1}",

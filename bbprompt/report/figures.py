@@ -35,6 +35,7 @@ _PALETTE = (
     "#607d8b",
     "#7cb342",
 )
+_LONG = 50  # from here on the early stages are seen on a logarithmic axis only
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be searched, and the browser has the glyphs
     "text.parse_math": False,
@@ -63,23 +64,31 @@ def run_curves(curve: Curve, metric: str, before: float) -> Html:
     with _figure("run", 9.4, 5.2) as (figure, finished):
         upper, lower = figure.subplots(2, 1, sharex=True)
         upper.step(curve.calls, curve.loss, where="post", color=_LOSS, linewidth=1.8)
-        upper.set_title("train loss of the stage's best")
+        upper.set_ylabel("train loss, best of the stage")
         lower.step(curve.calls, [100 * value for value in curve.dev], where="post", color=_DEV, linewidth=1.8)
         lower.axhline(100 * before, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
-        lower.annotate(
-            "before", (1, 100 * before), xycoords=("axes fraction", "data"), ha="right", va="bottom", color=_FAINT
-        )
-        lower.set_title(f"dev {metric} of the prompt that would be returned, in percent")
+        at = ("axes fraction", "data")
+        lower.annotate("before", (1, 100 * before), xycoords=at, ha="right", va="bottom", color=_FAINT)
+        lower.set_ylabel(f"dev {metric}, %")
         lower.set_xlabel("calls (train and dev)")
+        first, last = curve.calls[0], curve.calls[-1]
+        place: Callable[[float], float] = float
+        if last > _LONG * first:
+            _log_scale(lower)
+            place = math.log
         for name, begin, end in _spans(curve):
             for axes in (upper, lower):
-                axes.axvline(begin, color=_FAINT, linewidth=0.8)
+                axes.axvline(max(begin, first), color=_FAINT, linewidth=0.8)
             # A stage too short for its name to stand beside the next one is only marked.
-            if (end - begin) / max(curve.calls) > 0.07:
+            if place(end) - place(max(begin, first)) > 0.07 * (place(last) - place(first)):
                 upper.annotate(
-                    _plain(name), (begin, 1), xycoords=("data", "axes fraction"), xytext=(4, -2),
-                    textcoords="offset points", ha="left", va="top", color=_FAINT,
-                )  # fmt: skip
+                    _plain(name),
+                    (max(begin, first), 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(2, 3),
+                    textcoords="offset points",
+                    color=_FAINT,
+                )
         return finished()
 
 
@@ -99,7 +108,7 @@ def method_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]]) -> Html:
             for name, own in rows.items():
                 _mean_line(axes, own, colours[name])
             axes.set_title(_plain(task))
-            axes.set_xscale("log")
+            _log_scale(axes)
         for axes in list(grid.flat)[len(curves) :]:
             axes.set_visible(False)
         for axes in grid[-1]:
@@ -144,6 +153,8 @@ def partition(
         shades.set_yticks(range(len(names)), [_plain(names[place]) for place in order], fontsize=8)
         wide = weights.shape[1] // layers
         shades.set_xticks([wide * layer + (wide - 1) / 2 for layer in range(layers)], range(1, layers + 1))
+        if layers == 1:
+            shades.set_xticks(range(wide), [f"z{number + 1}" for number in range(wide)])
         for layer in range(1, layers):
             shades.axvline(wide * layer - 0.5, color="#ffffff", linewidth=1.5)
         shades.grid(False)
@@ -161,6 +172,16 @@ def _mean_line(axes: Any, curves: Sequence[Curve], colour: str) -> None:
         for line in lines:
             axes.step(at, line, where="post", color=colour, linewidth=0.7, alpha=0.3)
     axes.step(at, np.mean(lines, axis=0), where="post", color=colour, linewidth=1.9)
+
+
+def _log_scale(axes: Any) -> None:
+    """A logarithmic axis of calls, with whole numbers at 1, 2 and 5 of each power of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
 
 
 def _spans(curve: Curve) -> Iterator[tuple[str, int, int]]:

@@ -102,21 +102,27 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
 
 
 def heat(
-    head: Sequence[object], names: Sequence[object], values: Sequence[Sequence[float]], form: str, corner: str = ""
+    head: Sequence[object],
+    names: Sequence[object],
+    values: Sequence[Sequence[float]],
+    form: str,
+    corner: str = "",
+    white: float = 0.0,
 ) -> Html:
-    """A table of numbers whose cells are shaded from white (0) to the darkest (the largest value).
+    """A table of numbers whose cells are shaded from white to dark, the largest value being the darkest.
 
     Args:
         head: Column names.
         names: Row names.
-        values: Numbers, none negative.
+        values: Numbers, none below `white`.
         form: Format of a number, such as `.2f`.
         corner: What stands over the row names.
+        white: The value whose cell is white.
     """
-    largest = max((value for row in values for value in row), default=0.0) or 1.0
+    span = max((value for row in values for value in row), default=white) - white or 1.0
     lines = [f"<tr><th>{escaped(corner)}</th>" + "".join(f"<th>{escaped(name)}</th>" for name in head) + "</tr>"]
     for name, row in zip(names, values, strict=True):
-        cells = "".join(_shaded(value, value / largest, form) for value in row)
+        cells = "".join(_shaded(value, (value - white) / span, form) for value in row)
         lines.append(f'<tr><th class="row">{escaped(name)}</th>{cells}</tr>')
     return Html('<div class="wide"><table class="heat">\n' + "\n".join(lines) + "\n</table></div>")
 
@@ -136,7 +142,7 @@ def page(title: str, lead: str, parts: Sequence[Html]) -> str:
 def _shaded(value: float, share: float, form: str) -> Html:
     # From white to a dark blue, in a straight line through sRGB.
     red, green, blue = (round(255 + share * (end - 255)) for end in (23, 78, 138))
-    dark = ' class="dark"' if share > 0.55 else ""
+    dark = ' class="dark"' if share > 0.7 else ""
     return Html(f'<td{dark} style="background:rgb({red},{green},{blue})">{format(value, form)}</td>')
 
 

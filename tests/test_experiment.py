@@ -1,0 +1,101 @@
+"""Experiments: files, flags, cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bbprompt.errors import UsageError
+from bbprompt.experiment import experiment_from, experiment_names
+
+GRID = {"tasks": ["lcqmc"], "methods": ["mp2-deep"], "seeds": [10, 20]}
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_bundled_experiments_are_right(name: str) -> None:
+    experiment = experiment_from(name, {}, {})
+    cells = experiment.cells()
+    assert experiment.summary
+    assert experiment.source
+    count = len(experiment.tasks) * len(experiment.methods) * len(experiment.seeds) * max(1, len(experiment.variants))
+    assert len(cells) == len({cell.name for cell in cells}) == count
+
+
+def test_the_main_table_is_the_papers() -> None:
+    assert "main-table" in experiment_names()
+    assert len(experiment_from("main-table", {}, {}).tasks) == 14
+
+
+def test_cells_have_whole_seeds_first() -> None:
+    experiment = experiment_from(None, GRID | {"methods": ["mp2-deep", "mp2-shallow"]}, {"budget": 50})
+    names = ["lcqmc-mp2-deep-10", "lcqmc-mp2-shallow-10", "lcqmc-mp2-deep-20", "lcqmc-mp2-shallow-20"]
+    assert [cell.name for cell in experiment.cells()] == names
+    assert {cell.config.budget for cell in experiment.cells()} == {50}
+    assert [cell.config.seed for cell in experiment.cells()] == [10, 10, 20, 20]
+
+
+def test_flags_win_over_the_file_and_sets_are_merged(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    values = {
+        **GRID,
+        "budget": 90,
+        "test-limit": 7,
+        "set": {"select": "dev-loss", "router.calls": 9},
+        "variants": {"plain": {}, "few": {"shots": 4, "set": {"router.calls": 11}}},
+    }
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    experiment = experiment_from(str(file), {"seeds": [3]}, {"budget": 80, "set": {"prompt.sigma": 0.5}, "shots": None})
+    plain, few = experiment.cells()
+    assert (plain.name, few.name) == ("lcqmc-mp2-deep-plain-3", "lcqmc-mp2-deep-few-3")
+    assert (plain.row, few.row) == ("mp2-deep plain", "mp2-deep few")
+    assert (plain.config.budget, plain.config.test_limit, plain.config.shots, few.config.shots) == (80, 7, None, 4)
+    assert plain.config.set == {"select": "dev-loss", "router.calls": 9, "prompt.sigma": 0.5}
+    assert few.config.set == {"select": "dev-loss", "router.calls": 11, "prompt.sigma": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tasks": []}, "tasks"),
+        ({"seeds": [1, 1]}, "seeds: 1 stands twice"),
+        ({"seeds": [-1]}, "seeds.0"),
+        ({"budgett": 3}, "unknown key 'budgett'; did you mean 'budget'"),
+        ({"task": "lcqmc"}, "task: the grid says it; use tasks"),
+        ({"seed": 3}, "seed: the grid says it; use seeds"),
+        ({"variants": {"a": {"seed": 4}}}, "variants.a.seed"),
+        ({"variants": {"A b": {}}}, "variants"),
+        ({"variants": {"a": {"budgett": 4}}}, "variant a: unknown key 'budgett'"),
+        ({"variants": {"a": {"set": 4}}}, "set: expected a mapping"),
+        ({"set": [1]}, "set: expected a mapping"),
+        ({"test-limit": 1, "test_limit": 2}, "stands twice"),
+        ({"methods": ["mp2-deeq"]}, "did you mean 'mp2-deep'"),
+        ({"tasks": ["lcqmcc"]}, "lcqmcc"),
+        ({"set": {"router.call": 3}}, "router.call"),
+        ({"budget": "many"}, "budget"),
+    ],
+)
+def test_wrong_experiments(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**GRID, **changes}), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"(?s).*") as caught:
+        experiment_from(str(file), {}, {}).cells()
+    assert said in str(caught.value)
+
+
+def test_what_is_missing_is_said() -> None:
+    with pytest.raises(UsageError, match="--seeds is missing"):
+        experiment_from(None, {"tasks": ["lcqmc"], "methods": ["mp2-deep"]}, {})
+    with pytest.raises(UsageError, match="did you mean 'main-table'"):
+        experiment_from("main-tabel", {}, {})
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "configs" / "tasks" / "lcqmc.yaml").read_text(encoding="utf-8")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(text, encoding="utf-8")
+    tasks = [str(tmp_path / folder / "mine.yaml") for folder in ("a", "b")]
+    with pytest.raises(UsageError, match="two runs would be called mine-mp2-deep-10"):
+        experiment_from(None, GRID | {"tasks": tasks}, {}).cells()

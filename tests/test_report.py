@@ -1,0 +1,256 @@
+"""Pages: whole, self-contained, and never what a text in them says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_prompt
+from fakeruns import fake_run
+from tiny_run import finished
+
+from bbprompt import cli
+from bbprompt.prompts import ModularPrompt, bundled_prompts
+from bbprompt.report.artifact import task_groups
+from bbprompt.report.examples import Judged, confusion, worst
+from bbprompt.report.page import Html, escaped, heat, table
+from bbprompt.report.run import leaves
+
+EVIL = '<script>alert("1")</script><img src=http://x.y onerror=alert(2)>&amp;\' {$z$} \x00\x1b'
+VOID = {"meta", "img", "br", "link", "input"}
+
+
+class Checker(HTMLParser):
+    """Every tag is closed; collects tags, attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+def checked(file: Path) -> Checker:
+    """A page that is well formed, loads nothing and runs nothing."""
+    found = Checker(file.read_text(encoding="utf-8"))
+    assert not found.tags & {"script", "link", "iframe", "object", "embed"}
+    for name, value in found.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href"):
+            assert value.startswith(("#", "data:image/png;base64,"))
+    assert "url(http" not in file.read_text(encoding="utf-8")
+    return found
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory, tiny_pair_data: Path, tiny_prompts: Path) -> Path:
+    return finished(tmp_path_factory.mktemp("run") / "pair", tiny_pair_data, tiny_prompts)
+
+
+def test_a_run(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "report.html"
+    assert cli.run(["report", str(run_dir), "--out", str(out), "--examples", "3", "--threads", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told == {"out": str(out), "kind": "run", "bytes": out.stat().st_size}
+    page = checked(out)
+    result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    for said in ("Before and after", "Against calls", "Confusions", "The worst examples", "Do it again", "Settings"):
+        assert said in page.text
+    # What was scored again is what the run found.
+    assert f"accuracy {100 * result['test']['value']:.1f} % on 30 test examples" in page.text
+    assert "are not the same" not in page.text
+    assert "--seed 7" in page.text
+    assert "--set router=null" in page.text
+    assert "svg" in page.tags
+    # The same page again, byte by byte.
+    again = tmp_path / "again.html"
+    assert cli.run(["report", str(run_dir), "--out", str(again), "--examples", "3", "--threads", "1", "--quiet"]) == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_run_without_its_test_data(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "report.html"
+    monkeypatch.setattr("bbprompt.predict.load_prompt", None)
+    assert cli.run(["report", str(run_dir), "--out", str(out), "--no-test"]) == 0
+    page = checked(out)
+    assert "Before and after" in page.text
+    assert "Confusions" not in page.text
+
+
+@pytest.mark.parametrize("kind", ["choice", "extract"])
+def test_other_kinds_of_tasks(kind: str, tmp_path: Path, request: pytest.FixtureRequest, tiny_prompts: Path) -> None:
+    run = finished(tmp_path / "run", request.getfixturevalue(f"tiny_{kind}_data"), tiny_prompts)
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "r.html"), "--test-limit", "12"]) == 0
+    text = checked(tmp_path / "r.html").text
+    assert "on 12 test examples" in text
+    assert "Confusions" not in text
+    assert ("F1" in text) == (kind == "extract")
+
+
+def test_texts_of_examples_are_escaped(tmp_path: Path, tiny_prompts: Path) -> None:
+    rows = tiny_prompt.pair_records(90, 1)
+    evil = EVIL.replace("\x00", "").replace("\x1b", "")
+    hurt = [{**row, "text_a": f"{row['text_a']}{evil}"} for row in tiny_prompt.pair_records(20, 3)]
+    task = {**tiny_prompt.PAIR, "labels": {"0": "<b>矛盾", "1": "相似&lt;"}, "sources": [EVIL[:-2]]}
+    data = tiny_prompt.data_dir(tmp_path / "data", task, {"train": rows, "dev": rows[:20], "test": hurt})
+    run = finished(tmp_path / "run", data, tiny_prompts)
+    out = tmp_path / "r.html"
+    assert cli.run(["report", str(run), "--out", str(out)]) == 0
+    page = checked(out)
+    assert "b" not in page.tags
+    assert evil in page.text
+    assert "<b>矛盾" in page.text
+
+
+def test_a_sweep(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for method in ("mp2-deep", "mp2-shallow"):
+            fake_run(tmp_path, "lcqmc", method, seed, 0.6 + seed / 10, upstream=0.6)
+            fake_run(tmp_path, "thucnews", method, seed, 0.7)
+    fake_run(tmp_path, "tnews", "mp2-deep", 1, None)
+    out = tmp_path / "r.html"
+    assert cli.run(["report", str(tmp_path), "--out", str(out), "--baseline", "mp2-shallow"]) == 0
+    page = checked(out)
+    for said in ("Paired differences", "mp2-deep, after upstream", "tnews-mp2-deep-1", "stopped", "75.0 (7.1)"):
+        assert said in page.text
+    assert "mathdefault" not in page.text
+
+
+def test_router_of_a_run(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6, router=[[1.0, -1.0, 1.0, 1.0], [1.0, 1.0, 1.0, -1.0]])
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "r.html"), "--no-test"]) == 0
+    text = checked(tmp_path / "r.html").text
+    assert "layer 2" in text
+    assert text.count("0.25") == 6  # binary gates, the mean over K = 4
+
+
+def test_prompts(tmp_path: Path) -> None:
+    name, path = next(iter(bundled_prompts().items()))
+    assert cli.run(["report", str(path), "--out", str(tmp_path / "r.html")]) == 0
+    page = checked(tmp_path / "r.html")
+    assert name in page.text
+    for task in ModularPrompt.load(path).config.tasks:
+        assert page.text.count(task) >= 3  # figure, groups, routers
+
+
+def test_prompts_of_few_tasks(tmp_path: Path, tiny_prompts: Path, tiny_shallow_prompts: Path) -> None:
+    for folder in (tiny_prompts, tiny_shallow_prompts):
+        assert cli.run(["report", str(folder), "--out", str(tmp_path / "r.html")]) == 0
+        checked(tmp_path / "r.html")
+
+
+def test_alike_tasks_are_one_group() -> None:
+    rng = np.random.default_rng(0)
+    centres = np.repeat(rng.normal(size=(3, 10)), 4, axis=0)
+    weights = centres + rng.normal(scale=0.01, size=centres.shape)
+    names = tuple(f"t{place}" for place in range(12))
+    found = task_groups(weights[::-1], names[::-1], 3)
+    assert {frozenset(group) for group in found.groups} == {frozenset(names[begin : begin + 4]) for begin in (0, 4, 8)}
+    heights = found.links[:, 2]
+    assert (heights < found.cut).sum() == 9  # nine merges inside the groups
+    same = task_groups(np.ones((4, 3)), names[:4], 3)
+    assert sorted(name for group in same.groups for name in group) == list(names[:4])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["nowhere"], 2, "no such directory"),
+        (["."], 2, "no run directories"),
+        (["run", "--baseline", "x"], 2, "is no sweep"),
+        (["open"], 2, "not finished; go on with `bbprompt resume open`"),
+    ],
+)
+def test_wrong_use(
+    words: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    if words[0] != ".":
+        fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6, named="run")
+        fake_run(tmp_path, "lcqmc", "mp2-deep", 2, None, named="open")
+    assert cli.run(["report", *words, "--out", "r.html", "--no-test"]) == code
+    assert said in capsys.readouterr().err
+    assert not Path("r.html").exists()
+
+
+def test_wrong_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6)
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "no" / "r.html")]) == 2
+    assert cli.run(["report", str(run), "--out", str(tmp_path)]) == 2
+    assert cli.run(["report", str(run), "--out", "/dev/full", "--no-test"]) == 74
+    assert "/dev/full: cannot be written" in capsys.readouterr().err
+
+
+def test_matplotlib_is_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    run = fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6)
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "r.html"), "--no-test"]) == 2
+    assert "pip install 'bbprompt[report]'" in capsys.readouterr().err
+
+
+def test_everything_but_markup_is_escaped() -> None:
+    text = escaped(EVIL)
+    assert "<" not in text
+    assert "\\x00" in text
+    assert escaped(text) == text
+    assert escaped("\ud800") == "\\ud800"
+    assert "<b>" in table([""], [[Html("<b>x</b>")]])
+    assert "<script" not in table([EVIL], [[EVIL]]) + heat([EVIL], [EVIL], [[1.0]], ".1f", EVIL)
+
+
+def test_shades() -> None:
+    text = heat(["a", "b"], ["c"], [[0.0, 2.0]], ".0f")
+    assert re.findall(r"rgb\([\d,]+\)", text) == ["rgb(255,255,255)", "rgb(23,78,138)"]
+    assert "rgb(255,255,255)" in heat(["a"], ["c"], [[0.0]], ".0f")
+
+
+def test_confusions_and_the_worst() -> None:
+    def one(right: str, given: str, probability: float) -> Judged:
+        return Judged({}, right, given, float(right == given), probability, 0.9)
+
+    judged = [one("a", "a", 0.9), one("a", "b", 0.3), one("b", "a", 0.1), one("b", "a", 0.2)]
+    assert confusion(["a", "b"], judged).tolist() == [[1, 1], [2, 0]]
+    assert [each.probability for each in worst(judged, 2)] == [0.1, 0.2]
+
+
+def test_leaves() -> None:
+    value: Mapping[str, Any] = {"a": {"b": 1, "c": []}, "d": ["x", "y"], "e": [{"f": None}], "g": {}}
+    assert dict(leaves(value)) == {"a.b": "1", "a.c": "[]", "d": '["x", "y"]', "e.0.f": "null", "g": "{}"}
