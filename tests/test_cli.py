@@ -12,7 +12,8 @@ import bbprompt
 from bbprompt import cli, errors
 from bbprompt.commands import inspect as inspecting
 
-COMMANDS = ["tune", "resume", "eval", "predict", "pretrain", "pretrain mp2", "tasks", "methods", "doctor"]
+COMMANDS = ["tune", "resume", "eval", "predict", "pretrain", "pretrain mp2", "sweep", "compare", "report"]
+COMMANDS += ["tasks", "methods", "doctor"]
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
@@ -39,11 +40,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"bbprompt {bbprompt.__version__}\n"
 
 
-@pytest.mark.parametrize("words", ["--help", "tune --help", "predict --help", "pretrain mp2 --help", "doctor --help"])
+@pytest.mark.parametrize("words", ["--help", *(f"{command} --help" for command in COMMANDS)])
 def test_help_loads_nothing_heavy(words: str) -> None:
     code = (
         "import sys; from bbprompt.cli import run; run(sys.argv[1:]);"
-        "heavy = {'torch', 'transformers', 'ray', 'botorch', 'cma', 'scipy', 'numpy', 'rich'} & set(sys.modules);"
+        "heavy = {'torch', 'transformers', 'ray', 'botorch', 'cma', 'scipy', 'numpy', 'rich', 'matplotlib'} & set(sys.modules);"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)

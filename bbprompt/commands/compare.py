@@ -39,7 +39,9 @@ def compare(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare the finished runs of a sweep: scores by task, paired differences, cost, and scores against calls.
+    """Compare methods over tasks and seeds, paired.
+
+    Of the finished runs: scores by task, paired differences, cost, and dev scores against calls.
 
     Markdown in percent on standard output; CSV and JSON hold fractions. Runs that are missing are named.
     """

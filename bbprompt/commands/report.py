@@ -46,7 +46,9 @@ def report(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page that needs no network: of a run, of a sweep, or of pre-trained prompts.
+    """Write one HTML page of a run, a sweep or prompts.
+
+    It needs no network and runs no script.
 
     A run: curves, scores, confusions, router, worst examples, settings. A sweep: the tables of `compare` and curves.
     Prompts: the routers of the upstream tasks and the groups they fall into.

@@ -68,7 +68,7 @@ def sweep(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run tasks x methods x seeds; finished runs are skipped, stopped ones go on.
+    """Run tasks x methods x seeds, resumable as a whole.
 
     The same few-shot split for every method follows from the seed. With nothing but --out, a sweep goes on as it was
     begun. A failed run does not stop the others; at the end it is named, and the exit code is that of the first one.
