@@ -139,7 +139,9 @@ def compare(
     """
     if not runs:
         raise UsageError(f"no run is finished, {len(missing)} are missing; go on with `bbprompt sweep`")
-    methods = list(dict.fromkeys(run.row for run in runs))
+    every: list[FinishedRun | Missing] = [*runs, *missing]
+    rows = dict.fromkeys(run.row for run in sorted(every, key=_place))
+    methods = [name for name in rows if any(run.row == name for run in runs)]
     if baseline is not None and baseline not in methods:
         raise UsageError(f"--baseline {baseline}: no finished run of that name{closest(baseline, methods)}")
     scores = {name: _scores((run for run in runs if run.row == name), _final) for name in methods}
@@ -159,6 +161,10 @@ def compare(
         missing=tuple(missing),
         notes=tuple(_notes(runs, missing)),
     )
+
+
+def _place(run: FinishedRun | Missing) -> int:
+    return run.place
 
 
 def _final(run: FinishedRun) -> float:
@@ -206,8 +212,9 @@ def _after_stages(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[s
 
 def _groups(runs: Sequence[FinishedRun], missing: Sequence[Missing]) -> dict[str, tuple[str, ...]]:
     """Track -> its tasks in the order of the runs; tasks without a finished run count, or averages would shift."""
-    tracks = {run.result.task: run.track for run in runs} | {run.task: run.track for run in missing}
-    tracks = {task: track if track in _TRACKS else "" for task, track in tracks.items()}
+    found = [(run.place, run.result.task, run.track) for run in runs]
+    found += [(run.place, run.task, run.track) for run in missing]
+    tracks = {task: track if track in _TRACKS else "" for _, task, track in sorted(found)}
     groups = {track: tuple(task for task, own in tracks.items() if own == track) for track in _TRACKS}
     return {track or "other": tasks for track, tasks in groups.items() if tasks}
 

@@ -56,17 +56,23 @@ def tables(found: Comparison) -> list[tuple[str, str, Table]]:
     return result
 
 
-def main_table(found: Comparison) -> Table:
-    """Rows methods, columns tasks and averages, as in the papers."""
+def main_table(found: Comparison, group: str | None = None) -> Table:
+    """Rows methods, columns tasks and averages, as in the papers.
+
+    Args:
+        found: The comparison.
+        group: The tasks of this group alone; "" for the averages of all groups alone; None for everything.
+    """
     most = max(spread.n for row in found.rows for spread in row.cells.values())
-    heads = [task + (" (F1)" if found.metrics.get(task) == "f1" else "") for task in found.tasks]
     columns: list[tuple[str, str]] = []
     for name, tasks in found.groups.items():
-        columns += [("cell", task) for task in tasks] + [("average", name)]
-    if len(found.groups) > 1:
+        if group is None or group == name:
+            columns += [("cell", task) for task in tasks]
+        if not group:
+            columns.append(("average", name))
+    if len(found.groups) > 1 and not group:
         columns.append(("average", "all"))
-    named = dict(zip(found.tasks, heads, strict=True))
-    head = ["", *(named[key] if kind == "cell" else f"mean {key}" for kind, key in columns)]
+    head = ["", *(_task(found, key) if kind == "cell" else f"mean {key}" for kind, key in columns)]
     rows = [
         [row.name, *(_spread((row.cells if kind == "cell" else row.averages).get(key), most) for kind, key in columns)]
         for row in found.rows
@@ -105,6 +111,10 @@ def as_json(found: Comparison) -> dict[str, Any]:
         }
     )
     return found_values
+
+
+def _task(found: Comparison, task: str) -> str:
+    return f"{task} (F1)" if found.metrics.get(task) == "f1" else task
 
 
 def _scores_text() -> str:

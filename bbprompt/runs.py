@@ -38,6 +38,7 @@ class FinishedRun:
     """A finished run.
 
     Attributes:
+        place: Where it stands among all runs, missing ones included.
         name: Of its directory.
         row: Method, with the variant of the sweep.
         track: Of the task: "seen", "unseen", ... or "".
@@ -47,6 +48,7 @@ class FinishedRun:
         curve: Its curve; None if the file is not there.
     """
 
+    place: int
     name: str
     row: str
     track: str
@@ -60,6 +62,7 @@ class FinishedRun:
 class Missing:
     """A run without a result; `state` is "stopped" or "not begun"."""
 
+    place: int
     name: str
     row: str
     task: str
@@ -84,29 +87,29 @@ def read_runs(folder: Path) -> tuple[list[FinishedRun], list[Missing]]:
     found: list[FinishedRun] = []
     missing: list[Missing] = []
     if experiment is not None:
-        for cell in experiment.cells():
-            run = _read(folder / cell.name, cell.row) if (folder / cell.name / MANIFEST).is_file() else None
+        for place, cell in enumerate(experiment.cells()):
+            run = _read(place, folder / cell.name, cell.row) if (folder / cell.name / MANIFEST).is_file() else None
             if run is not None:
                 found.append(run)
                 continue
             state = "stopped" if (folder / cell.name / MANIFEST).is_file() else "not begun"
             task = load_task(cell.config.task)
-            missing.append(Missing(cell.name, cell.row, task.name, task.track or "", cell.config.seed, state))
+            missing.append(Missing(place, cell.name, cell.row, task.name, task.track or "", cell.config.seed, state))
         return found, missing
     paths = sorted(path for path in folder.iterdir() if (path / MANIFEST).is_file())
     if not paths:
         raise UsageError(f"{folder}: no {SWEEP} and no run directories in it")
-    for path in paths:
-        run = _read(path, None)
+    for place, path in enumerate(paths):
+        run = _read(place, path, None)
         if run is not None:
             found.append(run)
         else:
-            missing.append(_unfinished(path))
+            missing.append(_unfinished(place, path))
     _refuse_twins(folder, found)
     return found, missing
 
 
-def _read(path: Path, row: str | None) -> FinishedRun | None:
+def _read(place: int, path: Path, row: str | None) -> FinishedRun | None:
     """A run, or None if it is not finished."""
     with RunDirectory.open(path, writable=False) as directory:
         if not directory.finished:
@@ -116,6 +119,7 @@ def _read(path: Path, row: str | None) -> FinishedRun | None:
     if curve is None:
         _log.warning("%s: the file is missing or damaged; this run is left out of the curves", path / CURVE)
     return FinishedRun(
+        place=place,
         name=path.name,
         row=row or row_name(result.method, ""),
         track=_text(manifest, "task", "track"),
@@ -126,13 +130,13 @@ def _read(path: Path, row: str | None) -> FinishedRun | None:
     )
 
 
-def _unfinished(path: Path) -> Missing:
+def _unfinished(place: int, path: Path) -> Missing:
     with RunDirectory.open(path, writable=False) as directory:
         manifest = directory.manifest
     seed = _text(manifest, "config", "seed")
     task, method = _text(manifest, "task", "name"), _text(manifest, "method", "name")
     track = _text(manifest, "task", "track")
-    return Missing(path.name, method, task, track, int(seed) if seed.isdecimal() else 0, "stopped")
+    return Missing(place, path.name, method, task, track, int(seed) if seed.isdecimal() else 0, "stopped")
 
 
 def _refuse_twins(folder: Path, runs: Sequence[FinishedRun]) -> None:

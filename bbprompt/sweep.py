@@ -25,6 +25,7 @@ __all__ = ["SWEEP", "Failure", "Sweep", "read_sweep", "run_sweep", "with_threads
 
 SWEEP = "sweep.json"
 FORMAT = 1
+_ELSEWHERE = ("ray", "workers")  # settings that say where a run is worked on, not what it is
 _TICK = 0.2  # seconds between two looks at the processes
 
 
@@ -239,7 +240,7 @@ def _refuse_changes(file: Path, before: Sequence[Cell], now: Sequence[Cell]) -> 
             raise UsageError(f"{file}: the run {old.name} is not in the grid that was given; {advice}")
         then, here = old.config.model_dump(mode="json"), known[old.name].config.model_dump(mode="json")
         for key in then:
-            if then[key] != here[key]:
+            if then[key] != here[key] and key not in _ELSEWHERE:
                 raise UsageError(
                     f"{file}: {key} of the run {old.name} was {json.dumps(then[key], ensure_ascii=False)} and is "
                     f"{json.dumps(here[key], ensure_ascii=False)} now; {advice}"

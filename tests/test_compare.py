@@ -134,6 +134,17 @@ def test_a_sweep_knows_what_there_should_be(tmp_path: Path) -> None:
     assert any("few-shot examples differ" in note and "lcqmc" in note for note in found.notes)
 
 
+def test_rows_stand_in_the_order_of_the_grid(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    grid = {"tasks": ["tnews", "lcqmc"], "methods": ["mp2-shallow", "mp2-deep"], "seeds": [1, 2]}
+    write_sweep(out, experiment_from(None, grid, {}), None)
+    fake_run(out, "lcqmc", "mp2-deep", 1, 0.8)
+    fake_run(out, "tnews", "mp2-shallow", 2, 0.8)
+    found = compared(out)
+    assert [each.name for each in found.rows][-2:] == ["mp2-shallow", "mp2-deep"]
+    assert found.tasks == ("tnews", "lcqmc")
+
+
 def test_curves_hold_their_last_value(tmp_path: Path) -> None:
     fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6, curve=[(2, "start", 0.7, 0.5), (40, "prompt", 0.4, 0.75)])
     fake_run(tmp_path, "lcqmc", "mp2-deep", 2, 0.6, curve=[(4, "start", 0.7, 0.25), (20, "prompt", 0.4, 1.0)])

@@ -26,7 +26,7 @@ from bbprompt.sweep import Failure, Sweep
 
 pytestmark = pytest.mark.slow
 
-BUDGET = 900
+BUDGET = 600
 
 
 def flags(data: Path, prompts: Path, out: Path, **grid: str) -> list[str]:

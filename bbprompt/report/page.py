@@ -24,6 +24,8 @@ table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabula
 th, td { padding: .28rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
          overflow-wrap: anywhere; }
 th { font-weight: 600; background: var(--soft); }
+td:first-child { min-width: min(11rem, 30vw); }
+td:first-child.number, table.heat td { min-width: 0; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 table.heat { table-layout: auto; }
 table.heat td, table.heat th { border: 1px solid #fff; padding: .25rem .5rem; text-align: center; }

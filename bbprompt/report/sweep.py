@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bbprompt.compare import compare
-from bbprompt.comparetext import tables
+from bbprompt.compare import Comparison, compare
+from bbprompt.comparetext import main_table, tables
 from bbprompt.report.figures import method_curves
 from bbprompt.report.page import Html, bullets, code, details, page, paragraph, section, table
 from bbprompt.report.run import leaves
@@ -30,10 +30,11 @@ def sweep_page(folder: Path, baseline: str | None) -> str:
     found = compare(runs, missing, baseline, stages=True)
     parts: list[Html] = []
     for number, (title, text, (head, rows)) in enumerate(tables(found)):
-        parts.append(section(title, paragraph(text.replace("`", ""), "note") if text else "", table(head, rows)))
+        body = [table(head, rows)] if number or len(found.groups) == 1 else _by_group(found)
+        parts.append(section(title, paragraph(text.replace("`", ""), "note") if text else "", *body))
         if not number and found.notes:
             parts.append(section("What to know", bullets(found.notes)))
-    curves = _curves(runs)
+    curves = _curves(found)
     if curves:
         text = "Dev metric of the prompt that would be returned, in percent: mean over seeds, and each seed faintly."
         parts.append(section("Against calls", paragraph(text, "note"), method_curves(curves)))
@@ -57,11 +58,20 @@ def sweep_page(folder: Path, baseline: str | None) -> str:
     return page(title, lead, parts)
 
 
-def _curves(runs: list[FinishedRun]) -> dict[str, dict[str, list[Curve]]]:
+def _by_group(found: Comparison) -> list[Html]:
+    """The main table in pieces that fit a page: one for each group of tasks, and one of the means."""
+    return [table(*main_table(found, group)) for group in [*found.groups, ""]]
+
+
+def _curves(found: Comparison) -> dict[str, dict[str, list[Curve]]]:
+    """Task -> method -> curves, in the order of the tables."""
     curves: dict[str, dict[str, list[Curve]]] = {}
-    for run in runs:
-        if run.curve is not None and run.curve.calls:
-            curves.setdefault(run.result.task, {}).setdefault(run.row, []).append(run.curve)
+    for task in found.tasks:
+        for cost in found.costs:
+            own = [run for run in found.runs if (run.result.task, run.row) == (task, cost.method)]
+            kept = [run.curve for run in own if run.curve is not None and run.curve.calls]
+            if kept:
+                curves.setdefault(task, {})[cost.method] = kept
     return curves
 
 
