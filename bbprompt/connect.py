@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
+from bbprompt.embedding import Embedder
 from bbprompt.errors import UsageError
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 
-__all__ = ["cores", "open_oracle"]
+__all__ = ["cores", "open_embedder", "open_oracle"]
 
 
 def open_oracle(
@@ -45,9 +46,7 @@ def open_oracle(
     from bbprompt.backends.backbone import load_backbone
     from bbprompt.backends.local import LocalOracle
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
-    chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = _device(device)
     torch.set_num_threads(threads or cores())
     return LocalOracle(
         load_backbone(backbone or prompt.config.backbone),
@@ -57,6 +56,49 @@ def open_oracle(
         batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
         max_tokens=max_tokens,
     )
+
+
+def open_embedder(
+    backend: str,
+    *,
+    backbone: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> Embedder:
+    """Open a frozen model that is only read, without prompts; the arguments are those of `open_oracle`.
+
+    Raises:
+        UsageError: The backend is not local, or the device is not there.
+        ArtifactError: The backbone cannot be loaded.
+    """
+    if backend != "local":
+        raise UsageError(f"--backend '{backend}': this method reads the model's states, which only 'local' gives")
+    import torch
+
+    from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
+    from bbprompt.backends.embedding import LocalEmbedder
+
+    chosen = _device(device)
+    torch.set_num_threads(threads or cores())
+    return LocalEmbedder(
+        load_backbone(backbone or DEFAULT_BACKBONE),
+        device=chosen,
+        dtype="float32" if dtype == "auto" else dtype,
+        batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
+        max_tokens=max_tokens,
+    )
+
+
+def _device(asked: str) -> str:
+    """The device to use; raises `UsageError` where it is not there."""
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
+    return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -30,7 +30,7 @@ from bbprompt.example import Example
 from bbprompt.fewshot import FewShot, sample
 from bbprompt.ledger import Ledger
 from bbprompt.metrics import majority, standard_error
-from bbprompt.oracle import Oracle
+from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.readout import SpanReadout
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
@@ -40,11 +40,15 @@ from bbprompt.task import Task, load_task
 from bbprompt.tuner import Found, Status, search
 from bbprompt.yamlfile import validate
 
+if TYPE_CHECKING:
+    from bbprompt.baselines.method import PreparedBaseline
+
 __all__ = [
     "Prepared",
     "Watcher",
     "default_directory",
     "limited",
+    "manifest_of",
     "prepare",
     "reopen",
     "run_digest",
@@ -60,7 +64,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "b
 class Watcher:
     """Hears of a run's progress; the base class is silent. The terminal display overrides what it shows."""
 
-    def prepared(self, run: Prepared) -> None:
+    def prepared(self, run: Prepared | PreparedBaseline) -> None:
         """Everything is open; the search begins."""
 
     def status(self, status: Status) -> None:
@@ -90,37 +94,47 @@ class Prepared:
         """How the method reads scores."""
         return SpanReadout(self.method.support, self.method.legacy_decision)
 
+    @property
+    def model(self) -> OracleInfo:
+        """What the frozen model says of itself."""
+        return self.oracle.info
+
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result: settings, digests, versions, threads."""
-        info = self.oracle.info
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "method": self.method.model_dump(mode="json"),
-            "task": self.task.model_dump(mode="json"),
-            "data": {
-                "source": self.data.source,
-                "id": self.data.id,
-                "few_shot": self.few.digest,
-                "test": _digest(self.test),
-            },
-            "model": {
-                "backbone": info.backbone,
-                "backbone_digest": info.backbone_digest,
-                "prompts_digest": info.prompts_digest,
-                "precision": info.precision,
-                "device": info.device,
-                "max_tokens": info.max_tokens,
-            },
-            "threads": self.threads,
-            "versions": {
-                "bbprompt": __version__,
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            },
-        }
+        return manifest_of(self)
 
 
-def prepare(config: TuneConfig) -> Prepared:
+def manifest_of(run: Prepared | PreparedBaseline) -> dict[str, Any]:
+    """Settings, digests, versions and threads of a run."""
+    info = run.model
+    return {
+        "config": run.config.model_dump(mode="json"),
+        "method": run.method.model_dump(mode="json"),
+        "task": run.task.model_dump(mode="json"),
+        "data": {
+            "source": run.data.source,
+            "id": run.data.id,
+            "few_shot": run.few.digest,
+            "test": _digest(run.test),
+        },
+        "model": {
+            "backbone": info.backbone,
+            "backbone_digest": info.backbone_digest,
+            "prompts_digest": info.prompts_digest,
+            "precision": info.precision,
+            "device": info.device,
+            "max_tokens": info.max_tokens,
+        },
+        "threads": run.threads,
+        "versions": {
+            "bbprompt": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+    }
+
+
+def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
     """Open task, data, prompts and model; nothing is written and no call is made.
 
     Raises:
@@ -139,6 +153,10 @@ def prepare(config: TuneConfig) -> Prepared:
     data = open_data(task, config.data)
     few = sample(task, data.split("train"), config.seed, config.shots)
     test = limited(data.split("test"), config.test_limit, config.seed)
+    if method.baseline is not None:
+        from bbprompt.baselines.method import prepare_baseline
+
+        return prepare_baseline(config, method, task, data, few, test, began)
     prompt = ModularPrompt.load(resolve_prompts(config.prompts or method.prompts))
     _warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
@@ -177,7 +195,7 @@ def limited(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[
     return tuple(examples[i] for i in sorted(order.tolist()))
 
 
-def default_directory(run: Prepared) -> Path:
+def default_directory(run: Prepared | PreparedBaseline) -> Path:
     """`runs/<task>-<method>-<seed>-<digest>`."""
     digest = run_digest(run.manifest())[:8]
     return Path("runs") / f"{run.task.name}-{run.method.name}-{run.config.seed}-{digest}"
@@ -209,7 +227,7 @@ def _located(config: TuneConfig) -> TuneConfig:
     )
 
 
-def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
+def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
     """Run, or go on with, a search in its directory and write its result.
 
     Raises:
@@ -218,6 +236,10 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
         Interrupted: The watcher asked to stop.
     """
     watcher = watcher or Watcher()
+    if not isinstance(run, Prepared):
+        from bbprompt.baselines.method import tune_baseline
+
+        return tune_baseline(run, directory, watcher)
     directory.check_manifest(run.manifest())
     clock = CurveClock(directory)
     ledger = Ledger(directory.journal(), run.config.budget)
