@@ -147,8 +147,8 @@ class ProjectionConfig(_Settings):
         dim: d, intrinsic dimension (BBT: 500).
         prompt_length: P, placeholder positions (BBT: 50).
         layers: "input" prompts the input layer alone (BBT), "all" every layer (BBTv2).
-        distribution: "normal" draws entries from N(0, s^2) with s = alpha * std / (sqrt(d) * sigma), where std is that of
-            the hidden states the prompt is added to; "uniform" from +-1 / sqrt(d).
+        distribution: "normal" draws entries from N(0, s^2) with s = alpha * std / (sqrt(d) * sigma), where std is
+            that of the hidden states the prompt is added to; "uniform" from +-1 / sqrt(d).
         alpha: Size of the prompts relative to the hidden states.
         sigma: Step size that the matrix is scaled for.
         head: Prompt artifact whose answer head is used, for a readout that needs a trained one.

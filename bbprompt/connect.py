@@ -1,15 +1,18 @@
-"""Where the frozen model is: from a backend's name to an open oracle."""
+"""Where the frozen model is: from a backend's name to an open model."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from bbprompt.embedding import Embedder
 from bbprompt.errors import UsageError
+from bbprompt.example import Form
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
+from bbprompt.random_projection import BackboneFacts
 
-__all__ = ["cores", "open_embedder", "open_oracle"]
+__all__ = ["cores", "measure_backbone", "open_embedder", "open_oracle"]
 
 
 def open_oracle(
@@ -90,6 +93,34 @@ def open_embedder(
         batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
         max_tokens=max_tokens,
     )
+
+
+def measure_backbone(
+    backend: str,
+    forms: Sequence[Form],
+    prompt_length: int,
+    *,
+    backbone: str | None = None,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> BackboneFacts:
+    """What a random projection has to know of the frozen model, measured on the few-shot texts.
+
+    Raises:
+        UsageError: The backend is not local.
+        ArtifactError: The backbone cannot be loaded.
+    """
+    if backend != "local":
+        raise UsageError(
+            f"--backend '{backend}': a random projection is scaled by the model's states, which only 'local' gives"
+        )
+    import torch
+
+    from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
+    from bbprompt.backends.scale import measure
+
+    torch.set_num_threads(threads or cores())
+    return measure(load_backbone(backbone or DEFAULT_BACKBONE), forms, prompt_length, max_tokens)
 
 
 def _device(asked: str) -> str:

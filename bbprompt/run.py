@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from bbprompt import __version__
-from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.connect import cores, open_oracle
+from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.connect import cores, measure_backbone, open_oracle
 from bbprompt.curve import CurveClock
 from bbprompt.data import DataSource, open_data
+from bbprompt.embedding import can_embed
 from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.evaluate import Evaluator
 from bbprompt.example import Example
@@ -32,8 +34,9 @@ from bbprompt.ledger import Ledger
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.random_projection import frozen_tensors, random_prompt
 from bbprompt.readout import SpanReadout
-from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
+from bbprompt.result import BaselineScore, Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import SplitScore, labelled, score_split
 from bbprompt.task import Task, load_task
@@ -73,6 +76,9 @@ class Watcher:
     def testing(self, done: int, total: int) -> None:
         """So many test examples are scored. Raising here stops the run."""
 
+    def comparing(self, done: int, total: int) -> None:
+        """So many texts are read for the baselines that the result is shown with. Raising here stops the run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -92,7 +98,7 @@ class Prepared:
     @property
     def readout(self) -> SpanReadout:
         """How the method reads scores."""
-        return SpanReadout(self.method.support, self.method.legacy_decision)
+        return SpanReadout(self.method.support, self.method.legacy_decision, loss=self.method.loss)
 
     @property
     def model(self) -> OracleInfo:
@@ -150,6 +156,8 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
             f"--budget {config.budget}: method {method.name} needs at least {method.least_budget} calls "
             "(the untuned prompt, one population and one look at dev)"
         )
+    if method.loss == "hinge" and task.type == "extractive":
+        raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
     data = open_data(task, config.data)
     few = sample(task, data.split("train"), config.seed, config.shots)
     test = limited(data.split("test"), config.test_limit, config.seed)
@@ -157,7 +165,7 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         from bbprompt.baselines.method import prepare_baseline
 
         return prepare_baseline(config, method, task, data, few, test, began)
-    prompt = ModularPrompt.load(resolve_prompts(config.prompts or method.prompts))
+    prompt = _prompt(config, method, task, few)
     _warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
         config.backend,
@@ -171,6 +179,32 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
     )
     threads = config.threads or cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
+
+
+def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) -> ModularPrompt:
+    """The artifact that the settings name, or the random subspace that the method asks for."""
+    name = config.prompts or method.prompts
+    settings = method.projection
+    if (name == NO_PROMPTS) != (settings is not None):
+        wanted = "takes no artifact, but --prompts none" if settings else "needs a prompt artifact"
+        raise UsageError(f"--prompts {name}: the method {method.name} {wanted}")
+    if settings is None:
+        return ModularPrompt.load(resolve_prompts(name))
+    if settings.head is None:
+        raise UsageError(
+            f"--method {method.name}: projection.head is missing; the span readout needs a trained answer head, "
+            "so name a prompt artifact with --set projection.head=NAME"
+        )
+    head = ModularPrompt.load(resolve_prompts(settings.head))
+    facts = measure_backbone(
+        config.backend,
+        [task.render(example) for example in few.train],
+        settings.prompt_length,
+        backbone=config.backbone or head.config.backbone,
+        max_tokens=config.max_tokens,
+        threads=config.threads,
+    )
+    return random_prompt(settings, facts, config.seed, head)
 
 
 def _warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt) -> None:
@@ -271,9 +305,19 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     )
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
     result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
-    directory.write_bytes(PROMPT, save(_tensors(found)))
+    result = result.model_copy(update={"baselines": _baselines(run, watcher)})
+    directory.write_bytes(PROMPT, save(_tensors(run, found)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
+
+
+def _baselines(run: Prepared, watcher: Watcher) -> tuple[BaselineScore, ...]:
+    """The cheap methods on the same data, for the table alone: nothing is chosen by them, and no call is charged."""
+    if not run.config.baselines or not can_embed(run.oracle):
+        return ()
+    from bbprompt.baselines.report import compare
+
+    return compare(run.task, run.few, run.test, run.oracle, watcher.comparing)
 
 
 def _result(
@@ -335,12 +379,14 @@ def _result(
     )
 
 
-def _tensors(found: Found) -> dict[str, np.ndarray]:
-    """What was tuned: the point, and the router it came from where there is one."""
+def _tensors(run: Prepared, found: Found) -> dict[str, NDArray[Any]]:
+    """What was tuned: the point, the router it came from where there is one, and prompts that no artifact holds."""
     chosen = found.chosen.incumbent
-    tensors = {"point": chosen.point.astype(np.float32)}
+    tensors: dict[str, NDArray[Any]] = {"point": chosen.point.astype(np.float32)}
     if chosen.router is not None:
         tensors["router"] = chosen.router.astype(np.float32)
+    if run.method.projection is not None:
+        tensors |= frozen_tensors(run.prompt, chosen.point)
     return tensors
 
 

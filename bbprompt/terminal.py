@@ -134,6 +134,7 @@ class Terminal(Watcher):
         self._marks: deque[tuple[float, int]] = deque()
         self._search: Meter | None = None
         self._test: Meter | None = None
+        self._other: Meter | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +142,7 @@ class Terminal(Watcher):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for meter in (self._search, self._test):
+        for meter in (self._search, self._test, self._other):
             if meter is not None:
                 meter.close()
 
@@ -177,6 +178,15 @@ class Terminal(Watcher):
         if self._test is None:
             self._test = Meter(self._console, total, self._clock)
         self._test.update("test", min(done, total), "examples")
+        self._check()
+
+    def comparing(self, done: int, total: int) -> None:
+        """Show how many texts are read for the baselines, or stop."""
+        if self._test is not None:
+            self._test.close()
+        if self._other is None:
+            self._other = Meter(self._console, total, self._clock)
+        self._other.update("baselines", min(done, total), "texts")
         self._check()
 
     def _describe(self, status: Status) -> str:

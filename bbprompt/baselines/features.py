@@ -49,6 +49,11 @@ class Reader:
         self.seconds = 0.0
         self.cut = 0
 
+    @property
+    def count(self) -> int:
+        """Distinct texts read so far."""
+        return len(self._known)
+
     def __call__(self, texts: Sequence[str]) -> Matrix:
         """Vectors `(N, H)` of N texts."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
@@ -77,7 +82,8 @@ def features(view: View, task: Task, examples: Sequence[Example], read: Reader) 
             one = read([example.fields["text_a"] for example in examples])
             other = read([example.fields["text_b"] for example in examples])
             if view == "cosine":
-                return (one * other).sum(axis=1, keepdims=True)
+                cosines: Matrix = (one * other).sum(axis=1, keepdims=True)
+                return cosines
             # Entries of a product of unit vectors are smaller than those of a difference by the root of the width.
             return np.concatenate([one * other * one.shape[1] ** 0.5, np.abs(one - other)], axis=1)
         case "stem" | "query":

@@ -70,7 +70,7 @@ def accuracy_of(scores: Matrix, gold: Sequence[int]) -> float:
 
 
 def frequencies(gold: Sequence[int], labels: int) -> LinearHead:
-    """The same answer for all: scores are the log of each label's share, counted from one so that none is impossible."""
+    """The same answer for all: the log of each label's share, counted from one so that none is impossible."""
     counts = np.bincount(np.asarray(gold), minlength=labels) + 1.0
     return LinearHead(np.zeros((labels, 0)), np.log(counts / counts.sum()))
 

@@ -108,9 +108,7 @@ def prepare_baseline(
     counts = tuple(np.bincount(gold, minlength=len(task.options)).tolist()) if gold else ()
     embedder = open_model(config, rule)
     threads = config.threads or cores()
-    return PreparedBaseline(
-        config, method, task, data, few, test, embedder, counts, threads, time.monotonic() - began
-    )
+    return PreparedBaseline(config, method, task, data, few, test, embedder, counts, threads, time.monotonic() - began)
 
 
 def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watcher) -> Result:

@@ -134,6 +134,6 @@ def scores(view: View, head: LinearHead, task: Task, examples: Sequence[Example]
 
 def _scores(view: View, head: LinearHead, values: Matrix) -> Matrix:
     if view in ("stem", "query"):  # the values are scores already, but for their sharpness
-        return values * head.weight[0, 0]
+        sharper: Matrix = values * head.weight[0, 0]
+        return sharper
     return head.scores(values)
-
