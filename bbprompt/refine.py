@@ -50,9 +50,7 @@ class RefineStage:
     def ask(self) -> Points:
         """The next candidate, `(1, L, d)`: the prompt so far with another offset in the layer in turn."""
         if self._search is None:
-            from bbprompt.optimizers.cobyla import COBYLA
-
-            self._search = COBYLA(np.zeros(self._centre.shape[1]), self._step)
+            self._search = _search(self._centre.shape[1], self._step)
         self._asked = self._search.ask()
         points = np.repeat(self._centre[None], len(self._asked), axis=0)
         points[:, self._layer] += self._asked
@@ -73,6 +71,12 @@ class RefineStage:
         if self._used >= self._calls or self._search.stop is not None:
             self._centre = self._best.point.copy()
             self._layer, self._used, self._search = self._layer + 1, 0, None
+
+
+def _search(dim: int, step: float) -> Optimizer:
+    from bbprompt.optimizers.cobyla import COBYLA
+
+    return COBYLA(np.zeros(dim), step)
 
 
 def refine_stage(config: RefineStageConfig, start: Incumbent, calls: int) -> RefineStage:

@@ -7,9 +7,7 @@ asked for a second time. So a run that was killed ends with the result it would 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import logging
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from bbprompt import __version__
 from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, measure_backbone, open_oracle
 from bbprompt.curve import CurveClock
@@ -31,6 +28,7 @@ from bbprompt.evaluate import Evaluator
 from bbprompt.example import Example
 from bbprompt.fewshot import FewShot, sample
 from bbprompt.ledger import Ledger
+from bbprompt.manifest import manifest_of
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.prompts import ModularPrompt, resolve_prompts
@@ -51,7 +49,6 @@ __all__ = [
     "Watcher",
     "default_directory",
     "limited",
-    "manifest_of",
     "prepare",
     "reopen",
     "run_digest",
@@ -59,9 +56,6 @@ __all__ = [
 ]
 
 log = logging.getLogger("bbprompt")
-
-#: Libraries whose version may change a result.
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "botorch", "gpytorch")
 
 
 class Watcher:
@@ -108,36 +102,6 @@ class Prepared:
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result: settings, digests, versions, threads."""
         return manifest_of(self)
-
-
-def manifest_of(run: Prepared | PreparedBaseline) -> dict[str, Any]:
-    """Settings, digests, versions and threads of a run."""
-    info = run.model
-    return {
-        "config": run.config.model_dump(mode="json"),
-        "method": run.method.model_dump(mode="json"),
-        "task": run.task.model_dump(mode="json"),
-        "data": {
-            "source": run.data.source,
-            "id": run.data.id,
-            "few_shot": run.few.digest,
-            "test": _digest(run.test),
-        },
-        "model": {
-            "backbone": info.backbone,
-            "backbone_digest": info.backbone_digest,
-            "prompts_digest": info.prompts_digest,
-            "precision": info.precision,
-            "device": info.device,
-            "max_tokens": info.max_tokens,
-        },
-        "threads": run.threads,
-        "versions": {
-            "bbprompt": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-        },
-    }
 
 
 def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
@@ -395,9 +359,3 @@ def run_digest(value: Mapping[str, Any]) -> str:
     from bbprompt.journal import canonical_json
 
     return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def _digest(examples: tuple[Example, ...]) -> str:
-    from bbprompt.data import data_digest
-
-    return data_digest(examples)

@@ -26,10 +26,11 @@ from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.example import Example
 from bbprompt.fewshot import FewShot
 from bbprompt.ledger import Kind, Ledger
+from bbprompt.manifest import manifest_of
 from bbprompt.metrics import accuracy, majority, standard_error
 from bbprompt.oracle import OracleInfo
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
-from bbprompt.run import Watcher, manifest_of, run_digest
+from bbprompt.run import Watcher, run_digest
 from bbprompt.rundir import PROMPT, RESULT, RunDirectory
 from bbprompt.task import Task
 from bbprompt.tuner import Status
