@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_run import finished
 
+from bbprompt import cli
 from bbprompt.baselines.features import Reader, features, wordings
 from bbprompt.baselines.method import PreparedBaseline
 from bbprompt.baselines.rules import variants
@@ -177,6 +178,29 @@ def test_each_text_is_read_once(tiny_pair_data: Path) -> None:
     assert features("pair", task, examples, read).shape == (30, 4)
     assert len(counting.texts) == len(set(counting.texts)) == read.count
     assert [str(way) for way in variants("logistic", task)] == ["pair", "text"]
+
+
+def test_the_commands_work_with_them(
+    tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, given = tmp_path / "run", ["--task", str(tiny_pair_data / "task.yaml"), "--data", str(tiny_pair_data)]
+    more = ["--backbone", str(tiny_bert_dir), "--threads", "1", "--no-baselines", "--run-dir", str(folder), "--json"]
+    assert cli.run(["tune", *given, "--method", "threshold", *more]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["method"], told["calls"]["test"], told["baselines"]) == ("threshold", 2, [])
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["config"]["baselines"] is False
+    assert cli.run(["resume", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["digest"] == told["digest"]
+    assert cli.run(["eval", str(folder), "--json", "--threads", "1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["value"] == told["test"]["value"]
+    labels = tmp_path / "labels.jsonl"
+    assert (
+        cli.run(["predict", str(folder), "--input", str(tiny_pair_data / "test.jsonl"), "--output", str(labels)]) == 0
+    )
+    assert len(labels.read_text(encoding="utf-8").splitlines()) == 30
+    assert cli.run(["tune", *given, "--method", "logistic", "--prompts", "e5-small-mp2-deep"]) == 2
+    assert "uses no prompts" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- beside a tuned prompt
