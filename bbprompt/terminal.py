@@ -182,8 +182,9 @@ class Terminal(Watcher):
 
     def comparing(self, done: int, total: int) -> None:
         """Show how many texts are read for the baselines, or stop."""
-        if self._test is not None:
-            self._test.close()
+        for meter in (self._search, self._test):
+            if meter is not None:
+                meter.close()
         if self._other is None:
             self._other = Meter(self._console, total, self._clock)
         self._other.update("baselines", min(done, total), "texts")

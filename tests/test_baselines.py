@@ -24,7 +24,6 @@ from bbprompt.run import Watcher, default_directory, prepare, reopen, tune
 from bbprompt.rundir import RunDirectory
 from bbprompt.summary import notes, result_table
 from bbprompt.task import load_task
-from bbprompt.tuner import Status
 
 RULES = ("majority", "zero-shot", "nearest-mean", "logistic", "threshold")
 
@@ -95,7 +94,8 @@ class Stopper(Watcher):
 
     looks = 0
 
-    def status(self, status: Status) -> None:
+    def comparing(self, done: int, total: int) -> None:
+        assert 0 < done <= total
         self.looks += 1
         if self.looks == 2:
             raise Interrupted("stopped")

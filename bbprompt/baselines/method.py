@@ -33,7 +33,6 @@ from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResul
 from bbprompt.run import Watcher, run_digest
 from bbprompt.rundir import PROMPT, RESULT, RunDirectory
 from bbprompt.task import Task
-from bbprompt.tuner import Status
 
 __all__ = ["NO_MODEL", "PreparedBaseline", "open_model", "prepare_baseline", "tune_baseline"]
 
@@ -118,7 +117,9 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
     clock = CurveClock(directory)
     ledger = Ledger(directory.journal(), run.config.budget)
     watcher.prepared(run)
-    read = Reader(run.embedder, lambda: watcher.status(Status(ledger.asked, "reading", np.nan, np.nan)))
+    texts = (len(run.few.train) + len(run.few.dev) + len(run.test)) * (3 if run.task.type == "pair" else 1)
+    read: Reader
+    read = Reader(run.embedder, lambda: watcher.comparing(min(read.count, texts), texts))
     calls = _Calls(run, ledger, read)
     began = time.monotonic()
     rule = run.baseline.rule
@@ -129,11 +130,9 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
     else:
         before = calls.fit("zero-shot", variants("zero-shot", run.task)[0])
     directory.append_curve(ledger.asked, "fit", best.train_loss, best.dev, clock.row(replayed=False))
-    watcher.status(Status(ledger.asked, "fit", best.train_loss, best.dev))
     fitted_in = time.monotonic() - began
 
     began = time.monotonic()
-    watcher.testing(0, len(run.test))
     final = _hits(run, best, read)
     untuned = final if before is best else _hits(run, before, read)
     watcher.testing(len(run.test), len(run.test))
