@@ -8,6 +8,7 @@ computed only at the rows that are read.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
+from bbprompt.backends.embedding import embed_texts, marker_for
 from bbprompt.backends.encoder import Encoder, Layout, pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.embedding import Embeddings
 from bbprompt.errors import ArtifactError, DataError
 from bbprompt.mrc import Encoded, encode
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
@@ -122,6 +125,11 @@ class LocalOracle:
     def close(self) -> None:
         """Forget the kept batches."""
         self._kept.clear()
+
+    def embed(self, texts: Sequence[str]) -> Embeddings:
+        """Read texts without prompts; see `bbprompt.embedding.Embedder`."""
+        marker = marker_for(self._info.backbone)
+        return embed_texts(self._encoder, self._tokenize, self._frame, texts, marker, self._batch_tokens)
 
     @torch.inference_mode()
     def score(

@@ -20,8 +20,13 @@ from bbprompt.router import CODE, PAPER, GateRule
 from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = [
+    "NO_PROMPTS",
+    "BaselineConfig",
+    "BaselineRule",
     "MethodConfig",
+    "ProjectionConfig",
     "PromptStageConfig",
+    "RefineStageConfig",
     "RouterStageConfig",
     "TuneConfig",
     "load_method",
@@ -29,6 +34,12 @@ __all__ = [
     "method_with",
     "parse_set",
 ]
+
+#: In place of a prompt artifact.
+NO_PROMPTS = "none"
+
+#: What a user would pick instead of tuning; see `bbprompt.baselines.rules`.
+BaselineRule = Literal["majority", "zero-shot", "nearest-mean", "logistic", "threshold"]
 
 _METHODS = Path(__file__).parent / "configs" / "methods"
 
@@ -46,7 +57,7 @@ class RouterStageConfig(_Settings):
 
     Attributes:
         optimizer: "bo" is a Gaussian process with UCB; "enumerate" tries every binary router of a shallow
-            prompt.
+            prompt; "listing" scores the upstream tasks' own mixtures and searches no further.
         space: "binary" searches {0, 1}^(L*K) as in the paper, "continuous" the box [-5, 5]^(L*K) as in the
             released code.
         calls: Train calls of the stage (paper: 200 shallow, 100 deep).
@@ -59,7 +70,7 @@ class RouterStageConfig(_Settings):
         dev_every: Train calls between two looks at the dev set.
     """
 
-    optimizer: Literal["bo", "enumerate"] = "bo"
+    optimizer: Literal["bo", "enumerate", "listing"] = "bo"
     space: Literal["binary", "continuous"] = "binary"
     calls: _Count
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -73,6 +84,8 @@ class RouterStageConfig(_Settings):
     def _check(self) -> Self:
         if self.calls < self.batch:
             raise ValueError(f"calls: {self.calls} do not hold one batch of {self.batch}")
+        if self.optimizer == "listing" and not self.warm_start:
+            raise ValueError("warm_start: the optimizer 'listing' is nothing but the warm start")
         return self
 
 
@@ -108,20 +121,76 @@ class PromptStageConfig(_Settings):
         return self
 
 
+class RefineStageConfig(_Settings):
+    """A last stage that refines the prompt layer by layer without a distribution (BBT-RGB's second stage).
+
+    Attributes:
+        optimizer: "cobyla", linear models in a shrinking trust region.
+        step: First radius of the region around the prompt so far (BBT-RGB: 0.2).
+        calls_per_layer: Train calls for each layer, from the input up; None shares what is left evenly. The first
+            d + 1 of them are one step along each coordinate.
+        share: Share of the budget that is kept for it, of what is left after stage I.
+        dev_every: Train calls between two looks at the dev set.
+    """
+
+    optimizer: Literal["cobyla"] = "cobyla"
+    step: _Positive
+    calls_per_layer: _Count | None = None
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    dev_every: _Count = 100
+
+
+class ProjectionConfig(_Settings):
+    """A random subspace in place of a pre-trained one (BBT, BBTv2); see `bbprompt.random_projection`.
+
+    Attributes:
+        dim: d, intrinsic dimension (BBT: 500).
+        prompt_length: P, placeholder positions (BBT: 50).
+        layers: "input" prompts the input layer alone (BBT), "all" every layer (BBTv2).
+        distribution: "normal" draws entries from N(0, s^2) with s = alpha * std / (sqrt(d) * sigma), where std is
+            that of the hidden states the prompt is added to; "uniform" from +-1 / sqrt(d).
+        alpha: Size of the prompts relative to the hidden states.
+        sigma: Step size that the matrix is scaled for.
+        head: Prompt artifact whose answer head is used, for a readout that needs a trained one.
+    """
+
+    dim: _Count = 500
+    prompt_length: _Count = 50
+    layers: Literal["input", "all"]
+    distribution: Literal["normal", "uniform"] = "normal"
+    alpha: _Positive = 1.0
+    sigma: _Positive = 1.0
+    head: str | None = None
+
+
+class BaselineConfig(_Settings):
+    """No prompt at all, see `bbprompt.baselines`.
+
+    Attributes:
+        rule: How labels are told apart.
+    """
+
+    rule: BaselineRule
+
+
 class MethodConfig(_Settings):
-    """A method: its pre-trained prompts, its two stages and how it reads and chooses.
+    """A method: a search over prompts with its stages and how it reads and chooses, or a baseline without prompts.
 
     Attributes:
         name: What `--method` takes.
         summary: One line.
         source: Where it comes from.
-        prompts: Default prompt artifact.
+        prompts: Default prompt artifact; "none" for a random projection or a baseline.
         gates: "binary" or "sigmoid", see `bbprompt.router`.
         mixing: "mean" or "normalized", see `bbprompt.router`.
         support: Positions that the loss is normalised over.
         legacy_decision: Decide by the product of raw logits (released code).
+        loss: What the search minimises: "ce" is cross-entropy, "hinge" the margin of 2 over the options' scores (BBT).
+        baseline: The method is no search but this.
+        projection: A random subspace; `prompts` must be "none".
         router: Stage I; None leaves it out.
         prompt: Stage II; None leaves it out.
+        refine: A stage after it; None leaves it out.
         select: Which looked-at prompt is returned. "both-losses": among the untuned mixtures the lowest train and dev
             loss together; a prompt that was searched for, whose train loss is biased, replaces it only if its dev
             loss is lower too. "dev-loss": the lowest dev loss; "pooled-loss": the lowest train and dev loss together;
@@ -131,14 +200,29 @@ class MethodConfig(_Settings):
     name: str
     summary: str
     source: str
-    prompts: str
-    gates: Literal["binary", "sigmoid"]
-    mixing: Literal["mean", "normalized"]
+    prompts: str = NO_PROMPTS
+    gates: Literal["binary", "sigmoid"] = "binary"
+    mixing: Literal["mean", "normalized"] = "mean"
     support: Literal["candidates", "sequence"] = "candidates"
     legacy_decision: bool = False
+    loss: Literal["ce", "hinge"] = "ce"
+    baseline: BaselineConfig | None = None
+    projection: ProjectionConfig | None = None
     router: RouterStageConfig | None = None
     prompt: PromptStageConfig | None = None
+    refine: RefineStageConfig | None = None
     select: Literal["both-losses", "dev-loss", "pooled-loss", "dev-metric"] = "both-losses"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stages = [name for name in ("projection", "router", "prompt", "refine") if getattr(self, name) is not None]
+        if self.baseline is not None and stages:
+            raise ValueError(f"{stages[0]}: a baseline searches nothing; leave out the key or 'baseline'")
+        if (self.prompts == NO_PROMPTS) != (self.baseline is not None or self.projection is not None):
+            raise ValueError("prompts: 'none' goes with a baseline or a projection, and with nothing else")
+        if self.projection is not None and self.router is not None:
+            raise ValueError("router: a random projection has no modules to route")
+        return self
 
     @property
     def rule(self) -> GateRule:
@@ -149,6 +233,10 @@ class MethodConfig(_Settings):
     @property
     def least_budget(self) -> int:
         """Fewest calls of a run: the untuned prompt on train and dev, then one ask and one look."""
+        if self.baseline is not None:
+            return 0 if self.baseline.rule == "majority" else 6  # up to three ways to read the texts, two calls each
+        if self.router is None and self.prompt is None and self.refine is None:
+            return 2
         first = self.router.batch if self.router else 1
         second = self.prompt.popsize if self.prompt else 1
         return 2 + max(first, second) + 1
@@ -173,6 +261,7 @@ class TuneConfig(_Settings):
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores.
         test_limit: Score at most so many test examples (the first ones in a seeded order); None for all.
+        baselines: After a search, show what the cheap methods without prompts give on the same test examples.
         set: Changes to the method, dotted key to value.
     """
 
@@ -191,6 +280,7 @@ class TuneConfig(_Settings):
     max_tokens: _Count | None = None
     threads: _Count | None = None
     test_limit: _Count | None = None
+    baselines: Annotated[bool, Field(strict=True)] = True
     set: Mapping[str, Any] = Field(default_factory=dict)
 
 

@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from bbprompt.baselines.method import open_model
+from bbprompt.baselines.use import FittedBaseline, load_baseline
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.connect import open_oracle
 from bbprompt.data import SplitName, data_digest, open_data
@@ -23,6 +25,7 @@ from bbprompt.example import Example
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.random_projection import frozen_prompt
 from bbprompt.readout import SpanReadout
 from bbprompt.result import Result
 from bbprompt.run import limited, reopen
@@ -86,10 +89,16 @@ class TunedPrompt:
         result: What the run said at its end.
         task: Its task.
         config: The settings it was started with.
-        point: The tuned intrinsic point, `(L, d)` float32.
+        point: The tuned intrinsic point, `(L, d)` float32; of size 0 for a baseline, which has no prompt.
     """
 
-    def __init__(self, directory: RunDirectory, config: TuneConfig, oracle: Oracle, point: NDArray[np.float32]) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: TuneConfig,
+        oracle: Oracle | FittedBaseline,
+        point: NDArray[np.float32],
+    ) -> None:
         """For `load_prompt` only."""
         where = str(directory.path / MANIFEST)
         self.path = directory.path
@@ -149,6 +158,9 @@ class TunedPrompt:
         longest = self._readout.longest_answer if extractive else None
         for begin in range(0, len(examples), _AT_ONCE):
             some = examples[begin : begin + _AT_ONCE]
+            if isinstance(self._oracle, FittedBaseline):
+                predictions += map(self._choice, some, self._oracle.probabilities(some))
+                continue
             batch = labelled(self.task, some, for_loss=False).batch
             reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
             scores = check_scores(reply, batch, 1)
@@ -156,9 +168,11 @@ class TunedPrompt:
                 predictions += [Prediction(answer, {}) for answer in self._readout.extracts(scores, batch)[0]]
                 continue
             for example, shares in zip(some, self._readout.probabilities(scores, batch)[0], strict=True):
-                names = list(self.task.labels) if self.task.labelled else example.options
-                predictions.append(_prediction(names, shares))
+                predictions.append(self._choice(example, shares))
         return predictions
+
+    def _choice(self, example: Example, shares: NDArray[np.float64]) -> Prediction:
+        return _prediction(list(self.task.labels) if self.task.labelled else example.options, shares)
 
     def evaluate(
         self,
@@ -185,15 +199,18 @@ class TunedPrompt:
         examples = limited(source.split(split), most, self.config.seed)
         if own and limit is None and data_digest(examples) != self._tested:
             _log.warning("%s: the test data are not those that the run was scored on", source.id)
-        score = score_split(
-            self._oracle,
-            self._readout,
-            self.task,
-            examples,
-            self.point[None],
-            lambda done: report(done, len(examples)),
-        )
-        values = score.values[0]
+        if isinstance(self._oracle, FittedBaseline):
+            values, cut = self._oracle.hits(examples, lambda done: report(done, len(examples)))
+        else:
+            score = score_split(
+                self._oracle,
+                self._readout,
+                self.task,
+                examples,
+                self.point[None],
+                lambda done: report(done, len(examples)),
+            )
+            values, cut = score.values[0], score.cut
         gold = [example.label for example in examples]
         return Evaluation(
             split=split,
@@ -204,7 +221,7 @@ class TunedPrompt:
             stderr=standard_error(values),
             n=len(values),
             majority=majority(gold, len(self.task.options)) if self.task.labelled else 0.0,
-            cut_tokens=score.cut,
+            cut_tokens=cut,
         )
 
     def close(self) -> None:
@@ -246,26 +263,45 @@ def load_prompt(
     with directory:
         if not directory.finished:
             raise UsageError(f"{run_dir}: this run is not finished; go on with `bbprompt resume {run_dir}`")
-        name = config.prompts or directory.manifest["method"]["prompts"]
-        prompt = ModularPrompt.load(resolve_prompts(name))
-        model = directory.manifest["model"]
-        if prompt.digest != model["prompts_digest"]:
-            raise ArtifactError(
-                f"prompts '{name}': not those that {run_dir} was tuned with (digest {prompt.digest[:12]}, "
-                f"then {model['prompts_digest'][:12]}); install the bbprompt version of the run or tune again"
-            )
-        point = _read_point(directory, (prompt.config.layers, prompt.config.intrinsic_dim))
-        oracle = open_oracle(
-            config.backend,
-            prompt,
-            backbone=config.backbone,
-            device=device,
-            dtype=dtype or config.dtype,
-            batch_tokens=batch_tokens or config.batch_tokens,
-            max_tokens=config.max_tokens,
-            threads=threads,
-        )
+        use: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype or config.dtype,
+            "batch_tokens": batch_tokens or config.batch_tokens,
+            "threads": threads,
+        }
+        method = directory.manifest["method"]
+        if method.get("baseline"):
+            embedder = open_model(config, method["baseline"]["rule"], **use)
+            _check_backbone(directory, embedder.info.backbone_digest if embedder is not None else "")
+            task = validate(Task, directory.manifest["task"], str(directory.path / MANIFEST))
+            nothing = np.zeros((0, 0), dtype=np.float32)
+            return TunedPrompt(directory, config, load_baseline(directory, task, embedder), nothing)
+        prompt, point = _read_prompt(directory, config)
+        oracle = open_oracle(config.backend, prompt, backbone=config.backbone, max_tokens=config.max_tokens, **use)
         return TunedPrompt(directory, config, oracle, point)
+
+
+def _check_backbone(directory: RunDirectory, digest: str) -> None:
+    then = directory.manifest["model"]["backbone_digest"]
+    if digest != then:
+        raise ArtifactError(
+            f"{directory.path}: the backbone is not that of the run (digest {digest[:12]}, then {then[:12]}); "
+            "install the bbprompt version of the run or tune again"
+        )
+
+
+def _read_prompt(directory: RunDirectory, config: TuneConfig) -> tuple[ModularPrompt, NDArray[np.float32]]:
+    """The artifact of a run, or the prompts that it keeps itself, and its tuned point."""
+    model, name = directory.manifest["model"], config.prompts or directory.manifest["method"]["prompts"]
+    if directory.manifest["method"].get("projection"):
+        return frozen_prompt(_read_tensors(directory), model["backbone"], model["backbone_digest"])
+    prompt = ModularPrompt.load(resolve_prompts(name))
+    if prompt.digest != model["prompts_digest"]:
+        raise ArtifactError(
+            f"prompts '{name}': not those that {directory.path} was tuned with (digest {prompt.digest[:12]}, "
+            f"then {model['prompts_digest'][:12]}); install the bbprompt version of the run or tune again"
+        )
+    return prompt, _read_point(directory, (prompt.config.layers, prompt.config.intrinsic_dim))
 
 
 def read_result(directory: RunDirectory) -> Result:
@@ -283,14 +319,20 @@ def read_result(directory: RunDirectory) -> Result:
 
 
 def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.float32]:
-    file = directory.path / PROMPT
-    try:
-        point = load(directory.read_bytes(PROMPT))["point"]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise DiskError(f"{file}: damaged ({error}); tune again") from None
+    file, tensors = directory.path / PROMPT, _read_tensors(directory)
+    if "point" not in tensors:
+        raise DiskError(f"{file}: damaged ('point'); tune again")
+    point = tensors["point"]
     if point.shape != shape or not np.isfinite(point).all():
         raise DiskError(f"{file}: the point has shape {point.shape}, not {shape}, or is not finite; tune again")
     return np.asarray(point, dtype=np.float32)
+
+
+def _read_tensors(directory: RunDirectory) -> dict[str, NDArray[Any]]:
+    try:
+        return dict(load(directory.read_bytes(PROMPT)))
+    except (SafetensorError, ValueError) as error:
+        raise DiskError(f"{directory.path / PROMPT}: damaged ({error}); tune again") from None
 
 
 def _prediction(names: Sequence[str], shares: NDArray[np.float64]) -> Prediction:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bbprompt.losses import hinge
 from bbprompt.oracle import Scores, Support, TextBatch
 
 __all__ = ["SpanReadout"]
@@ -26,14 +28,16 @@ class SpanReadout:
         support: What start and end probabilities are normalised over.
         legacy: Decide by the product of raw logits.
         longest_answer: Longest extracted answer in tokens.
+        loss: "ce", cross-entropy of start and end, or "hinge" over the options' scores.
     """
 
     support: Support = "candidates"
     legacy: bool = False
     longest_answer: int = 32
+    loss: Literal["ce", "hinge"] = "ce"
 
     def losses(self, scores: Scores, batch: TextBatch, gold: Sequence[int]) -> NDArray[np.float64]:
-        """Loss of each candidate on each text: (CE(start) + CE(end)) / 2.
+        """Loss of each candidate on each text: (CE(start) + CE(end)) / 2, or the hinge loss of the option scores.
 
         Args:
             scores: Of n candidates.
@@ -43,6 +47,8 @@ class SpanReadout:
         Returns:
             `(n, N)`.
         """
+        if self.loss == "hinge" and not batch.extractive:
+            return hinge(self.option_scores(scores), batch.sizes, gold)
         first = _first_span(batch)
         right = first + (0 if batch.extractive else np.asarray(gold))
         log_probability = scores.logits[:, right].astype(np.float64) - scores.normalizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Before", "Calls", "DataUsed", "Result", "Seconds", "StageResult", "TestScore"]
+__all__ = ["BaselineScore", "Before", "Calls", "DataUsed", "Result", "Seconds", "StageResult", "TestScore"]
 
 
 class _Values(BaseModel):
@@ -72,11 +72,26 @@ class Seconds(_Values):
     test: float
 
 
+class BaselineScore(_Values):
+    """A cheap method without a prompt on the same few-shot and test data: reported, never used for a choice.
+
+    `name` is that of the method, `reads` what it reads of an example; `seconds` its wall time on this machine.
+    """
+
+    name: str
+    reads: str
+    dev: float
+    test: float
+    stderr: float
+    seconds: float
+
+
 class Result(_Values):
     """A finished run. Fractions, not percent.
 
     `digest` is a SHA-256 of what was found (prompt, calls, scores): equal for equal runs, whatever the clock
-    said.
+    said. `baselines` is what would have been had for a few forwards without tuning; it is empty where that was not
+    asked for or the model cannot say it.
     """
 
     task: str
@@ -95,3 +110,4 @@ class Result(_Values):
     cut_tokens: int
     seconds: Seconds
     digest: str
+    baselines: tuple[BaselineScore, ...] = ()

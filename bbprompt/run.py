@@ -7,38 +7,42 @@ asked for a second time. So a run that was killed ends with the result it would 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import logging
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from bbprompt import __version__
-from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.connect import cores, open_oracle
+from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.connect import cores, measure_backbone, open_oracle
 from bbprompt.curve import CurveClock
 from bbprompt.data import DataSource, open_data
+from bbprompt.embedding import can_embed
 from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.evaluate import Evaluator
 from bbprompt.example import Example
 from bbprompt.fewshot import FewShot, sample
 from bbprompt.ledger import Ledger
+from bbprompt.manifest import manifest_of
 from bbprompt.metrics import majority, standard_error
-from bbprompt.oracle import Oracle
+from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.random_projection import frozen_tensors, random_prompt
 from bbprompt.readout import SpanReadout
-from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
+from bbprompt.result import BaselineScore, Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import SplitScore, labelled, score_split
 from bbprompt.task import Task, load_task
 from bbprompt.tuner import Found, Status, search
 from bbprompt.yamlfile import validate
+
+if TYPE_CHECKING:
+    from bbprompt.baselines.method import PreparedBaseline
 
 __all__ = [
     "Prepared",
@@ -54,14 +58,11 @@ __all__ = [
 
 log = logging.getLogger("bbprompt")
 
-#: Libraries whose version may change a result.
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "botorch", "gpytorch")
-
 
 class Watcher:
     """Hears of a run's progress; the base class is silent. The terminal display overrides what it shows."""
 
-    def prepared(self, run: Prepared) -> None:
+    def prepared(self, run: Prepared | PreparedBaseline) -> None:
         """Everything is open; the search begins."""
 
     def status(self, status: Status) -> None:
@@ -69,6 +70,9 @@ class Watcher:
 
     def testing(self, done: int, total: int) -> None:
         """So many test examples are scored. Raising here stops the run."""
+
+    def comparing(self, done: int, total: int) -> None:
+        """So many texts are read for the baselines that the result is shown with. Raising here stops the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,39 +93,19 @@ class Prepared:
     @property
     def readout(self) -> SpanReadout:
         """How the method reads scores."""
-        return SpanReadout(self.method.support, self.method.legacy_decision)
+        return SpanReadout(self.method.support, self.method.legacy_decision, loss=self.method.loss)
+
+    @property
+    def model(self) -> OracleInfo:
+        """What the frozen model says of itself."""
+        return self.oracle.info
 
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result: settings, digests, versions, threads."""
-        info = self.oracle.info
-        return {
-            "config": self.config.model_dump(mode="json"),
-            "method": self.method.model_dump(mode="json"),
-            "task": self.task.model_dump(mode="json"),
-            "data": {
-                "source": self.data.source,
-                "id": self.data.id,
-                "few_shot": self.few.digest,
-                "test": _digest(self.test),
-            },
-            "model": {
-                "backbone": info.backbone,
-                "backbone_digest": info.backbone_digest,
-                "prompts_digest": info.prompts_digest,
-                "precision": info.precision,
-                "device": info.device,
-                "max_tokens": info.max_tokens,
-            },
-            "threads": self.threads,
-            "versions": {
-                "bbprompt": __version__,
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-            },
-        }
+        return manifest_of(self)
 
 
-def prepare(config: TuneConfig) -> Prepared:
+def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
     """Open task, data, prompts and model; nothing is written and no call is made.
 
     Raises:
@@ -137,10 +121,16 @@ def prepare(config: TuneConfig) -> Prepared:
             f"--budget {config.budget}: method {method.name} needs at least {method.least_budget} calls "
             "(the untuned prompt, one population and one look at dev)"
         )
+    if method.loss == "hinge" and task.type == "extractive":
+        raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
     data = open_data(task, config.data)
     few = sample(task, data.split("train"), config.seed, config.shots)
     test = limited(data.split("test"), config.test_limit, config.seed)
-    prompt = ModularPrompt.load(resolve_prompts(config.prompts or method.prompts))
+    if method.baseline is not None:
+        from bbprompt.baselines.method import prepare_baseline
+
+        return prepare_baseline(config, method, task, data, few, test, began)
+    prompt = _prompt(config, method, task, few)
     _warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
         config.backend,
@@ -154,6 +144,32 @@ def prepare(config: TuneConfig) -> Prepared:
     )
     threads = config.threads or cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
+
+
+def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) -> ModularPrompt:
+    """The artifact that the settings name, or the random subspace that the method asks for."""
+    name = config.prompts or method.prompts
+    settings = method.projection
+    if (name == NO_PROMPTS) != (settings is not None):
+        wanted = "takes no artifact, but --prompts none" if settings else "needs a prompt artifact"
+        raise UsageError(f"--prompts {name}: the method {method.name} {wanted}")
+    if settings is None:
+        return ModularPrompt.load(resolve_prompts(name))
+    if settings.head is None:
+        raise UsageError(
+            f"--method {method.name}: projection.head is missing; the span readout needs a trained answer head, "
+            "so name a prompt artifact with --set projection.head=NAME"
+        )
+    head = ModularPrompt.load(resolve_prompts(settings.head))
+    facts = measure_backbone(
+        config.backend,
+        [task.render(example) for example in few.train],
+        settings.prompt_length,
+        backbone=config.backbone or head.config.backbone,
+        max_tokens=config.max_tokens,
+        threads=config.threads,
+    )
+    return random_prompt(settings, facts, config.seed, head)
 
 
 def _warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt) -> None:
@@ -178,7 +194,7 @@ def limited(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[
     return tuple(examples[i] for i in sorted(order.tolist()))
 
 
-def default_directory(run: Prepared) -> Path:
+def default_directory(run: Prepared | PreparedBaseline) -> Path:
     """`runs/<task>-<method>-<seed>-<digest>`."""
     digest = run_digest(run.manifest())[:8]
     return Path("runs") / f"{run.task.name}-{run.method.name}-{run.config.seed}-{digest}"
@@ -210,7 +226,7 @@ def located(config: TuneConfig) -> TuneConfig:
     )
 
 
-def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
+def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
     """Run, or go on with, a search in its directory and write its result.
 
     Raises:
@@ -219,6 +235,10 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
         Interrupted: The watcher asked to stop.
     """
     watcher = watcher or Watcher()
+    if not isinstance(run, Prepared):
+        from bbprompt.baselines.method import tune_baseline
+
+        return tune_baseline(run, directory, watcher)
     directory.check_manifest(run.manifest())
     clock = CurveClock(directory)
     ledger = Ledger(directory.journal(), run.config.budget)
@@ -250,9 +270,19 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     )
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
     result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
-    directory.write_bytes(PROMPT, save(_tensors(found)))
+    result = result.model_copy(update={"baselines": _baselines(run, watcher)})
+    directory.write_bytes(PROMPT, save(_tensors(run, found)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
+
+
+def _baselines(run: Prepared, watcher: Watcher) -> tuple[BaselineScore, ...]:
+    """The cheap methods on the same data, for the table alone: nothing is chosen by them, and no call is charged."""
+    if not run.config.baselines or not can_embed(run.oracle):
+        return ()
+    from bbprompt.baselines.report import compare
+
+    return compare(run.task, run.few, run.test, run.oracle, watcher.comparing)
 
 
 def _result(
@@ -314,12 +344,14 @@ def _result(
     )
 
 
-def _tensors(found: Found) -> dict[str, np.ndarray]:
-    """What was tuned: the point, and the router it came from where there is one."""
+def _tensors(run: Prepared, found: Found) -> dict[str, NDArray[Any]]:
+    """What was tuned: the point, the router it came from where there is one, and prompts that no artifact holds."""
     chosen = found.chosen.incumbent
-    tensors = {"point": chosen.point.astype(np.float32)}
+    tensors: dict[str, NDArray[Any]] = {"point": chosen.point.astype(np.float32)}
     if chosen.router is not None:
         tensors["router"] = chosen.router.astype(np.float32)
+    if run.method.projection is not None:
+        tensors |= frozen_tensors(run.prompt, chosen.point)
     return tensors
 
 
@@ -328,9 +360,3 @@ def run_digest(value: Mapping[str, Any]) -> str:
     from bbprompt.journal import canonical_json
 
     return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def _digest(examples: tuple[Example, ...]) -> str:
-    from bbprompt.data import data_digest
-
-    return data_digest(examples)

@@ -7,6 +7,7 @@ import math
 from rich import box
 from rich.table import Table
 
+from bbprompt.config import NO_PROMPTS
 from bbprompt.result import Result
 
 __all__ = ["notes", "result_table"]
@@ -31,6 +32,16 @@ def result_table(result: Result) -> Table:
             f"{stage.seconds:.0f}",
         )
     calls = result.calls.train + result.calls.dev
+    if result.baselines:
+        table.add_section()
+    for rival in result.baselines:
+        table.add_row(
+            f"no prompt, {rival.name}",
+            f"{rival.dev:.3f}",
+            f"{rival.test:.3f} ± {rival.stderr:.3f}",
+            "0",
+            f"{rival.seconds:.0f}",
+        )
     table.add_section()
     table.add_row("in all", "", "", f"{calls} of {result.budget}", f"{result.seconds.total:.0f}")
     return table
@@ -38,12 +49,17 @@ def result_table(result: Result) -> Table:
 
 def notes(result: Result) -> list[str]:
     """What a reader of the table has to know, one sentence a line."""
-    lines = []
+    lines: list[str] = []
     before, after, metric = result.before, result.test, result.test.metric
     if before.majority:
         lines.append(f"Always answering the most frequent label gives {before.majority:.3f} on test.")
     if result.data.source == "sample":
         lines.append("The data are the bundled sample: good for trying things out, no evidence about a method.")
+    if result.prompts == NO_PROMPTS and not _searched(result):
+        return lines + _cut(result)
+    lines += _rivals(result)
+    if not result.stages:
+        return lines + _cut(result)
     if result.dev <= before.dev:
         lines.append(
             f"On dev the tuned prompt is not better than the untuned one "
@@ -58,9 +74,30 @@ def notes(result: Result) -> list[str]:
         lines.append("On test the gain is smaller than two standard errors of the score; another seed may undo it.")
     if before.majority and after.value <= before.majority:
         lines.append("On test the tuned prompt does not beat the most frequent label.")
-    if result.cut_tokens:
-        lines.append(f"{result.cut_tokens} tokens of texts too long for the model were cut.")
-    return lines
+    return lines + _cut(result)
+
+
+def _searched(result: Result) -> bool:
+    """Whether prompts were searched for, pre-trained or not: a baseline has its one stage, "fit"."""
+    return any(stage.name != "fit" for stage in result.stages)
+
+
+def _rivals(result: Result) -> list[str]:
+    """That a method without tuning does better, where one does."""
+    best = max(result.baselines, key=lambda rival: rival.test, default=None)
+    if best is None or result.test.value >= best.test:
+        return []
+    metric = result.test.metric
+    return [
+        f"Without any tuning, {best.name} on the same model gives {metric} {best.test:.3f} on test, more than this "
+        f"prompt with {result.test.value:.3f}: `--method {best.name}` is the better choice here."
+    ]
+
+
+def _cut(result: Result) -> list[str]:
+    if not result.cut_tokens:
+        return []
+    return [f"{result.cut_tokens} tokens of texts too long for the model were cut."]
 
 
 def _score(result: Result, value: float) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.panel import Panel
@@ -22,6 +22,9 @@ from rich.text import Text
 
 from bbprompt.run import Prepared, Watcher
 from bbprompt.tuner import Status
+
+if TYPE_CHECKING:
+    from bbprompt.baselines.method import PreparedBaseline
 
 __all__ = ["Meter", "Terminal", "duration", "facts", "logging_to", "open_console"]
 
@@ -131,6 +134,7 @@ class Terminal(Watcher):
         self._marks: deque[tuple[float, int]] = deque()
         self._search: Meter | None = None
         self._test: Meter | None = None
+        self._other: Meter | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +142,7 @@ class Terminal(Watcher):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for meter in (self._search, self._test):
+        for meter in (self._search, self._test, self._other):
             if meter is not None:
                 meter.close()
 
@@ -146,7 +150,7 @@ class Terminal(Watcher):
         """Say that something goes on, before there is anything to measure."""
         _line(self._console, "loading the model and the data ...")
 
-    def prepared(self, run: Prepared) -> None:
+    def prepared(self, run: Prepared | PreparedBaseline) -> None:
         """Show what runs."""
         rows = facts(run, self.directory)
         if self._console.is_terminal:
@@ -176,6 +180,16 @@ class Terminal(Watcher):
         self._test.update("test", min(done, total), "examples")
         self._check()
 
+    def comparing(self, done: int, total: int) -> None:
+        """Show how many texts are read for the baselines, or stop."""
+        for meter in (self._search, self._test):
+            if meter is not None:
+                meter.close()
+        if self._other is None:
+            self._other = Meter(self._console, total, self._clock)
+        self._other.update("baselines", min(done, total), "texts")
+        self._check()
+
     def _describe(self, status: Status) -> str:
         # The bar and its text have to fit 80 columns.
         loss, unit = ("train", "/s") if self._console.is_terminal else ("train loss", " calls/s")
@@ -197,17 +211,15 @@ class Terminal(Watcher):
         return (calls - first) / (mark[0] - began) if mark[0] > began else 0.0
 
 
-def facts(run: Prepared, directory: Path | None) -> list[tuple[str, str]]:
+def facts(run: Prepared | PreparedBaseline, directory: Path | None) -> list[tuple[str, str]]:
     """What a person wants to know of a run before it begins, as pairs of name and value."""
-    info, config, prompt = run.oracle.info, run.config, run.prompt.config
+    info, config = run.model, run.config
     data = f"{run.data.id}" if run.data.source != "sample" else "bundled SAMPLE, only for trying things out"
     amounts = f"{len(run.few.train)} train, {len(run.few.dev)} dev, {len(run.test)} test"
     labels = f", {len(run.task.options)} labels" if run.task.labelled else ""
-    sizes = {"K": prompt.modules, "d": prompt.intrinsic_dim, "P": prompt.prompt_length}
-    shape = ", ".join([f"{prompt.layers} layers", *(f"{key} = {size}" for key, size in sizes.items())])
     return [
         ("model", f"{info.backbone}, {info.precision}, at most {info.max_tokens} tokens"),
-        ("prompts", f"{config.prompts or run.method.prompts} ({shape})"),
+        ("prompts", f"{config.prompts or run.method.prompts}{_shape(run)}"),
         ("task", f"{run.task.name} ({run.task.type}{labels}, {run.task.metric})"),
         ("data", f"{data}: {amounts}" if run.data.source != "hub" else f"hub {data}: {amounts}"),
         ("method", f"{run.method.name}: {run.method.summary}"),
@@ -215,6 +227,15 @@ def facts(run: Prepared, directory: Path | None) -> list[tuple[str, str]]:
         ("device", info.device),
         ("directory", str(directory) if directory is not None else "none"),
     ]
+
+
+def _shape(run: Prepared | PreparedBaseline) -> str:
+    """The sizes of the prompts, in brackets."""
+    if not isinstance(run, Prepared):
+        return ""
+    prompt = run.prompt.config
+    sizes = {"K": prompt.modules, "d": prompt.intrinsic_dim, "P": prompt.prompt_length}
+    return f" ({', '.join([f'{prompt.layers} layers', *(f'{key} = {size}' for key, size in sizes.items())])})"
 
 
 def duration(seconds: float) -> str:

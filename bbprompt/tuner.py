@@ -1,4 +1,4 @@
-"""The search: the untuned prompt, stage I, stage II, and the explicit choice among what was looked at.
+"""The search: the untuned prompt, its stages in turn, and the explicit choice among what was looked at.
 
 One loop for both stages: ask, score on train, tell; now and then look at the incumbent on dev. Which prompt
 is returned is decided by dev (and train) alone, by the method's `select` rule.
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from bbprompt.config import MethodConfig
 from bbprompt.evaluate import Evaluator
 from bbprompt.prompts import PromptSpace
+from bbprompt.refine import refine_stage
 from bbprompt.stages import Incumbent, Stage, prompt_stage, router_stage
 
 _T = TypeVar("_T")
@@ -55,7 +56,7 @@ class StageTrace:
     """One finished stage.
 
     Attributes:
-        name: "router" or "prompt".
+        name: "upstream", "router", "prompt" or "refine".
         optimizer: What drove it.
         calls: Train and dev calls it made.
         train_loss: Loss of its incumbent.
@@ -108,16 +109,22 @@ def search(
     run.report("start", before.incumbent.loss)
     traces = []
     if method.router is not None:
-        share = method.router.share if method.prompt is not None else 1.0
+        share = 1.0 if method.prompt is None and method.refine is None else method.router.share
         if method.router.warm_start and len(space.routers):
             traces.append(run.upstream(space, method.router.batch, int(share * evaluator.left)))
-        most = min(method.router.calls, max(int(share * evaluator.left), method.router.batch))
-        stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
-        traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
+        if method.router.optimizer != "listing":
+            most = min(method.router.calls, max(int(share * evaluator.left), method.router.batch))
+            stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
+            traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
     if method.prompt is not None:
         start = run.chosen.incumbent
         stage = prompt_stage(method.prompt, start, seed)
-        traces.append(run.stage(stage, method.prompt.popsize, method.prompt.dev_every, most=None))
+        kept = method.refine.share if method.refine is not None else 0.0
+        most = max(int((1.0 - kept) * evaluator.left), method.prompt.popsize)
+        traces.append(run.stage(stage, method.prompt.popsize, method.prompt.dev_every, most if kept else None))
+    if method.refine is not None:
+        stage = refine_stage(method.refine, run.chosen.incumbent, evaluator.left - 1)
+        traces.append(run.stage(stage, 1, method.refine.dev_every, most=None))
     return Found(before, tuple(traces), run.chosen, run.optimizer_seconds)
 
 

@@ -10,6 +10,7 @@ They share no base class, only the methods of `Optimizer` (see `protocol.py`)::
 
 * ``random.RandomSearch``: the baseline, in a box or over bits.
 * ``enumerate.Enumeration``: every non-zero binary row, exactly once.
+* ``cobyla.COBYLA``: linear models in a shrinking trust region, one row an ask.
 * ``cmaes.CMAES``: covariance matrix adaptation (imports cma).
 * ``gp.GPUCB``: Gaussian process with an upper confidence bound, in a box or over bits (imports torch,
   botorch).

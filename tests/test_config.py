@@ -35,7 +35,7 @@ def test_every_bundled_method_loads(name: str) -> None:
     assert method.source
     assert method_with(method, {}) == method
     assert MethodConfig.model_validate(method.model_dump(mode="json")) == method
-    assert 4 <= method.least_budget <= 30
+    assert (0 if method.baseline else 2) <= method.least_budget <= 30
 
 
 def test_the_papers_settings() -> None:

@@ -15,6 +15,7 @@ from bbprompt.commands.stop import Stop
 from bbprompt.errors import UsageError
 
 if TYPE_CHECKING:
+    from bbprompt.baselines.method import PreparedBaseline
     from bbprompt.config import TuneConfig
     from bbprompt.result import Result
     from bbprompt.run import Prepared
@@ -80,6 +81,14 @@ def tune(
     test_limit: Annotated[
         int | None, typer.Option(show_default=False, help="Score at most so many test examples.")
     ] = None,
+    baselines: Annotated[
+        bool | None,
+        typer.Option(
+            "--baselines/--no-baselines",
+            show_default=False,
+            help="Show cheap methods without prompts beside the result [default: yes].",
+        ),
+    ] = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", show_default=False, help="[default: runs/<task>-<method>-<seed>-<digest>]."),
@@ -118,6 +127,7 @@ def tune(
         "max_tokens": max_tokens,
         "threads": threads,
         "test_limit": test_limit,
+        "baselines": baselines,
         "run_dir": str(run_dir) if run_dir is not None else None,
         "quiet": quiet or None,
     }
@@ -189,7 +199,7 @@ def _run(config: TuneConfig | None, folder: Path | None, *, quiet: bool, json: b
     _show(result, directory.path, json)
 
 
-def _claimed(run: Prepared, folder: Path | None) -> RunDirectory:
+def _claimed(run: Prepared | PreparedBaseline, folder: Path | None) -> RunDirectory:
     """The run's directory: a new one, or the default one if it was begun there before.
 
     The default name holds a digest of all that decides the result, so what lies there is this very run.
