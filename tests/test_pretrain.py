@@ -31,7 +31,8 @@ from bbprompt.metrics import accuracy
 from bbprompt.mrc import Encoded
 from bbprompt.pretrain.mixture import Mixture, Upstream, thin_options
 from bbprompt.pretrain.model import Gates, ModularPrompts, collate, relaxed_bernoulli, span_loss
-from bbprompt.pretrain.mp2 import PretrainConfig, Progress
+from bbprompt.pretrain.mp2 import Progress
+from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
 from bbprompt.pretrain.upstream import load_upstream, upstream_tasks
 from bbprompt.prompts import ModularPrompt
