@@ -286,7 +286,6 @@ class Trainer:
             other = sorted(name for name in {*data, *present} if data.get(name) != present.get(name))
             raise ResumeMismatch(f"{file}: was made with other data of {', '.join(other)}; give the same --data")
         self.step, self.best = step, None if best is None else (float(best[0]), int(best[1]))
-        self._cut_log()
 
     def restore_best(self) -> None:
         """Take the prompts of the best validation back, where the recipe says so.
@@ -307,7 +306,7 @@ class Trainer:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
         log.info("took the prompts of step %d (validation %.4f)", self.best[1], self.best[0])
 
-    def _cut_log(self) -> None:
+    def cut_log(self) -> None:
         """Take the lines out of `train.jsonl` that the resumed training will write again."""
         file = self.directory / "train.jsonl"
         if not self.team.leads or not file.is_file():

@@ -111,8 +111,10 @@ def _pretrain(
         identity={"backbone": backbone.digest},
         ffn=int(getattr(backbone.model.config, "intermediate_size", 0)),
     )
-    if resume and (out / "checkpoint.safetensors").is_file():
-        trainer.load()
+    if resume:
+        if (out / "checkpoint.safetensors").is_file():
+            trainer.load()
+        trainer.cut_log()
         log.info("resumed at step %d", trainer.step)
     team.wait()
     last: list[Progress] = []
