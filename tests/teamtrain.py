@@ -18,9 +18,7 @@ def main() -> None:
     out = Path(sys.argv[3])
     losses: list[float] = []
     resume = (out / "checkpoint.safetensors").exists()
-    scores = pretrain(
-        config, out, Path(sys.argv[2]), lambda progress, _: losses.append(progress.loss), resume=resume
-    )
+    scores = pretrain(config, out, Path(sys.argv[2]), lambda progress, _: losses.append(progress.loss), resume=resume)
     if losses:
         Path(f"{out}.json").write_text(json.dumps({"losses": losses, "scores": scores}))
 

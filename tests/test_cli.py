@@ -12,7 +12,19 @@ import bbprompt
 from bbprompt import cli, errors
 from bbprompt.commands import inspect as inspecting
 
-COMMANDS = ["tune", "resume", "eval", "predict", "pretrain", "pretrain mp2", "tasks", "methods", "doctor"]
+COMMANDS = [
+    "tune",
+    "resume",
+    "eval",
+    "predict",
+    "pretrain",
+    "pretrain mp2",
+    "pretrain spot",
+    "pretrain ppt",
+    "tasks",
+    "methods",
+    "doctor",
+]
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])

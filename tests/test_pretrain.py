@@ -41,6 +41,8 @@ from bbprompt.router import CODE
 from bbprompt.scoring import labelled
 from bbprompt.task import load_task
 
+pytestmark = pytest.mark.usefixtures("token_cache")
+
 # ----------------------------------------------------------------------------------------------- gates
 
 
@@ -163,6 +165,7 @@ def test_what_counts_as_right() -> None:
 
 
 # --------------------------------------------------------------------------------------- the tiny setup
+
 
 @pytest.fixture(scope="module")
 def upstream_data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -24,6 +24,7 @@ from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("token_cache")
 
 
 def silent(*_: Any) -> None:

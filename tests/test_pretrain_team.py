@@ -22,6 +22,7 @@ from bbprompt.pretrain.run import pretrain
 from bbprompt.pretrain.team import ALONE, Team, join
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("token_cache")
 
 #: Without the head's bias: the loss does not depend on it, so that Adam makes steps of its rounding errors.
 MEASURED = ("router", "bank", "projection", "head_weight")

@@ -23,6 +23,8 @@ from bbprompt.pretrain.card import model_card
 from bbprompt.pretrain.checkpoint import write_atomic
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
+from bbprompt.pretrain.ppt_annotator import open_annotator
+from bbprompt.pretrain.ppt_batches import PptBatches, open_ppt
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.team import Team, join, leave
 from bbprompt.pretrain.upstream import data_beside, load_upstream, upstream_tasks
@@ -70,6 +72,9 @@ def pretrain(
     known = set(config.ppt.formats) if config.ppt else {task.name for task in chosen}
     if unknown := sorted(set(config.weights) - known):
         raise UsageError(f"weights: '{unknown[0]}' is not among the tasks of the recipe; correct or remove it")
+    for name in config.ppt.corpus if config.ppt else ():
+        if not Path(name).is_file():
+            raise UsageError(f"ppt.corpus: {name}: no such file; name yours in a copy of the recipe")
     team, device = join(device)
     disk = RealDisk()
     lock = None
@@ -136,6 +141,8 @@ def _pretrain(
             )
         trainer.log({"step": trainer.step, "valid": scores, "speed": speed})
         recipe = config.model_dump(mode="json")
+        if config.ppt is not None:  # where a corpus lay on this machine is nobody's business
+            recipe["ppt"]["corpus"] = [Path(name).name for name in config.ppt.corpus]
         training = {"recipe": recipe, "validation": scores, **_chosen_step(trainer)}
         prompt = artifact(trainer, backbone.id, backbone.digest, training)
         prompt.save(out / "artifact")
@@ -151,6 +158,32 @@ def _batches(
     tokenize = tokenize_with(backbone.tokenizer)
     digest = hashlib.sha256(backbone.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     slices, cache = config.accumulate * team.size, cache_root() / "pretrain"
+    if config.ppt is not None:
+        annotator = None if config.ppt.annotator is None else open_annotator(config.ppt.annotator)
+        stores, ppt_digest = open_ppt(
+            config.ppt,
+            tokenize,
+            frame,
+            cache=cache,
+            tokenizer_digest=digest,
+            seed=config.seed,
+            annotate=annotator[0] if annotator else None,
+            annotator_words=annotator[1] if annotator else (),
+            annotator_digest=annotator[2] if annotator else "",
+        )
+        names = ", ".join(Path(name).name for name in config.ppt.corpus)
+        return PptBatches(
+            stores,
+            f"{names} ({config.ppt.terms or 'terms not stated'})",
+            ppt_digest,
+            seed=config.seed,
+            tasks_per_step=config.tasks_per_step,
+            per_task=config.per_task,
+            valid_size=config.valid_size,
+            weights=config.weights,
+            slices=slices,
+            bucket=config.bucket,
+        )
     tasks = load_upstream(
         chosen,
         data,
