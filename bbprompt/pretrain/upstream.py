@@ -228,9 +228,9 @@ class _Pool:
             try:
                 if worst is None:
                     continue
-                encoded = encode(self.task.render(worst), self._tokenize, self._frame, worst.answers)
-                if is_fixed(example, *limits, shuffle):
-                    encoded = encode(self.task.render(example), self._tokenize, self._frame, example.answers)
+                # Where nothing is drawn, what is tried is what will be trained on.
+                tried = example if is_fixed(example, *limits, shuffle) else worst
+                encoded = encode(self.task.render(tried), self._tokenize, self._frame, tried.answers)
             except DataError:
                 continue
             left -= 1
