@@ -270,3 +270,28 @@ def test_a_best_checkpoint_that_is_gone(recipe: PretrainConfig, data: Path, tmp_
     (tmp_path / "best.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"best\.safetensors: damaged"):
         pretrain(best, tmp_path, data, silent, resume=True)
+
+
+@pytest.mark.parametrize("what", ["log", "artifact"])
+def test_a_full_disk_at_other_files_is_said_in_a_line(
+    what: str, recipe: PretrainConfig, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bbprompt.prompts import ModularPrompt
+
+    opened = Path.open
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full_for_appending(self: Path, mode: str = "r", *more: Any, **named: Any) -> Any:
+        return full() if mode == "a" else opened(self, mode, *more, **named)
+
+    with monkeypatch.context() as patch:
+        if what == "log":
+            patch.setattr(Path, "open", full_for_appending)
+        else:
+            patch.setattr(ModularPrompt, "save", full)
+        with pytest.raises(DiskError, match="the disk is full: free some space, then go on with --resume") as caught:
+            pretrain(recipe.model_copy(update={"steps": 2}), tmp_path, data, silent)
+    assert str(caught.value).startswith(str(tmp_path / ("train.jsonl" if what == "log" else "artifact")))
+    pretrain(recipe.model_copy(update={"steps": 2}), tmp_path, data, silent, resume=True)

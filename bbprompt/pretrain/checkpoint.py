@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from bbprompt.disk import Disk
+from bbprompt.disk import Disk, disk_error
 from bbprompt.errors import ArtifactError, DiskError
 
-__all__ = ["load_checkpoint", "save_checkpoint", "write_atomic"]
+__all__ = ["load_checkpoint", "pretrain_disk_error", "save_checkpoint", "write_atomic"]
 
 _CHUNK = 64 * 2**20
 
@@ -43,8 +43,16 @@ def write_atomic(disk: Disk, file: Path, data: bytes) -> None:
         with suppress(DiskError):  # half a file would keep a full disk full
             if disk.exists(temporary):
                 disk.remove(temporary)
-        advice = str(error).replace("`bbprompt resume`", "--resume").replace("--run-dir", "--out")
-        raise DiskError(f"{advice} (what {file.name} held before is kept)") from error
+        raise DiskError(f"{_advised(error)} (what {file.name} held before is kept)") from error
+
+
+def pretrain_disk_error(error: OSError, doing: str, file: Path) -> DiskError:
+    """As `bbprompt.disk.disk_error`, with the flags of `pretrain`."""
+    return DiskError(_advised(disk_error(error, doing, file)))
+
+
+def _advised(error: DiskError) -> str:
+    return str(error).replace("`bbprompt resume`", "--resume").replace("--run-dir", "--out")
 
 
 def save_checkpoint(disk: Disk, file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from bbprompt.disk import Disk, RealDisk
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.mrc import Frame
 from bbprompt.pretrain.ahead import Ahead
-from bbprompt.pretrain.checkpoint import load_checkpoint, save_checkpoint, write_atomic
+from bbprompt.pretrain.checkpoint import load_checkpoint, pretrain_disk_error, save_checkpoint, write_atomic
 from bbprompt.pretrain.mixture import Batches
 from bbprompt.pretrain.model import Gates, ModularPrompts, SpanBatch, span_loss
 from bbprompt.pretrain.recipe import PretrainConfig
@@ -223,9 +223,14 @@ class Trainer:
 
     def log(self, record: dict[str, object]) -> None:
         """Append one line to `train.jsonl`."""
-        if self.team.leads:
-            with (self.directory / "train.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if not self.team.leads:
+            return
+        file = self.directory / "train.jsonl"
+        try:
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise pretrain_disk_error(error, "append to it", file) from error
 
     def _log_window(self) -> None:
         """The mean loss since the last checkpoint."""

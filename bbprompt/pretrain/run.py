@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.cache import cache_root
@@ -20,7 +22,7 @@ from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.mrc import Frame
 from bbprompt.pretrain.artifact import artifact
 from bbprompt.pretrain.card import model_card
-from bbprompt.pretrain.checkpoint import write_atomic
+from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
 from bbprompt.pretrain.ppt_annotator import open_annotator
@@ -145,8 +147,12 @@ def _pretrain(
             recipe["ppt"]["corpus"] = [Path(name).name for name in config.ppt.corpus]
         training = {"recipe": recipe, "validation": scores, **_chosen_step(trainer)}
         prompt = artifact(trainer, backbone.id, backbone.digest, training)
-        prompt.save(out / "artifact")
-        (out / "artifact" / "README.md").write_text(model_card(prompt), encoding="utf-8")
+        try:
+            prompt.save(out / "artifact")
+            (out / "artifact" / "README.md").write_text(model_card(prompt), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            reason = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+            raise pretrain_disk_error(reason, "write it", out / "artifact") from error
     team.wait()
     return scores
 

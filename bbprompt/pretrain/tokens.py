@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from bbprompt.backends.cache import check_sealed, publish
 from bbprompt.errors import ArtifactError
@@ -93,7 +93,8 @@ def stored(
                 context.append(item.context)
                 gold.append(label)
                 keys.append(key)
-        save_file(
+        # Not save_file: what it says of a full disk is no OSError.
+        index = save(
             {
                 "bounds": np.asarray(bounds, np.int64),
                 "span_bounds": np.asarray(span_bounds, np.int64),
@@ -102,9 +103,9 @@ def stored(
                 "gold": np.asarray(gold, np.int32),
                 "keys": np.asarray(keys, np.int64),
             },
-            folder / "index.safetensors",
             metadata={"notes": json.dumps(notes)},
         )
+        (folder / "index.safetensors").write_bytes(index)
 
     folder = publish(root, name, build)
     check_sealed(folder)
