@@ -105,6 +105,14 @@ class DataSource:
         """Return `data_digest` of a split."""
         return data_digest(self._load(self._actual(name))[0])
 
+    def where(self, uid: str) -> str:
+        """Return where the record with this input stands, for messages; reads the files again."""
+        for name in self.splits:
+            for where, record in self._readers[name]():
+                if not self._task.skips(record) and self._task.example(record).uid == uid:
+                    return where
+        return self.id
+
     def report(self) -> Report:
         """Read all splits and return what is in them.
 

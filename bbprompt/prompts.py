@@ -36,7 +36,7 @@ class PromptConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    kind: Literal["mp2-deep", "mp2-shallow", "random"]
+    kind: Literal["mp2-deep", "mp2-shallow", "spot", "ppt", "random"]
     backbone: str
     backbone_digest: str
     layers: int = Field(ge=1, description="layers that carry a prompt; 1 is the input layer alone")

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from bbprompt.errors import DataError, UsageError
 
-__all__ = ["FORMATS", "MAX_LINE", "read_records", "read_texts"]
+__all__ = ["FORMATS", "MAX_LINE", "read_lines", "read_records", "read_texts"]
 
 FORMATS = (".jsonl", ".jsonl.gz", ".tsv", ".csv", ".parquet")
 """File name endings that `read_records` understands."""
@@ -66,9 +66,21 @@ def read_texts(path: str | Path) -> Iterator[tuple[int, str]]:
     Raises:
         DataError: The file or a line cannot be read; the message starts with file and line.
     """
+    return ((number, line) for number, line in read_lines(path) if line.strip())
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield every line of a plain text file, gzipped or not, each with its number.
+
+    Args:
+        path: As for `read_texts`.
+
+    Raises:
+        DataError: As `read_texts`.
+    """
     file = Path(path)
     _check_regular(file)
-    return ((number, line) for number, line in _lines(file) if line.strip())
+    return _lines(file)
 
 
 def _check_regular(file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,12 @@ def tiny_extract_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = tiny_prompt.extract_records
     splits = {"train": make(80, 1), "dev": make(30, 2), "test": make(30, 3)}
     return tiny_prompt.data_dir(tmp_path_factory.mktemp("data") / "tiny-extract", tiny_prompt.EXTRACT, splits)
+
+
+@pytest.fixture(scope="module")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder for the tests of a module that pre-train."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BBPROMPT_CACHE", str(folder))
+        yield folder

@@ -12,7 +12,19 @@ import bbprompt
 from bbprompt import cli, errors
 from bbprompt.commands import inspect as inspecting
 
-COMMANDS = ["tune", "resume", "eval", "predict", "pretrain", "pretrain mp2", "sweep", "compare", "report"]
+COMMANDS = [
+    "tune",
+    "resume",
+    "eval",
+    "predict",
+    "pretrain",
+    "pretrain mp2",
+    "pretrain spot",
+    "pretrain ppt",
+    "sweep",
+    "compare",
+    "report",
+]
 COMMANDS += ["tasks", "methods", "doctor"]
 
 
@@ -40,7 +52,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"bbprompt {bbprompt.__version__}\n"
 
 
-@pytest.mark.parametrize("words", ["", "tune", "predict", "pretrain mp2", "sweep", "report", "doctor"])
+@pytest.mark.parametrize(
+    "words", ["", "tune", "predict", "pretrain mp2", "pretrain spot", "pretrain ppt", "sweep", "report", "doctor"]
+)
 def test_help_loads_nothing_heavy(words: str) -> None:
     code = (
         "import sys; from bbprompt.cli import run; run(sys.argv[1:]);"

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_prompt
+import tinytrain
 import torch
 import yaml
 from hypothesis import given
@@ -31,7 +31,8 @@ from bbprompt.metrics import accuracy
 from bbprompt.mrc import Encoded
 from bbprompt.pretrain.mixture import Mixture, Upstream, thin_options
 from bbprompt.pretrain.model import Gates, ModularPrompts, collate, relaxed_bernoulli, span_loss
-from bbprompt.pretrain.mp2 import PretrainConfig, Progress
+from bbprompt.pretrain.mp2 import Progress
+from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
 from bbprompt.pretrain.upstream import load_upstream, upstream_tasks
 from bbprompt.prompts import ModularPrompt
@@ -39,6 +40,8 @@ from bbprompt.readout import SpanReadout
 from bbprompt.router import CODE
 from bbprompt.scoring import labelled
 from bbprompt.task import load_task
+
+pytestmark = pytest.mark.usefixtures("token_cache")
 
 # ----------------------------------------------------------------------------------------------- gates
 
@@ -163,50 +166,17 @@ def test_what_counts_as_right() -> None:
 
 # --------------------------------------------------------------------------------------- the tiny setup
 
-PAIR = tiny_prompt.PAIR | {"name": "tiny-pair", "track": "upstream", "terms": "none"}
-CHOICE = tiny_prompt.CHOICE | {"name": "tiny-choice", "track": "upstream"}
-EXTRACT = tiny_prompt.EXTRACT | {"name": "tiny-extract", "track": "seen", "terms": "none"}
-
 
 @pytest.fixture(scope="module")
 def upstream_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory of three task directories, with the task's YAML in each."""
-    root = tmp_path_factory.mktemp("upstream")
-    for task, make in (
-        (PAIR, tiny_prompt.pair_records),
-        (CHOICE, tiny_prompt.choice_records),
-        (EXTRACT, tiny_prompt.extract_records),
-    ):
-        splits = {"train": make(100, 1), "dev": make(20, 2)}
-        if task is PAIR:
-            del splits["dev"]
-        tiny_prompt.data_dir(root / str(task["name"]), task, splits)
-    return root
+    return tinytrain.data_root(tmp_path_factory.mktemp("upstream"))
 
 
 @pytest.fixture(scope="module")
 def recipe(upstream_data: Path, tiny_bert_dir: Path) -> PretrainConfig:
-    names = ("tiny-pair", "tiny-choice", "tiny-extract")
-    return PretrainConfig(
-        kind="mp2-deep",
-        backbone=str(tiny_bert_dir),
-        tasks=[str(upstream_data / name / "task.yaml") for name in names],
-        modules=3,
-        intrinsic_dim=4,
-        prompt_length=2,
-        first_placeholder=300,
-        steps=6,
-        tasks_per_step=2,
-        per_task=3,
-        max_tokens=60,
-        train_cap=40,
-        valid_size=8,
-        valid_every=4,
-        save_every=2,
-        spare_seeds=[1, 2],
-        dtype="float32",
-        threads=1,
-    )
+    """Six steps of mp2-deep."""
+    return tinytrain.make_recipe(upstream_data, tiny_bert_dir)
 
 
 def silent(progress: Progress, steps: int) -> None:

@@ -13,7 +13,8 @@ import yaml
 from bbprompt import cli
 from bbprompt.commands import pretrain as command
 from bbprompt.pretrain import run
-from bbprompt.pretrain.mp2 import PretrainConfig, Progress
+from bbprompt.pretrain.mp2 import Progress
+from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 
 Calls = list[tuple[PretrainConfig, Path, Path | None, dict[str, Any]]]
 
@@ -32,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     ) -> dict[str, float]:
         made.append((config, out, data, settings))
         for step in (1, 2, 3):
-            report(Progress(step, 1.25, 0.5, 1000.0, 120.0), config.steps)
+            report(Progress(step, 1.25, 0.5, 1000.0, 120.0, 16.0, 0.25), config.steps)
         return {"one": 0.5, "two": 0.75}
 
     monkeypatch.setattr(run, "pretrain", pretrain)
@@ -44,6 +45,7 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
     file = command._RECIPES / f"{name}.yaml"
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert set(values) == set(PretrainConfig.model_fields)
+    assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
     assert command._recipe(name, Path()).kind == name
 
 
@@ -57,8 +59,10 @@ def test_a_bundled_recipe_by_name(
     assert settings == {"resume": False, "device": "cpu"}
     out_text, err = capsys.readouterr()
     assert "mean                     0.625" in out_text
-    assert out_text.endswith("Next: bbprompt tune --task lcqmc --prompts runs/pretrain-mp2-shallow/artifact\n")
-    assert "pretrain: 1/3500 steps, loss 1.250, accuracy 0.50, 1000 tokens/s, 2 min left" in err
+    tune = "bbprompt tune --task lcqmc --method mp2-shallow --prompts runs/pretrain-mp2-shallow/artifact"
+    assert out_text.endswith(f"Next: {tune}\n")
+    speed = "16.0 examples/s, 1000 tokens/s (25% of GEMM)"
+    assert f"pretrain: 1/3500 steps, loss 1.250, accuracy 0.50, {speed}, 2 min left" in err
 
 
 def test_going_on_takes_the_recipe_of_the_directory(
@@ -87,3 +91,27 @@ def test_a_wrong_recipe(tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixt
     assert cli.run(["pretrain", "mp2", "--resume", str(tmp_path)]) == 2
     assert "no recipe.json" in capsys.readouterr().err
     assert not calls
+
+
+def test_spot_has_a_recipe_of_its_own(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["pretrain", "spot", "--device", "cpu", "--quiet"]) == 0
+    ((config, out, _, _),) = calls
+    assert (config.kind, config.modules, config.tasks) == ("spot", 1, "upstream")
+    assert not config.routed
+    assert out == Path("runs/pretrain-spot")
+
+
+def test_a_recipe_of_another_kind(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["pretrain", "mp2", "--config", "spot"]) == 2
+    assert "this recipe is of kind spot; run `bbprompt pretrain spot`" in capsys.readouterr().err
+    assert not calls
+
+
+def test_the_corpus_of_the_bundled_recipe_is_yours_to_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bbprompt.pretrain.run.load_backbone", None)  # it does not come to that
+    assert cli.run(["pretrain", "ppt", "--device", "cpu", "--quiet"]) == 2
+    assert "ppt.corpus: corpus.txt: no such file" in capsys.readouterr().err

@@ -13,71 +13,119 @@ from bbprompt.commands.stop import Stop
 from bbprompt.errors import UsageError
 
 if TYPE_CHECKING:
-    from bbprompt.pretrain.mp2 import PretrainConfig, Progress
+    from bbprompt.pretrain.mp2 import Progress
+    from bbprompt.pretrain.recipe import PretrainConfig
 
-__all__ = ["mp2"]
+__all__ = ["mp2", "ppt", "spot"]
 
 _RECIPES = Path(__file__).parent.parent / "configs" / "pretrain"
 
 
+_Config = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", show_default=False, help="Recipe: a YAML file, or a bundled one such as mp2-deep."),
+]
+_Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", show_default=False, help="Go on from the checkpoint in DIR, by default with its recipe."
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", show_default=False, help="Checkpoints and artifact [default: runs/pretrain-<recipe>]."),
+]
+_Data = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        show_default=False,
+        help="Directory of data directories [default: beside a task's YAML, BBPROMPT_DATA, then the hub].",
+    ),
+]
+
+
 def mp2(
-    config: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", show_default=False, help="Recipe: a YAML file, or a bundled one such as mp2-deep."
-        ),
-    ] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            show_default=False,
-            help="Go on from the checkpoint in DIR, by default with its recipe.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            show_default=False,
-            help="Checkpoints and artifact [default: runs/pretrain-<recipe>].",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            show_default=False,
-            help="Directory of data directories [default: BBPROMPT_DATA, then the hub].",
-        ),
-    ] = None,
+    config: _Config = None,
+    resume: _Resume = None,
+    out: _Out = None,
+    data: _Data = None,
     device: Device = None,
     quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train modular prompts on many tasks, the backbone frozen; writes a prompt artifact."""
+    _pretrain(("mp2-deep", "mp2-shallow"), config, resume, out, data, device, quiet, json)
+
+
+def spot(
+    config: _Config = None,
+    resume: _Resume = None,
+    out: _Out = None,
+    data: _Data = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train one soft prompt on many tasks (SPoT) [default recipe: spot]."""
+    _pretrain(("spot",), config, resume, out, data, device, quiet, json)
+
+
+def ppt(
+    config: _Config = None,
+    resume: _Resume = None,
+    out: _Out = None,
+    data: _Data = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train one soft prompt on raw text, self-supervised (PPT); the recipe names the corpus."""
+    _pretrain(("ppt",), config, resume, out, data, device, quiet, json)
+
+
+def _pretrain(
+    kinds: tuple[str, ...],
+    config: str | None,
+    resume: Path | None,
+    out: Path | None,
+    data: Path | None,
+    device: str | None,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """What the commands share; `kinds` are the recipes that the command is for."""
+    name = kinds[0].partition("-")[0]
     if resume is not None and out is not None:
         raise UsageError("--out: --resume says the directory already; leave one of them out")
     if config is None and resume is None:
-        raise UsageError("--config is missing; give a recipe or one of " + ", ".join(_names()))
+        if name not in _names():
+            raise UsageError("--config is missing; give a recipe or one of " + ", ".join(_names(kinds)))
+        config = name
     folder = resume or out or Path("runs") / f"pretrain-{Path(config or '').stem}"
     recipe = _recipe(config, folder)
+    if recipe.kind not in kinds:
+        raise UsageError(f"--config: this recipe is of kind {recipe.kind}; run `bbprompt pretrain {_command(recipe)}`")
 
     from bbprompt.pretrain.run import pretrain
     from bbprompt.terminal import Meter, duration, logging_to, open_console
 
     console = open_console(quiet)
     with Stop() as stop, logging_to(console):
-        stop.advice = f"go on with: {command('pretrain', 'mp2', '--resume', folder)}"
+        stop.advice = f"go on with: {command('pretrain', name, '--resume', folder)}"
         meter = Meter(console, recipe.steps)
 
         def report(progress: Progress, steps: int) -> None:
+            share = f" ({100 * progress.gemm_share:.0f}% of GEMM)" if progress.gemm_share else ""
             meter.update(
                 "pretrain",
                 progress.step,
                 f"steps, loss {progress.loss:.3f}, accuracy {progress.accuracy:.2f}, "
-                f"{progress.tokens_per_second:.0f} tokens/s, {duration(progress.seconds_left)} left",
+                f"{progress.examples_per_second:.1f} examples/s, {progress.tokens_per_second:.0f} tokens/s{share}, "
+                f"{duration(progress.seconds_left)} left",
             )
             stop.check()
 
@@ -91,8 +139,19 @@ def mp2(
         write_json({"artifact": str(artifact), "validation": scores, "mean": mean})
         return
     lines = [f"{name:24} {score:.3f}" for name, score in scores.items()]
-    following = command("tune", "--task", "lcqmc", "--prompts", artifact)
+    following = command("tune", "--task", "lcqmc", *_method(recipe), "--prompts", artifact)
     write("\n".join([*lines, f"{'mean':24} {mean:.3f}", "", f"Written: {artifact}", f"Next: {following}"]))
+
+
+def _command(recipe: PretrainConfig) -> str:
+    return recipe.kind.partition("-")[0]
+
+
+def _method(recipe: PretrainConfig) -> tuple[str, ...]:
+    """Flags of `tune` that fit the prompts."""
+    if recipe.routed:
+        return () if recipe.deep else ("--method", "mp2-shallow")
+    return ("--method", "mp2-deep" if recipe.deep else "mp2-shallow", "--set", "router=null")
 
 
 def _recipe(config: str | None, folder: Path) -> PretrainConfig:
@@ -111,13 +170,14 @@ def _recipe(config: str | None, folder: Path) -> PretrainConfig:
             raise UsageError(f"--config {config}: no such file or bundled recipe{closest(config, _names())}")
     values = read_yaml(file)  # JSON is YAML
 
-    from bbprompt.pretrain.mp2 import PretrainConfig
+    from bbprompt.pretrain.recipe import PretrainConfig
 
     return validate(PretrainConfig, values, str(file))
 
 
-def _names() -> list[str]:
-    return sorted(file.stem for file in _RECIPES.glob("*.yaml"))
+def _names(kinds: tuple[str, ...] = ()) -> list[str]:
+    """Bundled recipes, which are called as their kind."""
+    return sorted(file.stem for file in _RECIPES.glob("*.yaml") if not kinds or file.stem in kinds)
 
 
 def _device(wanted: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from bbprompt.prompts import ModularPrompt
+from typing import Any
+
+from bbprompt.prompts import ModularPrompt, PromptConfig
 
 __all__ = ["model_card"]
 
@@ -12,6 +14,7 @@ def model_card(prompt: ModularPrompt) -> str:
     config = prompt.config
     recipe = config.training["recipe"]
     scores: dict[str, float] = config.training["validation"]
+    routed = " by the task's own router" if config.tasks else ""
     where = "before each of the" if config.layers > 1 else "at the input of the"
     lines = [
         "---",
@@ -22,24 +25,21 @@ def model_card(prompt: ModularPrompt) -> str:
         "",
         f"# {config.kind} prompts for {config.backbone}",
         "",
-        f"{config.modules} modular soft prompts of {config.prompt_length} positions {where} backbone's",
-        f"layers, with intrinsic dimension {config.intrinsic_dim}, a router for each of {len(config.tasks)}",
-        "upstream tasks and a span head (MP2, arXiv:2210.07565). The backbone was frozen; only these were trained.",
+        *_what(config, where),
         "",
         f"**Licence: {config.license}.** The weights were trained on research data of mixed terms, listed",
         "below.",
         "",
         f"Backbone weights (SHA-256): `{config.backbone_digest}`. Training: {recipe['steps']} steps of "
         f"{recipe['tasks_per_step']} tasks x {recipe['per_task']} examples, at most {recipe['max_tokens']} "
-        f"tokens, seed {recipe['seed']}; the whole recipe stands in `config.json`. The few-shot pools of the "
-        f"`seen` tasks (seeds {', '.join(map(str, recipe['spare_seeds']))}) were left out.",
+        f"tokens, seed {recipe['seed']}; the whole recipe stands in `config.json`. {_left_out(recipe)}".rstrip(),
         "",
         *([recipe["note"], ""] if recipe.get("note") else []),
         "## Upstream validation",
         "",
-        f"Share of {recipe['valid_size']} validation examples answered right by the task's own router,",
-        f"options thinned as in training (at most {recipe['option_limit']}); for extraction the share of right",
-        "answer starts. This says how well the training fits, not how well a new task will go.",
+        f"Share of {recipe['valid_size']} validation examples answered right"
+        f"{routed}, options as in training; for extraction the",
+        "share of right answer starts. This says how well the training fits, not how well a new task will go.",
         "",
         "| task | right |",
         "|---|---|",
@@ -52,3 +52,23 @@ def model_card(prompt: ModularPrompt) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _what(config: PromptConfig, where: str) -> list[str]:
+    size = f"{config.prompt_length} positions {where} backbone's layers, with intrinsic dimension"
+    frozen = "The backbone was frozen; only these were trained."
+    if config.tasks:
+        return [
+            f"{config.modules} modular soft prompts of {size}",
+            f"{config.intrinsic_dim}, a router for each of {len(config.tasks)} upstream tasks and a span head",
+            f"(MP2, arXiv:2210.07565). {frozen}",
+        ]
+    paper = "PPT, arXiv:2109.04332" if config.kind == "ppt" else "SPoT, arXiv:2110.07904"
+    return [f"One soft prompt of {size}", f"{config.intrinsic_dim}, and a span head ({paper}). {frozen}"]
+
+
+def _left_out(recipe: dict[str, Any]) -> str:
+    if recipe["kind"] == "ppt":
+        return ""
+    seeds = ", ".join(map(str, recipe["spare_seeds"]))
+    return f"The few-shot pools of the `seen` tasks (seeds {seeds}) were left out."

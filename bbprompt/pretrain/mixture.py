@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from bbprompt.data import data_digest
 from bbprompt.errors import DataError
 from bbprompt.example import Example
 from bbprompt.mrc import Encoded, Frame, Offsets, encode
 from bbprompt.pretrain.model import SpanBatch, collate
+from bbprompt.pretrain.schedule import positions, visits
+from bbprompt.pretrain.tokens import TokenStore
 from bbprompt.task import Task
 
-__all__ = ["Mixture", "Upstream", "thin_options"]
+__all__ = ["Batches", "Mixture", "Upstream", "is_fixed", "thin_options"]
+
+
+class Batches(Protocol):
+    """Where training and validation batches come from."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks; a batch speaks of them by index."""
+        ...
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """A line for each with where its texts come from, under which terms."""
+        ...
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Task -> digest of the examples that are trained and validated on."""
+        ...
+
+    def batch(self, step: int, part: int = 0) -> SpanBatch:
+        """Slice `part` of the batch of `step` (both from 0); depends on nothing else."""
+        ...
+
+    def valid(self, index: int, limit: int, size: int) -> list[SpanBatch]:
+        """Validation batches of one task: its first `limit` validation examples, `size` a batch."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """One upstream task with what may be trained on and what checks it."""
+    """One upstream task with what may be trained on and what checks it.
+
+    Attributes:
+        task: The task.
+        train: Training examples.
+        valid: Validation examples.
+        encoded: `train`, then `valid`, as tokens; None to encode them when they are drawn.
+        where: File and line of the example with this uid, for messages.
+    """
 
     task: Task
     train: tuple[Example, ...]
     valid: tuple[Example, ...]
+    encoded: TokenStore | None = None
+    where: Callable[[str], str] | None = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what is trained and validated on, and of how it is put."""
+        text = f"{self.task.template}\n{data_digest(self.train)}\n{data_digest(self.valid)}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def thin_options(example: Example, limit: int, characters: int, shuffle: bool, rng: np.random.Generator) -> Example:
@@ -52,12 +101,21 @@ def thin_options(example: Example, limit: int, characters: int, shuffle: bool, r
     return replace(example, options=options, label=kept.index(example.label))
 
 
+def is_fixed(example: Example, limit: int, characters: int, shuffle: bool) -> bool:
+    """Whether `thin_options` gives this example back unchanged, whatever is drawn."""
+    options = example.options
+    if not options:
+        return True
+    return not shuffle and (len(options) == 2 or (len(options) <= limit and sum(map(len, options)) <= characters))
+
+
 class Mixture:
     """Draws batches of `tasks_per_step` tasks with `per_task` examples each.
 
     Tasks are visited in random order, each as often in a round as its weight says (1 where none is given); within a
     task examples are visited in random order, epoch after epoch. Everything follows from the seed and the step, so a
-    resumed training sees the same batches.
+    resumed training sees the same batches. A step may have several `slices` of that size: part p of a step holds
+    every `slices`-th example of each of its tasks, from the p-th on.
     """
 
     def __init__(
@@ -73,68 +131,90 @@ class Mixture:
         option_characters: int,
         shuffle_options: bool,
         weights: Mapping[str, int] | None = None,
+        slices: int = 1,
+        bucket: int = 1,
     ) -> None:
         self.tasks = tuple(tasks)
-        copies = [(weights or {}).get(upstream.task.name, 1) for upstream in self.tasks]
-        # What a round goes through: (task, how often it stands in a round, which of these times it is).
-        self._round = [(index, times, copy) for index, times in enumerate(copies) for copy in range(times)]
+        self._copies = [(weights or {}).get(upstream.task.name, 1) for upstream in self.tasks]
         self._tokenize, self._frame = tokenize, frame
-        self._seed, self._per_step, self._per_task = seed, tasks_per_step, per_task
+        self._seed, self._per_step, self._size = seed, tasks_per_step, per_task * slices
+        self._slices, self._bucket = slices, bucket
         self._thin = (option_limit, option_characters)
         self._shuffle = shuffle_options
+        self._valid: dict[tuple[int, int, int], list[SpanBatch]] = {}
+        self._lengths = [self._sizes(upstream) for upstream in self.tasks]
 
-    def batch(self, step: int) -> SpanBatch:
-        """The batch of `step` (from 0)."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tasks."""
+        return tuple(upstream.task.name for upstream in self.tasks)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """A line for each task: where its records come from, and their terms."""
+        return tuple(f"{u.task.name}: {', '.join(u.task.sources)} ({u.task.terms})" for u in self.tasks)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of each task's examples."""
+        return {upstream.task.name: upstream.digest for upstream in self.tasks}
+
+    def batch(self, step: int, part: int = 0) -> SpanBatch:
+        """Part `part` of the batch of `step` (both from 0)."""
         rng = np.random.default_rng((self._seed, step))
-        encoded: list[Encoded] = []
-        gold: list[int] = []
-        members: list[int] = []
-        for index, visit in self._drawn(step):
-            for example in self._examples(index, visit, rng):
-                encoded.append(self._encode(index, example))
-                gold.append(example.label)
-                members.append(index)
-        return collate(encoded, gold, members)
+        rows: list[tuple[Encoded, int, int, str]] = []
+        for index, visit in visits(self._seed, step, self._per_step, self._copies):
+            train, lengths = self.tasks[index].train, self._lengths[index]
+            chosen = positions(self._seed, index, visit, lengths, self._size, self._bucket)
+            for number, at in enumerate(chosen):
+                # Drawn for all parts, encoded for this one: parts together are one large batch.
+                example = thin_options(train[at], *self._thin, self._shuffle, rng)
+                if number % self._slices == part:
+                    rows.append((*self._encoded(index, at, train[at], example), index, example.uid))
+        return _collate(rows)
 
     def valid(self, index: int, limit: int, size: int) -> list[SpanBatch]:
         """Validation batches of one task: its first `limit` validation examples, `size` a batch."""
-        items = [
-            # Which distractors stay depends on the example alone, so that every validation sees the same.
-            thin_options(e, *self._thin, False, np.random.default_rng(int(e.uid, 16)))
-            for e in self.tasks[index].valid[:limit]
-        ]
-        return [
-            collate(
-                [self._encode(index, e) for e in items[i : i + size]],
-                [e.label for e in items[i : i + size]],
-                [index] * len(items[i : i + size]),
-            )
-            for i in range(0, len(items), size)
-        ]
+        key = (index, limit, size)
+        if key not in self._valid:
+            upstream = self.tasks[index]
+            rows = []
+            for number, whole in enumerate(upstream.valid[:limit]):
+                # Which distractors stay depends on the example alone, so that every validation sees the same.
+                example = thin_options(whole, *self._thin, False, np.random.default_rng(int(whole.uid, 16)))
+                encoded = self._encoded(index, len(upstream.train) + number, whole, example, shuffled=False)
+                rows.append((*encoded, index, example.uid))
+            self._valid[key] = [_collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        return self._valid[key]
 
-    def _drawn(self, step: int) -> list[tuple[int, int]]:
-        """Tasks of this step and how often each was drawn before: rounds through all in random orders."""
-        size = len(self._round)
-        drawn = []
-        for position in range(step * self._per_step, (step + 1) * self._per_step):
-            number, place = divmod(position, size)
-            order = np.random.default_rng((self._seed, 1, number)).permutation(size)
-            index, times, copy = self._round[int(order[place])]
-            drawn.append((index, number * times + copy))
-        return drawn
+    def _sizes(self, upstream: Upstream) -> NDArray[np.int64]:
+        if upstream.encoded is not None:
+            return upstream.encoded.lengths[: len(upstream.train)]
+        rendered = (upstream.task.render(example) for example in upstream.train)
+        return np.asarray([sum(len(part.text) for part in form.parts) for form in rendered])
 
-    def _examples(self, index: int, visit: int, rng: np.random.Generator) -> list[Example]:
-        train = self.tasks[index].train
-        chosen = []
-        for position in range(visit * self._per_task, (visit + 1) * self._per_task):
-            epoch, place = divmod(position, len(train))
-            order = np.random.default_rng((self._seed, 2, index, epoch)).permutation(len(train))
-            chosen.append(thin_options(train[int(order[place])], *self._thin, self._shuffle, rng))
-        return chosen
+    def _encoded(
+        self, index: int, at: int, whole: Example, example: Example, shuffled: bool | None = None
+    ) -> tuple[Encoded, int]:
+        """Tokens of an example and which option is right, from the store where drawing changes nothing."""
+        upstream = self.tasks[index]
+        shuffle = self._shuffle if shuffled is None else shuffled
+        if upstream.encoded is not None and is_fixed(whole, *self._thin, shuffle):
+            return upstream.encoded[at]
+        while True:
+            try:
+                form = upstream.task.render(example)
+                return encode(form, self._tokenize, self._frame, example.answers), example.label
+            except DataError as error:
+                # What was drawn may be longer in tokens than what was tried, though not in characters.
+                if len(example.options) <= 2:
+                    where = upstream.where(example.uid) if upstream.where else f"example {example.uid}"
+                    raise DataError(f"{where}: task {upstream.task.name}: {error}") from error
+            drop = len(example.options) - 1 - (example.label == len(example.options) - 1)
+            options = example.options[:drop] + example.options[drop + 1 :]
+            example = replace(example, options=options, label=example.label - (drop < example.label))
 
-    def _encode(self, index: int, example: Example) -> Encoded:
-        task = self.tasks[index].task
-        try:
-            return encode(task.render(example), self._tokenize, self._frame, example.answers)
-        except DataError as error:
-            raise DataError(f"task {task.name}, example {example.uid}: {error}") from error
+
+def _collate(rows: Sequence[tuple[Encoded, int, int, str]]) -> SpanBatch:
+    encoded, gold, members, uids = zip(*rows, strict=True)
+    return collate(encoded, gold, members, uids)

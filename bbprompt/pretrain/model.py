@@ -53,6 +53,7 @@ class SpanBatch:
         present: `(N, C)` True where a candidate exists.
         gold: `(N, 2)` index of the right start and end among the candidates.
         extractive: `(N,)` True where start and end are found apart, False where a candidate is an option.
+        uids: Which examples these are, for messages.
     """
 
     ids: list[tuple[int, ...]]
@@ -61,14 +62,17 @@ class SpanBatch:
     present: Tensor
     gold: Tensor
     extractive: Tensor
+    uids: tuple[str, ...] = ()
 
 
-def collate(encoded: Sequence[Encoded], gold: Sequence[int], tasks: Sequence[int]) -> SpanBatch:
+def collate(
+    encoded: Sequence[Encoded], gold: Sequence[int], tasks: Sequence[int], uids: Sequence[str] = ()
+) -> SpanBatch:
     """Collect sequences with the index of each right option (ignored for extraction) and of each task."""
     starts, ends, golds = [], [], []
-    extractive = torch.as_tensor([bool(item.offsets) for item in encoded])
+    extractive = torch.as_tensor([item.context != (0, 0) for item in encoded])
     for item, label in zip(encoded, gold, strict=True):
-        if item.offsets:
+        if item.context != (0, 0):
             rows = list(range(*item.context))
             starts.append(rows)
             ends.append(rows)
@@ -92,6 +96,7 @@ def collate(encoded: Sequence[Encoded], gold: Sequence[int], tasks: Sequence[int
         present,
         torch.as_tensor(golds),
         extractive,
+        tuple(uids),
     )
 
 
@@ -120,6 +125,7 @@ class ModularPrompts(nn.Module):
     Initialisation: w ~ U(-1e-3, 1e-3), head ~ N(0, 0.02), z ~ N(0, 1) and A ~ N(0, scale^2 / d), so that the
     prompt of one module has entries of size `scale`. (Released: z and A so small that their product starts near
     a saddle and, at learning rates that leave it soon, grows past any useful size within a few dozen steps.)
+    Without `routed` there are no routers and all tasks share the mean of the modules: with K = 1 one soft prompt.
     """
 
     def __init__(
@@ -132,16 +138,18 @@ class ModularPrompts(nn.Module):
         hidden: int,
         scale: float,
         generator: torch.Generator,
+        routed: bool = True,
     ) -> None:
         super().__init__()
         length = len(frame.placeholders)
         self.frame = frame
-        self.shape = (layers, length, hidden)
+        self.shape, self.routed = (layers, length, hidden), routed
 
         def normal(size: float, *shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, generator=generator) * size)
 
-        self.router = nn.Parameter((torch.rand(tasks, layers, modules, generator=generator) * 2 - 1) * 1e-3)
+        routers = (torch.rand(tasks if routed else 0, layers, modules, generator=generator) * 2 - 1) * 1e-3
+        self.router = nn.Parameter(routers, requires_grad=routed)
         self.bank = normal(1.0, layers, modules, dim)
         self.projection = normal(scale / math.sqrt(dim), layers, dim, length * hidden)
         self.head_weight = normal(0.02, 2, hidden)
@@ -149,6 +157,8 @@ class ModularPrompts(nn.Module):
 
     def points(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
         """Intrinsic points `(G, L, d)` of the given tasks."""
+        if not self.routed:
+            return self.bank.mean(1).expand(len(tasks), -1, -1)
         logits = self.router[tasks]
         noise = gates.noise
         weights = relaxed_bernoulli(logits, gates.temperature, generator) if noise else torch.sigmoid(logits)

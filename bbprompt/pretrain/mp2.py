@@ -1,8 +1,8 @@
-"""Multi-task pre-training of modular prompts (MP2, section 3): the frozen backbone, many tasks, one loop.
+"""Multi-task pre-training of prompts (MP2, section 3): the frozen backbone, many tasks, one loop.
 
-Writes a prompt artifact that `tune` loads. Fast and slow learning (MP2, section 3.3): the router's learning
-rate is a multiple of the prompts'. Checkpoints hold parameters and optimizer state as safetensors; a resumed
-training sees the same batches and gates.
+Fast and slow learning (MP2, section 3.3): the router's learning rate is a multiple of the prompts'. Checkpoints
+hold parameters and optimizer state as safetensors; a resumed training sees the same batches and gates, and reaches
+the same weights.
 """
 
 from __future__ import annotations
@@ -11,84 +11,53 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bbprompt.backends.encoder import Encoder
-from bbprompt.errors import ArtifactError, UsageError
+from bbprompt.disk import Disk, RealDisk
+from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.mrc import Frame
-from bbprompt.pretrain.mixture import Mixture
+from bbprompt.pretrain.ahead import Ahead
+from bbprompt.pretrain.checkpoint import load_checkpoint, pretrain_disk_error, save_checkpoint, write_atomic
+from bbprompt.pretrain.mixture import Batches
 from bbprompt.pretrain.model import Gates, ModularPrompts, SpanBatch, span_loss
-from bbprompt.prompts import ModularPrompt, PromptConfig
+from bbprompt.pretrain.recipe import PretrainConfig
+from bbprompt.pretrain.speed import gemm_rate, step_flops
+from bbprompt.pretrain.team import ALONE, Team
 
 __all__ = ["PretrainConfig", "Progress", "Trainer"]
 
 log = logging.getLogger("bbprompt")
 
-_Count = Annotated[int, Field(ge=1, strict=True)]
-_Rate = Annotated[float, Field(gt=0)]
-
-
-class PretrainConfig(BaseModel):
-    """A recipe, as `configs/pretrain/*.yaml` spells it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["mp2-deep", "mp2-shallow"]
-    backbone: str = "intfloat/multilingual-e5-small"
-    tasks: list[str] | Literal["upstream"] = "upstream"
-    weights: dict[str, _Count] = Field(default_factory=dict, description="visits a round; 1 where not named")
-    modules: _Count = 8
-    intrinsic_dim: _Count = 64
-    prompt_length: _Count = 8
-    first_placeholder: Annotated[int, Field(ge=0)] = 1000
-    steps: _Count = 4000
-    tasks_per_step: _Count = 4
-    per_task: _Count = 8
-    max_tokens: _Count = 80
-    option_limit: Annotated[int, Field(ge=2)] = 6
-    option_characters: _Count = 40
-    shuffle_options: bool = True
-    prompt_scale: _Rate = 0.05
-    module_rate: _Rate = 1e-2
-    projection_rate: _Rate = 1e-3
-    router_rate: _Rate = 3e-2
-    head_rate: _Rate = 3e-3
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    noise_from: Annotated[float, Field(ge=0, le=1)] = 0.5
-    temperature: _Rate = 1.0
-    normalized: bool = True
-    clip: _Rate = 1.0
-    seed: int = 42
-    spare_seeds: list[int] = [8, 10, 13, 20, 21, 30, 40, 42, 50, 100]
-    train_cap: _Count = 4000
-    valid_size: _Count = 128
-    valid_every: _Count = 1000
-    save_every: _Count = 250
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    threads: _Count | None = None
-    note: str = Field(default="", description="what a reader of the model card should know")
-    license: str = "CC BY-NC 4.0 (research use; the data sets keep their own terms)"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a step did: for the terminal and `train.jsonl`."""
+    """What a step did: for the terminal and `train.jsonl`.
+
+    Attributes:
+        step: Steps done.
+        loss: Mean loss of the step's examples.
+        accuracy: Share of them answered right.
+        tokens_per_second: Since the training was begun or gone on with, all processes together.
+        seconds_left: At that rate.
+        examples_per_second: Likewise.
+        gemm_share: Rate of the frozen layers' arithmetic over that of a bare matrix product on this device.
+    """
 
     step: int
     loss: float
     accuracy: float
     tokens_per_second: float
     seconds_left: float
+    examples_per_second: float = 0.0
+    gemm_share: float = 0.0
 
 
 class Trainer:
@@ -97,77 +66,122 @@ class Trainer:
     Args:
         config: The recipe.
         encoder: The frozen encoder in `config.dtype`.
-        mixture: Upstream tasks.
+        batches: Upstream tasks.
         frame: Placeholders and special tokens.
         directory: Where checkpoints and the log go.
+        disk: Writes them.
+        team: The processes that train together.
+        identity: What a checkpoint must have been made with to be gone on with, in words, beside the data.
+        ffn: Width of the encoder's feed-forward part, for the arithmetic of the speed; 0 leaves that out.
     """
 
     def __init__(
-        self, config: PretrainConfig, encoder: Encoder, mixture: Mixture, frame: Frame, directory: Path
+        self,
+        config: PretrainConfig,
+        encoder: Encoder,
+        batches: Batches,
+        frame: Frame,
+        directory: Path,
+        *,
+        disk: Disk | None = None,
+        team: Team = ALONE,
+        identity: dict[str, str] | None = None,
+        ffn: int = 0,
     ) -> None:
-        self.config, self.encoder, self.mixture, self.frame = config, encoder, mixture, frame
-        self.directory = directory
-        layers = len(encoder.layers) if config.kind == "mp2-deep" else 1
+        self.config, self.encoder, self.batches, self.frame = config, encoder, batches, frame
+        self.directory, self.disk, self.team, self._ffn = directory, disk or RealDisk(), team, ffn
+        self._identity = {"processes": str(team.size), **(identity or {})}
         generator = torch.Generator().manual_seed(config.seed)
         self.prompts = ModularPrompts(
-            len(mixture.tasks),
-            layers,
+            len(batches.names),
+            len(encoder.layers) if config.deep else 1,
             config.modules,
             config.intrinsic_dim,
             frame,
             encoder.hidden,
             config.prompt_scale,
             generator,
+            config.routed,
         ).to(encoder.device)
         p = self.prompts
+        groups: list[tuple[list[torch.nn.Parameter], float]] = [
+            ([p.bank], config.module_rate),
+            ([p.projection], config.projection_rate),
+            # Without fast and slow learning routers learn as fast as prompts (MP2, Table 5).
+            ([p.router] if config.routed else [], config.router_rate if config.fsl else config.module_rate),
+            ([p.head_weight, p.head_bias], config.head_rate),
+        ]
         self.optimizer = torch.optim.Adam(
-            [
-                {"params": [p.bank], "lr": config.module_rate},
-                {"params": [p.projection], "lr": config.projection_rate},
-                {"params": [p.router], "lr": config.router_rate},
-                {"params": [p.head_weight, p.head_bias], "lr": config.head_rate},
-            ],
+            [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters],
             fused=encoder.device.type == "cuda",
         )
         self.step = 0
+        self.best: tuple[float, int] | None = None
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._window: list[tuple[float, float]] = []
 
     def run(self, report: Callable[[Progress], None]) -> None:
-        """Train from the current step to the last, saving and validating on the way."""
-        config = self.config
-        began, seen = time.monotonic(), 0
-        while self.step < config.steps:
-            batch = self.mixture.batch(self.step)
-            loss, accuracy = self._train(batch)
-            self.step += 1
-            seen += sum(len(ids) for ids in batch.ids)
-            elapsed = time.monotonic() - began
-            done = self.step - self._resumed_at
-            report(Progress(self.step, loss, accuracy, seen / elapsed, elapsed / done * (config.steps - self.step)))
-            if self.step % config.save_every == 0 or self.step == config.steps:
-                self.save()
-            if self.step % config.valid_every == 0 and self.step < config.steps:
-                self.log({"step": self.step, "valid": self.validate(config.valid_size // 4)})
+        """Train from the current step to the last, saving and validating on the way.
 
-    _resumed_at = 0
+        Raises:
+            UsageError: A loss or gradient is not finite; the last good checkpoint stays.
+            DiskError: A checkpoint cannot be written; the one before stays.
+        """
+        config, meter = self.config, _Meter(self)
+        first = self.team.rank * config.accumulate
+        with Ahead(self.batches, range(first, first + config.accumulate), config.steps) as ahead:
+            while self.step < config.steps:
+                slices = [ahead.get(self.step, part) for part in range(first, first + config.accumulate)]
+                loss, accuracy = self._train(slices)
+                self.step += 1
+                self._window.append((loss, accuracy))
+                report(meter.progress(slices, loss, accuracy))
+                last = self.step == config.steps
+                # The last step is validated at the end anyway, but before that it may be the best.
+                if config.keep == "best" if last else self.step % config.valid_every == 0:
+                    self._look()
+                if self.step % config.save_every == 0 or last:
+                    self._log_window()
+                    self.save()
 
-    def _train(self, batch: SpanBatch) -> tuple[float, float]:
+    def _train(self, slices: list[SpanBatch]) -> tuple[float, float]:
+        """One update from the slices of this process and those of the others."""
         config = self.config
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
         noisy = self.step >= config.noise_from * config.steps
-        logits = self.prompts(self.encoder, batch, Gates(noisy, config.temperature, config.normalized), generator)
-        each, right = span_loss(logits, batch)
-        loss = each.mean()
-        if not torch.isfinite(loss):
-            raise UsageError(f"step {self.step}: the loss is {loss.item()}; lower the recipe's learning rates")
+        gates = Gates(noisy, config.temperature_at(self.step), config.normalized)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self.prompts.parameters(), config.clip)
+        totals = torch.zeros(2)
+        spoilt = ""
+        for batch in slices:
+            # The same gates for each slice: together they are one batch.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+            each, right = span_loss(self.prompts(self.encoder, batch, gates, generator), batch)
+            loss = each.mean() / len(slices)
+            torch.autograd.backward(loss)
+            totals += torch.stack([loss.detach(), right.mean() / len(slices)]).cpu()
+            if not spoilt and not torch.isfinite(each).all():
+                spoilt = self._broken(batch, torch.isfinite(each))
+        gradients = [p.grad for p in self.prompts.parameters() if p.grad is not None]
+        self.team.average([*gradients, totals])
+        norm = torch.nn.utils.clip_grad_norm_(self.prompts.parameters(), config.clip)
+        if not (torch.isfinite(totals[0]) and torch.isfinite(norm)):
+            what = f"the loss is {totals[0].item()}" if not torch.isfinite(totals[0]) else "a gradient is not finite"
+            tasks = sorted({self.batches.names[i] for batch in slices for i in batch.tasks.tolist()})
+            raise UsageError(
+                f"step {self.step}: {what}; {spoilt or 'in a batch of ' + ', '.join(tasks)}; lower the recipe's "
+                f"learning rates (the last checkpoint is kept: go on from it with --resume)"
+            )
         factor = self._schedule()
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
-        return loss.item(), right.mean().item()
+        return float(totals[0]), float(totals[1])
+
+    def _broken(self, batch: SpanBatch, finite: Tensor) -> str:
+        """Names the first text whose loss is not finite."""
+        row = int((~finite).nonzero()[0])
+        uid = f", example {batch.uids[row]}" if batch.uids else ""
+        return f"first for task {self.batches.names[int(batch.tasks[row])]}, row {row} of {len(finite)}{uid}"
 
     def _schedule(self) -> float:
         """Linear warm-up, then half a cosine down to a twentieth."""
@@ -177,93 +191,173 @@ class Trainer:
         rest = (progress - self.config.warmup) / (1 - self.config.warmup)
         return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * rest))
 
+    def _look(self) -> None:
+        """Validate; keep the prompts where they are to be chosen by it and are better than any before."""
+        best = self.config.keep == "best"
+        scores = self.validate(self.config.valid_size if best else self.config.valid_size // 4)
+        self.log({"step": self.step, "valid": scores})
+        mean = sum(scores.values()) / len(scores)
+        if best and (self.best is None or mean > self.best[0]):
+            self.best = (mean, self.step)
+            if self.team.leads:
+                tensors = dict(self.prompts.named_parameters())
+                save_checkpoint(self.disk, self.directory / "best.safetensors", tensors, {"step": str(self.step)})
+
     @torch.no_grad()
     def validate(self, limit: int) -> dict[str, float]:
         """Share answered right by each upstream task's own router on `limit` validation examples.
 
-        Extraction counts an answer as right when its start is.
+        Extraction counts an answer as right when its start is. The processes of a team share the tasks.
         """
         gates = Gates(noise=False, normalized=self.config.normalized)
-        scores = {}
-        for index, upstream in enumerate(self.mixture.tasks):
-            rights: list[Tensor] = []
-            for batch in self.mixture.valid(index, limit, 32):
-                logits = self.prompts(self.encoder, batch, gates, torch.Generator())
-                rights.append(span_loss(logits, batch)[1])
-            scores[upstream.task.name] = round(torch.cat(rights).mean().item(), 4)
-        return scores
-
-    def artifact(self, backbone_id: str, backbone_digest: str, training: dict[str, object]) -> ModularPrompt:
-        """The prompts as they stand, as an artifact in memory (float16 precision, as it will be stored)."""
-        p, config = self.prompts, self.config
-        # Modules of unit size make the tuner's step sizes mean the same for every artifact; A takes the
-        # factor up.
-        size = p.bank.detach().pow(2).mean((1, 2), keepdim=True).sqrt()
-
-        def array(tensor: Tensor) -> np.ndarray:
-            return tensor.detach().float().cpu().half().float().numpy()
-
-        return ModularPrompt(
-            PromptConfig(
-                kind=config.kind,
-                backbone=backbone_id,
-                backbone_digest=backbone_digest,
-                layers=p.bank.shape[0],
-                hidden=self.encoder.hidden,
-                prompt_length=config.prompt_length,
-                modules=config.modules,
-                intrinsic_dim=config.intrinsic_dim,
-                mixing="normalized" if config.normalized else "mean",
-                placeholders=self.frame.placeholders,
-                tasks=tuple(u.task.name for u in self.mixture.tasks),
-                training=training,
-                sources=tuple(
-                    f"{u.task.name}: {', '.join(u.task.sources)} ({u.task.terms})" for u in self.mixture.tasks
-                ),
-                license=config.license,
-            ),
-            array(p.projection * size),
-            array(p.bank / size),
-            array(p.router),
-            array(p.head_weight),
-            array(p.head_bias),
-        )
+        names = self.batches.names
+        scores = torch.zeros(len(names), dtype=torch.float64)
+        for index in range(self.team.rank, len(names), self.team.size):
+            rights = [
+                span_loss(self.prompts(self.encoder, batch, gates, torch.Generator()), batch)[1]
+                for batch in self.batches.valid(index, limit, 32)
+            ]
+            scores[index] = torch.cat(rights).mean().item()
+        self.team.sum([scores])
+        return {name: round(score, 4) for name, score in zip(names, scores.tolist(), strict=True)}
 
     def log(self, record: dict[str, object]) -> None:
         """Append one line to `train.jsonl`."""
-        with (self.directory / "train.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        if not self.team.leads:
+            return
+        file = self.directory / "train.jsonl"
+        try:
+            with file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(record, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise pretrain_disk_error(error, "append to it", file) from error
 
-    def _state(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.prompts.named_parameters():
-            yield name, parameter.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"adam.{key}.{name}", value
+    def _log_window(self) -> None:
+        """The mean loss since the last checkpoint."""
+        losses, rights = zip(*self._window, strict=True) if self._window else ((0.0,), (0.0,))
+        size = len(losses)
+        self.log({"step": self.step, "loss": round(sum(losses) / size, 6), "right": round(sum(rights) / size, 4)})
+        self._window.clear()
 
     def save(self) -> None:
-        """Write `checkpoint.safetensors` atomically."""
-        tensors = {name: value.cpu().clone().contiguous() for name, value in self._state()}
-        temporary = self.directory / "checkpoint.tmp"
-        save_file(tensors, temporary, metadata={"step": str(self.step)})
-        temporary.replace(self.directory / "checkpoint.safetensors")
+        """Write `checkpoint.safetensors`, in one step or not at all.
+
+        Raises:
+            UsageError: A weight is not finite; the checkpoint before stays.
+            DiskError: It cannot be written; the checkpoint before stays.
+        """
+        for name, parameter in self.prompts.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise UsageError(
+                    f"step {self.step}: {name} is not finite; lower the recipe's learning rates (the last checkpoint "
+                    "is kept: go on from it with --resume)"
+                )
+        if not self.team.leads:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.prompts.named_parameters():
+            tensors[name] = parameter
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        words = {"step": str(self.step), "best": json.dumps(self.best), "data": json.dumps(self.batches.digests)}
+        save_checkpoint(self.disk, self.directory / "checkpoint.safetensors", tensors, words | self._identity)
 
     def load(self) -> None:
         """Go on from `checkpoint.safetensors`.
 
         Raises:
             ArtifactError: The file is damaged.
+            ResumeMismatch: It was made with other data, another model or another number of processes.
         """
         file = self.directory / "checkpoint.safetensors"
+        tensors, words = load_checkpoint(file, self.encoder.device)
+        for what, now in self._identity.items():
+            # A checkpoint of an older version says nothing of them.
+            if words.get(what, now) != now:
+                raise ResumeMismatch(f"{file}: was made with {what} {words[what]}, this is {now}")
         try:
-            with safe_open(file, framework="pt") as opened:
-                step = int(opened.metadata()["step"])
-            tensors = load_file(file, device=str(self.encoder.device))
+            step = int(words["step"])
+            data, best = json.loads(words.get("data", "null")), json.loads(words.get("best", "null"))
             with torch.no_grad():
                 for name, parameter in self.prompts.named_parameters():
                     parameter.copy_(tensors[name])
-                    self.optimizer.state[parameter] = {
-                        key: tensors[f"adam.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
-        except (SafetensorError, OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                    if parameter.requires_grad:
+                        state = {key: tensors[f"adam.{key}.{name}"] for key in _MOMENTS}
+                        self.optimizer.state[parameter] = state
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
-        self.step = self._resumed_at = step
+        present = self.batches.digests
+        if data is not None and data != present:
+            other = sorted(name for name in {*data, *present} if data.get(name) != present.get(name))
+            raise ResumeMismatch(f"{file}: was made with other data of {', '.join(other)}; give the same --data")
+        self.step, self.best = step, None if best is None else (float(best[0]), int(best[1]))
+
+    def restore_best(self) -> None:
+        """Take the prompts of the best validation back, where the recipe says so.
+
+        Raises:
+            ArtifactError: `best.safetensors` is damaged or gone.
+        """
+        if self.config.keep != "best" or self.best is None:
+            return
+        self.team.wait()
+        file = self.directory / "best.safetensors"
+        tensors, _ = load_checkpoint(file, self.encoder.device)
+        try:
+            with torch.no_grad():
+                for name, parameter in self.prompts.named_parameters():
+                    parameter.copy_(tensors[name])
+        except (LookupError, RuntimeError) as error:
+            raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
+        log.info("took the prompts of step %d (validation %.4f)", self.best[1], self.best[0])
+
+    def cut_log(self) -> None:
+        """Take the lines out of `train.jsonl` that the resumed training will write again."""
+        file = self.directory / "train.jsonl"
+        if not self.team.leads or not file.is_file():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # torn by a kill
+                continue
+            if record["step"] <= self.step and "speed" not in record:
+                kept.append(line + "\n")
+        write_atomic(self.disk, file, "".join(kept).encode())
+
+
+class _Meter:
+    """Speed since the training was begun or gone on with."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._first = trainer, trainer.step
+        encoder = trainer.encoder
+        self._rate = 0.0
+        if trainer._ffn and trainer.step < trainer.config.steps:
+            self._rate = gemm_rate(encoder.dtype, encoder.device, 1024, encoder.hidden, trainer._ffn)
+            log.info("matrix products here: %.1f GFLOP/s in %s", self._rate / 1e9, trainer.config.dtype)
+        self._began = time.monotonic()
+        self._tokens, self._examples, self._flops = 0, 0, 0.0
+
+    def progress(self, slices: list[SpanBatch], loss: float, accuracy: float) -> Progress:
+        """Count a step."""
+        trainer = self._trainer
+        for batch in slices:
+            lengths = [len(ids) for ids in batch.ids]
+            self._tokens += sum(lengths)
+            self._examples += len(lengths)
+            read = 2 * batch.present.numel()
+            self._flops += step_flops(lengths, len(trainer.encoder.layers), trainer.encoder.hidden, trainer._ffn, read)
+        elapsed = max(time.monotonic() - self._began, 1e-9)
+        left = elapsed / (trainer.step - self._first) * (trainer.config.steps - trainer.step)
+        size = trainer.team.size
+        return Progress(
+            trainer.step,
+            loss,
+            accuracy,
+            size * self._tokens / elapsed,
+            left,
+            size * self._examples / elapsed,
+            self._flops / elapsed / self._rate if self._rate else 0.0,
+        )

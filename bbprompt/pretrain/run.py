@@ -1,23 +1,37 @@
-"""`bbprompt pretrain mp2`: from a recipe and data to a prompt artifact."""
+"""`bbprompt pretrain`: from a recipe and data to a prompt artifact."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.backbone import Backbone, load_backbone
+from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.disk import RealDisk
 from bbprompt.errors import ResumeMismatch, UsageError
+from bbprompt.mrc import Frame
+from bbprompt.pretrain.artifact import artifact
 from bbprompt.pretrain.card import model_card
-from bbprompt.pretrain.mixture import Mixture
-from bbprompt.pretrain.mp2 import PretrainConfig, Progress, Trainer
-from bbprompt.pretrain.upstream import load_upstream, upstream_tasks
+from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
+from bbprompt.pretrain.mixture import Batches, Mixture
+from bbprompt.pretrain.mp2 import Progress, Trainer
+from bbprompt.pretrain.ppt_annotator import open_annotator
+from bbprompt.pretrain.ppt_batches import PptBatches, open_ppt
+from bbprompt.pretrain.recipe import PretrainConfig
+from bbprompt.pretrain.team import Team, join, leave
+from bbprompt.pretrain.upstream import data_beside, load_upstream, upstream_tasks
+from bbprompt.task import Task
+from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = ["pretrain"]
 
@@ -35,6 +49,8 @@ def pretrain(
 ) -> dict[str, float]:
     """Train prompts and write the artifact into `out`.
 
+    Started by `torchrun` it trains in step with the other processes; the first of them writes and reports.
+
     Args:
         config: The recipe.
         out: Directory of checkpoints, log and, at the end, the artifact.
@@ -47,21 +63,133 @@ def pretrain(
         Final validation score of each upstream task.
 
     Raises:
-        UsageError: `out` holds another training and `resume` was not asked for, or the recipe names tasks that
-            may not be trained on or are not there.
-        ResumeMismatch: The checkpoint was made with another recipe.
+        UsageError: `out` holds another training and `resume` was not asked for, the recipe names tasks that may
+            not be trained on or are not there, or a loss is not finite.
+        ResumeMismatch: The checkpoint was made with another recipe, other data or another model.
+        RunLocked: Another process works on `out`.
+        DataError: An example is wrong; names file and line.
+        DiskError: A file cannot be written; the checkpoint before is whole.
     """
-    recipe = config.model_dump(mode="json")
-    chosen = upstream_tasks(config.tasks)
-    if unknown := sorted(set(config.weights) - {task.name for task in chosen}):
+    chosen = [] if config.kind == "ppt" else upstream_tasks(config.tasks)
+    known = set(config.ppt.formats) if config.ppt else {task.name for task in chosen}
+    if unknown := sorted(set(config.weights) - known):
         raise UsageError(f"weights: '{unknown[0]}' is not among the tasks of the recipe; correct or remove it")
-    _claim(out, recipe, resume)
+    for name in config.ppt.corpus if config.ppt else ():
+        if not Path(name).is_file():
+            raise UsageError(f"ppt.corpus: {name}: no such file; name yours in a copy of the recipe")
+    team, device = join(device)
+    disk = RealDisk()
+    lock = None
+    try:
+        if team.leads:
+            _claim(disk, out, config, resume)
+            lock = disk.lock(out / "train.lock")
+        team.wait()
+        return _pretrain(config, chosen, out, data, report, resume, device, team)
+    finally:
+        if lock is not None:
+            disk.close(lock)
+        leave(team)
+
+
+def _pretrain(
+    config: PretrainConfig,
+    chosen: list[Task],
+    out: Path,
+    data: Path | None,
+    report: Callable[[Progress, int], None],
+    resume: bool,
+    device: str,
+    team: Team,
+) -> dict[str, float]:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     backbone = load_backbone(config.backbone)
     encoder = Encoder(backbone.model, getattr(torch, config.dtype), device, backbone.token_type, prepack=False)
     placeholders = range(config.first_placeholder, config.first_placeholder + config.prompt_length)
     frame = frame_for(backbone.tokenizer, tuple(placeholders), config.max_tokens)
+    batches = _batches(config, chosen, backbone, frame, data, team)
+    trainer = Trainer(
+        config,
+        encoder,
+        batches,
+        frame,
+        out,
+        team=team,
+        identity={"backbone": backbone.digest},
+        ffn=int(getattr(backbone.model.config, "intermediate_size", 0)),
+    )
+    if resume:
+        if (out / "checkpoint.safetensors").is_file():
+            trainer.load()
+        trainer.cut_log()
+        log.info("resumed at step %d", trainer.step)
+    team.wait()
+    last: list[Progress] = []
+
+    def show(progress: Progress) -> None:
+        last[:] = [progress]
+        if team.leads:
+            report(progress, config.steps)
+
+    trainer.run(show)
+    trainer.restore_best()
+    scores = trainer.validate(config.valid_size)
+    if team.leads:
+        speed = {name: round(value, 4) for name, value in _speed(last[0]).items()} if last else {}
+        if speed:
+            log.info(
+                "%.0f examples/s, %.0f tokens/s, %.0f%% of the rate of bare matrix products",
+                *(speed["examples_per_second"], speed["tokens_per_second"], 100 * speed["gemm_share"]),
+            )
+        trainer.log({"step": trainer.step, "valid": scores, "speed": speed})
+        recipe = config.model_dump(mode="json")
+        if config.ppt is not None:  # where a corpus lay on this machine is nobody's business
+            recipe["ppt"]["corpus"] = [Path(name).name for name in config.ppt.corpus]
+        training = {"recipe": recipe, "validation": scores, **_chosen_step(trainer)}
+        prompt = artifact(trainer, backbone.id, backbone.digest, training)
+        try:
+            prompt.save(out / "artifact")
+            (out / "artifact" / "README.md").write_text(model_card(prompt), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            reason = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
+            raise pretrain_disk_error(reason, "write it", out / "artifact") from error
+    team.wait()
+    return scores
+
+
+def _batches(
+    config: PretrainConfig, chosen: list[Task], backbone: Backbone, frame: Frame, data: Path | None, team: Team
+) -> Batches:
+    """The tasks of the recipe, as tokens."""
     tokenize = tokenize_with(backbone.tokenizer)
+    digest = hashlib.sha256(backbone.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    slices, cache = config.accumulate * team.size, cache_root() / "pretrain"
+    if config.ppt is not None:
+        annotator = None if config.ppt.annotator is None else open_annotator(config.ppt.annotator)
+        stores, ppt_digest = open_ppt(
+            config.ppt,
+            tokenize,
+            frame,
+            cache=cache,
+            tokenizer_digest=digest,
+            seed=config.seed,
+            annotate=annotator[0] if annotator else None,
+            annotator_words=annotator[1] if annotator else (),
+            annotator_digest=annotator[2] if annotator else "",
+        )
+        names = ", ".join(Path(name).name for name in config.ppt.corpus)
+        return PptBatches(
+            stores,
+            f"{names} ({config.ppt.terms or 'terms not stated'})",
+            ppt_digest,
+            seed=config.seed,
+            tasks_per_step=config.tasks_per_step,
+            per_task=config.per_task,
+            valid_size=config.valid_size,
+            weights=config.weights,
+            slices=slices,
+            bucket=config.bucket,
+        )
     tasks = load_upstream(
         chosen,
         data,
@@ -73,8 +201,12 @@ def pretrain(
         cap=config.train_cap,
         valid=config.valid_size,
         seed=config.seed,
+        places=data_beside(config.tasks),
+        cache=cache,
+        tokenizer_digest=digest,
+        shuffle=config.shuffle_options,
     )
-    mixture = Mixture(
+    return Mixture(
         tasks,
         tokenize,
         frame,
@@ -85,33 +217,38 @@ def pretrain(
         option_characters=config.option_characters,
         shuffle_options=config.shuffle_options,
         weights=config.weights,
+        slices=slices,
+        bucket=config.bucket,
     )
-    trainer = Trainer(config, encoder, mixture, frame, out)
-    if resume and (out / "checkpoint.safetensors").is_file():
-        trainer.load()
-        log.info("resumed at step %d", trainer.step)
-    trainer.run(lambda progress: report(progress, config.steps))
-    scores = trainer.validate(config.valid_size)
-    trainer.log({"step": trainer.step, "valid": scores})
-    prompt = trainer.artifact(backbone.id, backbone.digest, {"recipe": recipe, "validation": scores})
-    prompt.save(out / "artifact")
-    (out / "artifact" / "README.md").write_text(model_card(prompt), encoding="utf-8")
-    return scores
 
 
-def _claim(out: Path, recipe: dict[str, object], resume: bool) -> None:
+def _speed(progress: Progress) -> dict[str, float]:
+    return {
+        "examples_per_second": progress.examples_per_second,
+        "tokens_per_second": progress.tokens_per_second,
+        "gemm_share": progress.gemm_share,
+    }
+
+
+def _chosen_step(trainer: Trainer) -> dict[str, Any]:
+    """Which step the artifact is of, where it need not be the last."""
+    return {} if trainer.best is None else {"best_step": trainer.best[1], "best_validation": trainer.best[0]}
+
+
+def _claim(disk: RealDisk, out: Path, config: PretrainConfig, resume: bool) -> None:
     """Bind the directory to the recipe."""
-    text = json.dumps(recipe, ensure_ascii=False, sort_keys=True, indent=2) + "\n"
+    text = json.dumps(config.model_dump(mode="json"), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
     file = out / "recipe.json"
     if resume:
         # Killed before its first checkpoint, a training goes on from step 0.
         if not file.is_file():
             raise UsageError(f"--resume {out}: there is no training to go on with")
-        if file.read_text(encoding="utf-8") != text:
+        # Read as settings: a recipe of an older version lacks keys whose defaults are what it did.
+        if validate(PretrainConfig, read_yaml(file), str(file)) != config:
             digest = hashlib.sha256(text.encode()).hexdigest()[:12]
             raise ResumeMismatch(f"{file}: the checkpoint was made with another recipe than this one ({digest})")
         return
     if file.is_file():
         raise UsageError(f"{out}: holds a training already; go on with --resume {out}, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_atomic(disk, file, text.encode())

@@ -1,0 +1,81 @@
+"""Checkpoints: tensors and a few words in one safetensors file, replaced in one step or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from bbprompt.disk import Disk, disk_error
+from bbprompt.errors import ArtifactError, DiskError
+
+__all__ = ["load_checkpoint", "pretrain_disk_error", "save_checkpoint", "write_atomic"]
+
+_CHUNK = 64 * 2**20
+
+
+def write_atomic(disk: Disk, file: Path, data: bytes) -> None:
+    """Give `file` the content `data`, or leave it as it was.
+
+    The bytes are durable before the name is, so that neither a kill nor a power cut leaves a torn file.
+
+    Raises:
+        DiskError: The disk is full or faulty; what stood there before is whole.
+    """
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        opened = disk.open(temporary, fresh=True)
+        try:
+            for begin in range(0, len(data), _CHUNK):
+                disk.write(opened, data[begin : begin + _CHUNK])
+            disk.sync(opened)
+        finally:
+            disk.close(opened)
+        disk.replace(temporary, file)
+        disk.sync_folder(file.parent)
+    except DiskError as error:
+        with suppress(DiskError):  # half a file would keep a full disk full
+            if disk.exists(temporary):
+                disk.remove(temporary)
+        raise DiskError(f"{_advised(error)} (what {file.name} held before is kept)") from error
+
+
+def pretrain_disk_error(error: OSError, doing: str, file: Path) -> DiskError:
+    """As `bbprompt.disk.disk_error`, with the flags of `pretrain`."""
+    return DiskError(_advised(disk_error(error, doing, file)))
+
+
+def _advised(error: DiskError) -> str:
+    return str(error).replace("`bbprompt resume`", "--resume").replace("--run-dir", "--out")
+
+
+def save_checkpoint(disk: Disk, file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
+    """Write `tensors` with `words` as the file's metadata.
+
+    Raises:
+        DiskError: As `write_atomic`.
+    """
+    held = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    # One key: the order of several is left to chance, and equal checkpoints are to be equal files.
+    write_atomic(disk, file, save(held, metadata={"words": json.dumps(dict(words), sort_keys=True)}))
+
+
+def load_checkpoint(file: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read tensors and words back.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = dict(opened.metadata() or {})
+        words = json.loads(metadata["words"]) if "words" in metadata else metadata  # as version 0.1 wrote it
+        return load_file(file, device=str(device)), words
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error

@@ -1,0 +1,184 @@
+"""A pre-training recipe: every setting that decides what comes out of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["Kind", "PptSettings", "PretrainConfig"]
+
+#: What is trained: modular prompts (MP2), one prompt on labelled tasks (SPoT), one prompt on raw text (PPT).
+Kind = Literal["mp2-deep", "mp2-shallow", "spot", "ppt"]
+
+_Count = Annotated[int, Field(ge=1, strict=True)]
+_Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class PptSettings(BaseModel):
+    """Where self-supervised examples come from (PPT, section 3).
+
+    Attributes:
+        corpus: Text files (`.txt`, `.txt.gz`), a document a block of lines, blocks parted by blank lines.
+        terms: Under which terms the corpus stands; goes into the model card.
+        language: Of the corpus; decides where sentences end and which words options have.
+        formats: "choice" is next-sentence selection among `options` (the unified format), "pair" the 3-way
+            next-sentence task, "single" sentiment by the pseudo labels of `annotator`.
+        options: Fewest and most options of a choice; drawn evenly (6 and 6 give the plain format).
+        annotator: Directory of a finished `tune` run that labels single texts; needed for "single".
+        confidence: Pseudo labels of a lower probability are left out.
+        longest: Length in tokens that the published caps of query and options were made for; they shrink in
+            proportion where `max_tokens` is less.
+        window: Documents that are held at a time, to draw other documents from.
+        examples: Most examples of each format.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    corpus: list[str] = Field(min_length=1)
+    terms: str = ""
+    language: Literal["zh", "en"] = "zh"
+    formats: list[Literal["choice", "pair", "single"]] = Field(default=["choice"], min_length=1)
+    options: tuple[Annotated[int, Field(ge=2, le=16)], Annotated[int, Field(ge=2, le=16)]] = (2, 16)
+    annotator: str | None = None
+    confidence: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    longest: _Count = 768
+    window: Annotated[int, Field(ge=8, strict=True)] = 256
+    examples: _Count = 100_000
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.options[0] > self.options[1]:
+            raise ValueError(f"options: {self.options[0]} to {self.options[1]} is no range")
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError("formats: one stands twice")
+        if ("single" in self.formats) != (self.annotator is not None):
+            raise ValueError("annotator: the format 'single' needs one, the other formats have no use for it")
+        return self
+
+
+class PretrainConfig(BaseModel):
+    """A recipe, as `configs/pretrain/*.yaml` spells it.
+
+    Attributes:
+        kind: What is trained.
+        backbone: Hub id or directory of the frozen model.
+        tasks: "upstream" (every bundled task that may be trained on), names and YAML files, or a directory of them.
+        weights: Visits of a task in a round; 1 where not named.
+        modules: K; 1 for a single prompt.
+        intrinsic_dim: d.
+        prompt_length: P.
+        first_placeholder: Token id at the first prompt position; the others follow.
+        depth: "all" puts prompts before every layer, "input" at the input alone; None as the kind says.
+        steps: Optimizer steps.
+        tasks_per_step: Tasks in a step.
+        per_task: Examples of each task in a slice of a step.
+        accumulate: Slices of a step, each with `per_task` examples a task, whose gradients are averaged.
+        bucket: Texts that train together are drawn from `bucket` times as many, sorted by length; 1 for none.
+        max_tokens: Longest sequence.
+        option_limit: Most options that an example keeps in training.
+        option_characters: Most characters of options.
+        shuffle_options: Put the options in random order.
+        prompt_scale: Initial size of the entries of a prompt.
+        module_rate: Learning rate of the modules z.
+        projection_rate: Of the projections A.
+        router_rate: Of the routers.
+        head_rate: Of the span head.
+        fsl: Fast and slow learning (MP2, section 3.3): routers learn at `router_rate`; otherwise at `module_rate`.
+        warmup: Share of the steps in which the rates rise.
+        noise_from: Share of the steps after which gates are sampled.
+        temperature: Of the relaxed Bernoulli gates.
+        temperature_to: Where the temperature ends, falling geometrically while gates are sampled; None: constant.
+        normalized: Divide by the sum of the gates instead of by K.
+        clip: Largest norm of the gradient.
+        seed: Of everything.
+        spare_seeds: Few-shot pools of these seeds are left out of tasks that are also evaluated.
+        train_cap: Most examples of a task.
+        valid_size: Validation examples of a task.
+        valid_every: Steps between two validations.
+        keep: What becomes the artifact: the "last" step, or the "best" by the mean of validation scores.
+        save_every: Steps between two checkpoints.
+        dtype: Precision of the frozen model; what is trained stays float32.
+        threads: CPU threads; None for torch's default.
+        ppt: Settings of kind `ppt`; None for the others.
+        note: What a reader of the model card should know.
+        license: Terms of the artifact.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    backbone: str = "intfloat/multilingual-e5-small"
+    tasks: list[str] | str = "upstream"
+    weights: dict[str, _Count] = Field(default_factory=dict)
+    modules: _Count = 8
+    intrinsic_dim: _Count = 64
+    prompt_length: _Count = 8
+    first_placeholder: Annotated[int, Field(ge=0)] = 1000
+    depth: Literal["input", "all"] | None = None
+    steps: _Count = 4000
+    tasks_per_step: _Count = 4
+    per_task: _Count = 8
+    accumulate: _Count = 1
+    bucket: _Count = 1
+    max_tokens: _Count = 80
+    option_limit: Annotated[int, Field(ge=2)] = 6
+    option_characters: _Count = 40
+    shuffle_options: bool = True
+    prompt_scale: _Rate = 0.05
+    module_rate: _Rate = 1e-2
+    projection_rate: _Rate = 1e-3
+    router_rate: _Rate = 3e-2
+    head_rate: _Rate = 3e-3
+    fsl: bool = True
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    noise_from: Annotated[float, Field(ge=0, le=1)] = 0.5
+    temperature: _Rate = 1.0
+    temperature_to: _Rate | None = None
+    normalized: bool = True
+    clip: _Rate = 1.0
+    seed: int = 42
+    spare_seeds: list[int] = [8, 10, 13, 20, 21, 30, 40, 42, 50, 100]
+    train_cap: _Count = 4000
+    valid_size: _Count = 128
+    valid_every: _Count = 1000
+    keep: Literal["last", "best"] = "last"
+    save_every: _Count = 250
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    threads: _Count | None = None
+    ppt: PptSettings | None = None
+    note: str = ""
+    license: str = "CC BY-NC 4.0 (research use; the data sets keep their own terms)"
+
+    @property
+    def deep(self) -> bool:
+        """Whether every layer carries a prompt."""
+        return self.kind == "mp2-deep" if self.depth is None else self.depth == "all"
+
+    @property
+    def routed(self) -> bool:
+        """Whether tasks have routers; a single prompt has none."""
+        return self.kind in ("mp2-deep", "mp2-shallow")
+
+    @property
+    def single(self) -> bool:
+        """Whether one prompt serves all tasks."""
+        return not self.routed
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.single and self.modules != 1:
+            raise ValueError(f"modules: kind {self.kind} is one prompt; write 1 instead of {self.modules}")
+        if self.routed and self.depth is not None and self.deep != (self.kind == "mp2-deep"):
+            raise ValueError(f"depth: '{self.depth}' is not what kind {self.kind} says; leave it null")
+        if (self.ppt is None) == (self.kind == "ppt"):
+            raise ValueError(f"ppt: kind ppt needs these settings, the other kinds have none (kind: {self.kind})")
+        return self
+
+    def temperature_at(self, step: int) -> float:
+        """Temperature of the gates in `step` (from 0): constant, or falling geometrically to `temperature_to`."""
+        if self.temperature_to is None:
+            return self.temperature
+        first = self.noise_from * self.steps
+        share = min(max((step - first) / max(self.steps - 1 - first, 1), 0.0), 1.0)
+        return float(self.temperature * (self.temperature_to / self.temperature) ** share)

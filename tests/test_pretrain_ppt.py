@@ -1,0 +1,406 @@
+"""Prompt pre-training on raw text: corpus, examples, forms, and a short training."""
+
+from __future__ import annotations
+
+import gzip
+import sys
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import tiny_prompt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.local import LocalOracle
+from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.errors import DataError, UsageError
+from bbprompt.pretrain.ppt_batches import PptBatches, open_ppt
+from bbprompt.pretrain.ppt_corpus import documents, sentences, usable, windows
+from bbprompt.pretrain.ppt_examples import (
+    CHOICE,
+    Caps,
+    choice,
+    fit_pair,
+    pair,
+    pseudo_labelled,
+    unified_caps,
+)
+from bbprompt.pretrain.ppt_forms import label_words, pattern_text, span_task
+from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
+from bbprompt.pretrain.run import pretrain
+from bbprompt.prompts import ModularPrompt
+
+pytestmark = pytest.mark.usefixtures("token_cache")
+
+
+def corpus(file: Path, count: int, seed: int = 0) -> Path:
+    """Write documents of 6 to 12 random Chinese sentences of 5 to 14 characters."""
+    rng = np.random.default_rng(seed)
+    blocks = [
+        "\n".join(tiny_prompt.words(rng, 5, 14) + "。" for _ in range(int(rng.integers(6, 13)))) for _ in range(count)
+    ]
+    text = "\n\n".join(blocks) + "\n"
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text, encoding="utf-8")
+    return file
+
+
+# ---------------------------------------------------------------------------------------------- the corpus
+
+
+def test_documents_are_blocks_of_lines(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("\n一。\n 二。\n\n\n三。\n", encoding="utf-8")
+    packed = corpus(tmp_path / "b.txt.gz", 3)
+    found = list(documents([file, packed]))
+    assert found[:2] == [(f"{file}:2", ["一。", "二。"]), (f"{file}:6", ["三。"])]
+    assert len(found) == 5
+    file.write_bytes("一。\n".encode() + "二".encode("gbk"))
+    with pytest.raises(DataError, match=r"a\.txt:2: not UTF-8"):
+        list(documents([file]))
+    file.write_text("\n \n", encoding="utf-8")
+    with pytest.raises(DataError, match="no text"):
+        list(documents([file]))
+
+
+def test_documents_are_streamed(tmp_path: Path) -> None:
+    file = corpus(tmp_path / "large.txt", 4000)
+    whole = [sentences(lines, "zh") for _, lines in documents([file])]
+    size = sum(sys.getsizeof(sentence) for document in whole for sentence in document)
+    del whole
+    tracemalloc.start()
+    stream = (sentences(lines, "zh") for _, lines in documents([file]))
+    assert sum(1 for _ in windows(stream, 16, np.random.default_rng(0))) == 4000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Python itself keeps some thousand freed tuples.
+    assert peak < 0.2 * size
+
+
+@pytest.mark.parametrize(
+    ("language", "line", "expected"),
+    [
+        ("zh", "他说：“走吧！”然后走了。真的？？好…… 完", ("他说：“走吧！”", "然后走了。", "真的？？", "好……", "完")),
+        ("zh", "版本 2.0 来了。", ("版本 2.0 来了。",)),
+        ("en", 'It is 2.0 now. Fine! "Go." He went.', ("It is 2.0 now.", "Fine!", '"Go."', "He went.")),
+    ],
+)
+def test_sentences(language: str, line: str, expected: tuple[str, ...]) -> None:
+    assert sentences([line], language) == expected
+
+
+def test_usable_documents() -> None:
+    assert usable(["一二三四五"] * 9, len) is None, "repeated sentences count once"
+    document = [f"一二三四{i}" for i in range(5)]
+    assert usable([*document, "短"], len) == tuple(document)
+    assert usable(document[:4], len) is None
+
+
+@given(st.integers(0, 40), st.integers(2, 9), st.integers(0, 99))
+def test_a_window_gives_each_document_once(count: int, size: int, seed: int) -> None:
+    stream = ((f"{i}",) for i in range(count))
+    seen = []
+    for number, document, others in windows(stream, size, np.random.default_rng(seed)):
+        assert document == (f"{number}",)
+        assert document not in others
+        assert len(others) == min(size, count) - 1
+        seen.append(number)
+    assert sorted(seen) == list(range(count))
+
+
+# ------------------------------------------------------------------------------------------------ examples
+
+
+def document(name: str, count: int = 12) -> tuple[str, ...]:
+    return tuple(f"{name}{i:02}" for i in range(count))
+
+
+OTHERS = [document(name) for name in "BCDEFG"]
+
+
+def place(sentence: str) -> tuple[str, int]:
+    return sentence[0], int(sentence[1:3])
+
+
+def test_pairs() -> None:
+    rng = np.random.default_rng(0)
+    found = [example for _ in range(3000) if (example := pair(document("A"), OTHERS, len, rng))]
+    labels = Counter(example.label for example in found)
+    assert all(abs(labels[label] / len(found) - 1 / 3) < 0.04 for label in (0, 1, 2))
+    before = 0
+    for example in found:
+        (one, i), (two, j) = place(example.fields["text_a"]), place(example.fields["text_b"])
+        assert one == "A"
+        assert (example.label == 0) == (two != "A")
+        if two == "A":
+            assert (example.label == 2) == (abs(i - j) == 1)
+            assert i != j
+            before += example.label == 2 and j < i
+    assert 0.4 < before / labels[2] < 0.6, "the previous sentence as often as the next"
+
+
+def test_pairs_of_very_different_length_are_left_out() -> None:
+    rng = np.random.default_rng(0)
+    found = [pair(("甲", "乙" * 101), [("丙",)], len, rng) for _ in range(200)]
+    assert {example.fields["text_b"] for example in found if example} == {"丙"}
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 80))
+def test_pairs_are_cut_in_proportion_away_from_the_mask(one: int, two: int, room: int) -> None:
+    first, second = fit_pair(range(one), range(two), room)
+    assert len(first) + len(second) == min(one + two, room)
+    assert min(len(first), len(second)) >= 1
+    assert list(first) == list(range(one))[one - len(first) :]
+    assert list(second) == list(range(two))[: len(second)]
+    assert abs(len(first) / len(second) - one / two) * len(second) <= 1 + one / two or min(len(first), len(second)) == 1
+
+
+def test_the_schedule_of_the_unified_format() -> None:
+    # Options: query cap, option cap, wrong options from the same document.
+    published = {
+        (2, 3, 4): (400, 50, 1),
+        (5,): (400, 40, 1),
+        (6,): (300, 40, 1),
+        (7,): (250, 30, 2),
+        (8, 9): (200, 30, 2),
+        (10,): (150, 20, 2),
+        (11, 12, 13, 14, 15, 16): (150, 20, 3),
+    }
+    assert sorted(n for counts in published for n in counts) == list(range(2, 17))
+    for counts, caps in published.items():
+        for n in counts:
+            assert unified_caps(n) == Caps(*caps)
+    assert Caps(389, 86, 1) == CHOICE
+    for n in (1, 17):
+        with pytest.raises(ValueError, match="2 to 16"):
+            unified_caps(n)
+    assert Caps(400, 50, 1).scaled(0.25) == Caps(100, 12, 1)
+    assert Caps(400, 50, 1).scaled(3.0) == Caps(400, 50, 1)
+
+
+@given(st.integers(2, 16), st.integers(0, 999))
+def test_choices(n: int, seed: int) -> None:
+    caps = unified_caps(n)
+    example = choice(document("A"), OTHERS, n, caps, lambda text, most: text[:most], np.random.default_rng(seed))
+    assert example is not None
+    name, at = place(example.fields["query"])
+    assert name == "A"
+    assert len(example.options) == len(set(example.options)) == n
+    assert place(example.options[example.label]) == ("A", at + 1), "the right one comes next"
+    wrong = [place(option) for i, option in enumerate(example.options) if i != example.label]
+    same = [i for name, i in wrong if name == "A"]
+    assert len(same) == min(caps.same, n - 1)
+    assert all(abs(i - at) > 1 for i in same)
+    apart = Counter(name for name, _ in wrong if name != "A")
+    assert len(apart) <= 4
+    assert not apart or max(apart.values()) - min(apart.values()) <= 1, "spread evenly"
+
+
+def test_choices_are_cut_and_stand_anywhere() -> None:
+    rng = np.random.default_rng(0)
+    places = Counter()
+    long = tuple(f"A{i:02}" + "长" * 40 for i in range(9))
+    for _ in range(300):
+        example = choice(long, OTHERS, 4, Caps(10, 5, 1), lambda text, most: text[:most], rng)
+        assert example is not None
+        assert len(example.fields["query"]) == 10
+        assert max(map(len, example.options)) == 5
+        places[example.label] += 1
+    assert min(places.values()) > 50
+    assert choice(long, OTHERS, 4, Caps(10, 1, 1), lambda text, most: text[:most], rng) is None, "equal when cut"
+    assert choice(long, [], 16, CHOICE, lambda text, most: text[:most], rng) is None, "nothing to choose from"
+
+
+def test_unsure_pseudo_labels_are_left_out() -> None:
+    probabilities = np.array([[0.95, 0.05], [0.6, 0.4], [0.1, 0.9]])
+    found = list(pseudo_labelled(["a", "b", "c"], probabilities, 0.9))
+    assert [(example.fields["text"], example.label) for example in found] == [("a", 0), ("c", 1)]
+
+
+# --------------------------------------------------------------------------------------------------- forms
+
+
+def test_label_words() -> None:
+    assert label_words("pair", "en") == ("no", "maybe", "yes")
+    assert label_words("pair", "zh", 2) == ("矛盾", "相似")
+    assert label_words("single", "en", 2) == ("terrible", "great")
+    assert label_words("single", "zh") == ("差", "不好", "一般", "好", "赞")
+    assert label_words("choice", "en", 6) == tuple("ABCDEF")
+    assert label_words("choice", "zh")[:6] == tuple("一二三四五六")
+    for language in ("zh", "en"):
+        assert len(set(label_words("choice", language))) == 16  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="2 to 5"):
+        label_words("single", "en", 6)
+
+
+@pytest.mark.parametrize(
+    ("form", "language", "hybrid", "expected"),
+    [
+        ("pair", "en", False, "<P>s1 <X> .s2"),
+        ("pair", "en", True, "<P>Question: s1 ? <X>. s2"),
+        ("pair", "zh", False, "<P>s1<X>。s2"),
+        ("pair", "zh", True, "<P>问题：s1？<X>。s2"),
+        ("choice", "en", False, "<P>q? A.a. B.b. Answer is <X>."),
+        ("choice", "en", True, "<P>We ask q ? A. a. B. b. The answer is <X>."),
+        ("choice", "zh", False, "<P>q？一、a 二、b。答案是<X>。"),
+        ("choice", "zh", True, "<P>问题：q？一、a 二、b。答案是：<X>。"),
+        ("single", "en", False, "<P>{query}. <X>."),
+        ("single", "en", True, "<P>{query}. It was <X>."),
+        ("single", "zh", False, "<P>{query}。<X>。"),
+        ("single", "zh", True, "<P>{query}。这很<X>。"),
+    ],
+)
+def test_patterns(form: Any, language: Any, hybrid: bool, expected: str) -> None:
+    # What a text holds is never taken for a field.
+    fields = {"pair": {"text_a": "s1", "text_b": "s2"}, "choice": {"query": "q"}, "single": {"text": "{query}"}}[form]
+    assert pattern_text(form, language, fields, ("a", "b"), hybrid) == expected
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("form", ["pair", "choice", "single"])
+def test_span_tasks_are_tasks(form: Any, language: Any) -> None:
+    task = span_task(form, language)
+    assert task.type == form
+    assert task.language == language
+    assert span_task("single", "en", ("bad", "good")).options == ("bad", "good")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def settings(file: Path, **changes: Any) -> PptSettings:
+    return PptSettings.model_validate({"corpus": [str(file)], "window": 16, "options": [2, 6]} | changes)
+
+
+def test_examples_are_made_once_and_drawn_alike(
+    tiny_bert_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = corpus(tmp_path / "corpus.txt.gz", 60)
+    tokenizer = load_backbone(str(tiny_bert_dir)).tokenizer
+    frame, tokenize = frame_for(tokenizer, (300, 301), 100), tokenize_with(tokenizer)
+    made: list[str] = []
+
+    def counted(text: str) -> Any:
+        made.append(text)
+        return tokenize(text)
+
+    def annotate(texts: Any) -> Any:
+        return np.array([[0.95, 0.05] if len(text) % 2 else [0.5, 0.5] for text in texts])
+
+    def open_again(seed: int = 1) -> PptBatches:
+        stores, digest = open_ppt(
+            settings(file, formats=["choice", "pair", "single"], annotator="run"),
+            counted,
+            frame,
+            cache=tmp_path / "cache",
+            tokenizer_digest="t",
+            seed=seed,
+            annotate=annotate,
+            annotator_words=("坏", "好"),
+        )
+        return PptBatches(
+            stores, "c", digest, seed=3, tasks_per_step=3, per_task=4, valid_size=8, weights={"pair": 2}, slices=2
+        )
+
+    one = open_again()
+    first = len(made)
+    two = open_again()
+    assert len(made) == first > 0, "nothing is tokenized a second time"
+    assert one.names == ("ppt-choice", "ppt-pair", "ppt-single")
+    assert one.digests == two.digests
+    assert open_again(seed=2).digests != one.digests
+    for step in range(4):
+        assert one.batch(step).ids == two.batch(step).ids
+        assert len(one.batch(step).ids) == 12
+        assert not set(one.batch(step, 0).uids) & set(one.batch(step, 1).uids)
+    assert max(len(ids) for ids in one.batch(0).ids) <= 100
+    held = {uid.split()[-1] for index in range(3) for batch in one.valid(index, 8, 8) for uid in batch.uids}
+    drawn = {uid.split()[-1] for step in range(30) for uid in one.batch(step).uids}
+    assert held
+    assert not held & drawn, "validation has documents of its own"
+    # Only the label that the annotator is sure of is left.
+    single = one.valid(2, 8, 8)[0]
+    assert single.gold.unique().tolist() == [0]
+    assert single.present.sum(1).unique().tolist() == [2]
+
+
+def recipe(file: Path, backbone: Path, **changes: Any) -> PretrainConfig:
+    values = {
+        "kind": "ppt",
+        "backbone": str(backbone),
+        "modules": 1,
+        "intrinsic_dim": 4,
+        "prompt_length": 2,
+        "first_placeholder": 300,
+        "steps": 6,
+        "tasks_per_step": 2,
+        "per_task": 3,
+        "max_tokens": 100,
+        "valid_size": 4,
+        "valid_every": 4,
+        "save_every": 2,
+        "dtype": "float32",
+        "threads": 1,
+        "ppt": settings(file, formats=["choice", "pair"], terms="made up").model_dump(mode="json"),
+    }
+    return PretrainConfig.model_validate(values | changes)
+
+
+class KilledError(Exception):
+    """Stands for the death of the process."""
+
+
+def test_training_on_text_goes_on_where_it_was_killed(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    file = corpus(tmp_path / "corpus.txt", 80)
+    config = recipe(file, tiny_bert_dir)
+    scores = pretrain(config, tmp_path / "whole", None, lambda *_: None)
+    assert set(scores) == {"ppt-choice", "ppt-pair"}
+
+    def killer(progress: Any, steps: int) -> None:
+        if progress.step == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        pretrain(config, tmp_path / "out", None, killer)
+    pretrain(config, tmp_path / "out", None, lambda *_: None, resume=True)
+    for name in ("checkpoint.safetensors", "artifact/model.safetensors", "artifact/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    prompt = ModularPrompt.load(tmp_path / "out" / "artifact")
+    assert (prompt.config.kind, prompt.config.layers, prompt.config.modules) == ("ppt", 1, 1)
+    assert prompt.config.tasks == ()
+    assert prompt.config.sources == ("ppt-choice: corpus.txt (made up)", "ppt-pair: corpus.txt (made up)")
+    assert str(tmp_path) not in (tmp_path / "out" / "artifact" / "README.md").read_text(encoding="utf-8")
+    assert prompt.config.training["recipe"]["ppt"]["corpus"] == ["corpus.txt"]
+    LocalOracle(load_backbone(str(tiny_bert_dir)), prompt)
+
+
+def test_next_sentences_can_be_learnt(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    # Each document has a character of its own, so the next sentence is easy to tell from those of others.
+    file, rng = tmp_path / "corpus.txt", np.random.default_rng(0)
+    blocks = []
+    for number in range(60):
+        mark = tiny.HANZI[500 + number] * 3
+        blocks.append("\n".join(mark + tiny_prompt.words(rng, 2, 4) + "。" for _ in range(6)))
+    file.write_text("\n\n".join(blocks), encoding="utf-8")
+    options = settings(file, options=[2, 2]).model_dump(mode="json")
+    quick = {"prompt_scale": 1.0, "head_rate": 0.05, "module_rate": 0.1, "projection_rate": 0.05}
+    config = recipe(file, tiny_bert_dir, steps=60, per_task=8, tasks_per_step=1, ppt=options, noise_from=1.0, **quick)
+    losses: list[float] = []
+    pretrain(config, tmp_path / "out", None, lambda progress, _: losses.append(progress.loss))
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_a_corpus_that_will_not_do(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"ppt\.corpus: .*nowhere\.txt: no such file"):
+        pretrain(recipe(tmp_path / "nowhere.txt", tiny_bert_dir), tmp_path / "a", None, lambda *_: None)
+    few = corpus(tmp_path / "few.txt", 1)
+    with pytest.raises(DataError, match="too few documents for the format"):
+        pretrain(recipe(few, tiny_bert_dir), tmp_path / "b", None, lambda *_: None)
