@@ -279,7 +279,7 @@ def read_result(directory: RunDirectory) -> Result:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DiskError(f"{directory.path / RESULT}: damaged: {where}: {first['msg']}; tune again") from None
+        raise DiskError(f"{directory.path / RESULT}: damaged: {where}: {' '.join(first['msg'].split())}; tune again") from None
 
 
 def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -287,7 +287,7 @@ def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.f
     try:
         point = load(directory.read_bytes(PROMPT))["point"]
     except (SafetensorError, KeyError, ValueError) as error:
-        raise DiskError(f"{file}: damaged ({error}); tune again") from None
+        raise DiskError(f"{file}: damaged ({' '.join(str(error).split())[:200]}); tune again") from None
     if point.shape != shape or not np.isfinite(point).all():
         raise DiskError(f"{file}: the point has shape {point.shape}, not {shape}, or is not finite; tune again")
     return np.asarray(point, dtype=np.float32)
