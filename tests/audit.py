@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Audit", "Execution", "audit", "settled"]
+__all__ = ["Audit", "Execution", "audit", "paid", "settled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,13 @@ def audit(journal: bytes, budget: int, log: Sequence[Execution], kept: Sequence[
     again = sum(1 for _, ids in batches if times[ids[0]] > 1 for _ in range(times[ids[0]] - 1))
     assert again <= len(kept), f"{again} batches were repeated by {len(kept)} deaths: more than was in doubt"
     return Audit(len(reserved), len(values), times.total(), times.total() - len(times))
+
+
+def paid(journal: bytes, entry: Execution) -> bool:
+    """Whether a journal, perhaps torn, holds a reservation for a request."""
+    whole = journal[: journal.rfind(b"\n") + 1]
+    batches = [(record["kind"], record["ids"]) for record in _records(whole) if record["op"] == "reserve"]
+    return entry.kind == "test" or bool(_ids(entry, batches))
 
 
 def settled(journal: bytes) -> frozenset[str]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import toyruns
-from audit import Audit, Execution, audit, settled
+from audit import Audit, Execution, audit, paid, settled
 
 from bbprompt.oracle import Oracle, OracleInfo, Scores, TextBatch
 from bbprompt.run import Prepared
@@ -70,7 +70,7 @@ class Server:
             data = labelled(self.run.task, examples, for_loss=kind != "test")
             self.batches[bytes.fromhex(data.batch.digest())] = kind, data
 
-    def serve(self, connection: socket.socket, life: int, before: bool, after: bool) -> bool:
+    def serve(self, connection: socket.socket, folder: Path, life: int, before: bool, after: bool) -> bool:
         """Answer one request; return False if the run is to die, before it is carried out or before it is answered."""
         try:
             head = _received(connection, _REQUEST.size)
@@ -84,7 +84,9 @@ class Server:
         kind, data = self.batches[digest]
         scores = self.oracle.score(data.batch, rows, self.run.readout.support, None)
         losses = self.run.readout.losses(scores, data.batch, data.gold).mean(axis=1)
-        self.log.append(Execution(kind, tuple(row.tobytes() for row in rows), tuple(losses.tolist()), life))
+        entry = Execution(kind, tuple(row.tobytes() for row in rows), tuple(losses.tolist()), life)
+        assert paid((folder / JOURNAL).read_bytes(), entry), f"{count} {kind} calls were sent before they were paid for"
+        self.log.append(entry)
         if after:
             return False
         texts, options = scores.normalizer.shape[1], scores.logits.shape[1]
@@ -134,7 +136,7 @@ def live(server: Server, folder: Path, life: int, death: Death) -> bool:
                 return _ended(pid)
             requests += 1
             due = death.at == requests
-            if not server.serve(ours, life, due and death.kind == "sent", due and death.kind == "carried out"):
+            if not server.serve(ours, folder, life, due and death.kind == "sent", due and death.kind == "carried out"):
                 break
         os.kill(pid, signal.SIGKILL)
         return _ended(pid)
