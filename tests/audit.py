@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Audit", "Execution", "audit", "paid", "settled"]
+__all__ = ["Audit", "Execution", "audit", "doubtful", "paid", "settled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,12 @@ def paid(journal: bytes, entry: Execution) -> bool:
     whole = journal[: journal.rfind(b"\n") + 1]
     batches = [(record["kind"], record["ids"]) for record in _records(whole) if record["op"] == "reserve"]
     return entry.kind == "test" or bool(_ids(entry, batches))
+
+
+def doubtful(journal: bytes) -> int:
+    """How many calls a journal, perhaps torn, has reserved and not settled."""
+    whole = journal[: journal.rfind(b"\n") + 1]
+    return sum(len(record["ids"]) * (1 if record["op"] == "reserve" else -1) for record in _records(whole))
 
 
 def settled(journal: bytes) -> frozenset[str]:

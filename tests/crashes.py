@@ -11,18 +11,55 @@ import errno
 import json
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import toyruns
+from audit import Execution, doubtful, paid
 from faultdisk import IMAGES, Crash, FaultDisk, Image
 
 from bbprompt.errors import DiskError
 from bbprompt.journal import Journal
+from bbprompt.oracle import OracleInfo, Scores, TextBatch
 from bbprompt.run import Prepared
 from bbprompt.rundir import CURVE, JOURNAL, MANIFEST
+from bbprompt.scoring import labelled
 
 RUN = Path("/runs/run")
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+class Witness:
+    """An oracle that looks at the disk whenever it is asked: the call is paid for, and all before it are settled, both durably."""
+
+    def __init__(self, run: Prepared, disk: FaultDisk) -> None:
+        self.inner, self.disk = run.oracle, disk
+        self.kinds = {
+            labelled(run.task, examples, for_loss=kind != "test").batch: kind
+            for kind, examples in (("train", run.few.train), ("dev", run.few.dev), ("test", run.test))
+        }
+
+    @property
+    def info(self) -> OracleInfo:
+        return self.inner.info
+
+    def score(self, batch: TextBatch, points: Any, *more: Any) -> Scores:
+        journal = self.disk.durable(RUN / JOURNAL)
+        asked = Execution(self.kinds[batch], tuple(row.tobytes() for row in points), (), 0)
+        assert paid(journal, asked), "a call was sent before it was durably paid for"
+        assert doubtful(journal) <= (0 if asked.kind == "test" else len(points)), (
+            "a call was sent while an earlier answer, used already, was not durable"
+        )
+        return self.inner.score(batch, points, *more)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def going(run: Prepared, disk: FaultDisk) -> None:
+    """Begin or go on, under the eyes of a witness."""
+    toyruns.tuned(replace(run, oracle=Witness(run, disk)), RUN, disk)
 
 
 def small(name: str = "joint", budget: int = 40) -> Prepared:
@@ -33,7 +70,7 @@ def small(name: str = "joint", budget: int = 40) -> Prepared:
 def alone(run: Prepared) -> tuple[dict[str, bytes], int]:
     """What the run leaves when nothing disturbs it, and the operations it takes."""
     disk = FaultDisk()
-    toyruns.tuned(run, RUN, disk)
+    going(run, disk)
     return left(disk), len(disk.operations)
 
 
@@ -44,7 +81,7 @@ def left(disk: FaultDisk) -> dict[str, bytes]:
 
 def finished(run: Prepared, disk: FaultDisk, expected: dict[str, bytes], where: str) -> None:
     """Go on to the end, and compare all that a run leaves but the seconds it took."""
-    toyruns.tuned(run, RUN, disk)
+    going(run, disk)
     found, whole = toyruns.outcome(left(disk)), toyruns.outcome(expected)
     for name, data in whole.items():
         assert found[name] == data, f"{where}: {name} differs from that of the run left alone"
@@ -59,7 +96,7 @@ def crash_points(run: Prepared, images: Iterable[Image] = IMAGES, points: Iterab
     for point in points or range(1, operations + 1):
         disk = FaultDisk(point)
         try:
-            toyruns.tuned(run, RUN, disk)
+            going(run, disk)
         except Crash:
             pass
         else:
@@ -82,7 +119,7 @@ def crash_chains(run: Prepared, chains: int, seed: int, longest: int = 4) -> int
             image = random_.choice(IMAGES)
             story.append((disk.fail_at, image))
             try:
-                toyruns.tuned(run, RUN, disk)
+                going(run, disk)
             except Crash:
                 count += 1
             disk = disk.rebooted(image, random_.random())
@@ -100,7 +137,7 @@ def failing_disk(run: Prepared, codes: Iterable[int] = CODES, points: Iterable[i
                 disk = FaultDisk(point, code, persistent)
                 where = f"errno {code} at operation {point}, persistent={persistent}"
                 try:
-                    toyruns.tuned(run, RUN, disk)
+                    going(run, disk)
                 except DiskError as error:
                     assert error.exit_code == 74, where
                     assert "\n" not in str(error), where

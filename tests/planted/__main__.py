@@ -1,8 +1,7 @@
 """Test the tests: plant one bug at a time in a copy of the source, and see that the tests turn red.
 
 ``python -m tests.planted [NAME ...]``, from the root of the repository. Each ``*.patch`` beside this file says what it
-breaks and which tests must notice; those tests must pass on the copy before the patch, and one of them must fail each
-of them must fail after it.
+breaks and which tests must notice: each of them must pass on the copy before the patch, and fail after it.
 """
 
 from __future__ import annotations
