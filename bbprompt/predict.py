@@ -279,7 +279,9 @@ def read_result(directory: RunDirectory) -> Result:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DiskError(f"{directory.path / RESULT}: damaged: {where}: {' '.join(first['msg'].split())}; tune again") from None
+        raise DiskError(
+            f"{directory.path / RESULT}: damaged: {where}: {' '.join(first['msg'].split())}; tune again"
+        ) from None
 
 
 def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.float32]:

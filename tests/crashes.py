@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 class Witness:
-    """An oracle that looks at the disk whenever it is asked: the call is paid for, and all before it are settled, both durably."""
+    """An oracle that looks at the disk when it is asked: this call is paid for and all before are settled, durably."""
 
     def __init__(self, run: Prepared, disk: FaultDisk) -> None:
         self.inner, self.disk = run.oracle, disk
@@ -139,10 +140,11 @@ def failing_disk(run: Prepared, codes: Iterable[int] = CODES, points: Iterable[i
                 try:
                     going(run, disk)
                 except DiskError as error:
-                    assert error.exit_code == 74, where
-                    assert "\n" not in str(error), where
+                    said = error
                 else:
                     raise AssertionError(f"{where}: the run went on as if nothing had happened")
+                assert said.exit_code == 74, where
+                assert "\n" not in str(said), where
                 assert len(disk.operations) == point, f"{where}: the disk was used again"
                 disk.fail_at = None
                 finished(run, disk, expected, where)
@@ -155,7 +157,7 @@ def prefixes(run: Prepared) -> int:
     expected, _ = alone(run)
     journal = expected[JOURNAL]
     ends = [0] + [at + 1 for at, byte in enumerate(journal) if byte == 10]
-    torn = [(start + end) // 2 for start, end in zip(ends, ends[1:], strict=False)]
+    torn = [(start + end) // 2 for start, end in pairwise(ends)]
     return _cuts(run, expected, [*ends, *torn])
 
 

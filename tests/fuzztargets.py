@@ -81,7 +81,23 @@ def mutants(seeds: tuple[bytes, ...], count: int, seed: str) -> Iterator[bytes]:
 #: What no field of ours expects; the nested lists are as deep as the parsers' own limits lie.
 ODD = (
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, 1e-320, 1.0),
-    *("", " ", "x", "nan", "inf", "0x1p99999", "-0x1p-2000", "1e999", "9" * 5000, "\ud800", "\0", "..", "a\nb", "１", "是" * 70),
+    *(
+        "",
+        " ",
+        "x",
+        "nan",
+        "inf",
+        "0x1p99999",
+        "-0x1p-2000",
+        "1e999",
+        "9" * 5000,
+        "\ud800",
+        "\0",
+        "..",
+        "a\nb",
+        "１",
+        "是" * 70,
+    ),
     *([], {}, [[]], [None], {"": {}}, ["a", "a"], [1e308, -1e308]),
 )
 
@@ -300,9 +316,7 @@ def targets() -> dict[str, Target]:
 
     found["curve"] = Target((b"calls,stage,train_loss,best_dev,seconds\n2,start,0.7,0.5,0.1\n9,a,0,,1\n",), curve, ())
     point = save({"point": np.ones((3, 4), np.float32), "router": np.ones((3, 2), np.float32)})
-    found["prompt"] = Target(
-        (point,), lambda data: _read_point(directory(PROMPT, data), (3, 4)), (DiskError,)
-    )
+    found["prompt"] = Target((point,), lambda data: _read_point(directory(PROMPT, data), (3, 4)), (DiskError,))
     found["result"] = Target((_result(),), lambda data: read_result(directory(RESULT, data)), (DiskError,))
     return found
 

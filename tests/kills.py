@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,8 @@ class Server:
             return False
         texts, options = scores.normalizer.shape[1], scores.logits.shape[1]
         head = _REPLY.pack(count, options, texts, scores.cut)
-        try:
+        with suppress(BrokenPipeError):
             connection.sendall(head + scores.logits.tobytes() + scores.normalizer.tobytes())
-        except BrokenPipeError:
-            pass
         return True
 
 

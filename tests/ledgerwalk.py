@@ -46,7 +46,7 @@ class Walk:
         try:
             self.ledger.reserve(batch, kind)  # type: ignore[arg-type]
         except (LedgerError, BudgetExhausted) as error:
-            assert not (allowed and fits), f"refused: {error}"
+            assert not (allowed and fits), f"refused: {error}"  # noqa: PT017
         else:
             assert allowed, "one id under two kinds"
             assert fits, "more than the limit"
@@ -62,13 +62,13 @@ class Walk:
         try:
             self.ledger.settle(batch, [{"loss": loss}] * len(batch))
         except LedgerError as error:
-            assert not allowed, f"refused: {error}"
+            assert not allowed, f"refused: {error}"  # noqa: PT017
         else:
             assert allowed, f"{loss} was settled for {batch}"
             self.values |= dict.fromkeys(batch, loss)
 
     def crash(self) -> None:
-        """Die in the middle of an operation, or between two; what was acknowledged must be there, and no other value."""
+        """Die in the middle of an operation, or between two; what was acknowledged must be there."""
         before = dict(self.kinds), dict(self.values)
         if self.random.random() < 0.7:
             self.disk.fail_at = len(self.disk.operations) + self.random.randint(1, 2)

