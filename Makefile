@@ -1,5 +1,9 @@
 # make demo   from nothing to a finished run on the bundled sample
 # make test   everything a change must pass
+# make promises, make promises-nightly, make promises-release
+#             what is promised about kills, power cuts, budgets and foreign bytes, tested in three depths; a report of
+#             each in reports/
+# make planted  plants known bugs one by one and sees that the tests turn red
 # make clean  removes the virtual environment
 #
 # The default torch of PyPI for Linux is a CUDA build of several GB. For the small CPU build:
@@ -10,12 +14,13 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 BUDGET ?= 8000
+SEED ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := pyproject.toml .ci/constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test promises promises-nightly promises-release planted clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bbprompt tune --task lcqmc --budget $(BUDGET)
@@ -25,6 +30,15 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+promises: TIER := commit
+promises-nightly: TIER := nightly
+promises-release: TIER := release
+promises promises-nightly promises-release: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/promises.py $(TIER) --seed $(SEED) --report reports/promises-$(TIER)-$(SEED).txt
+
+planted: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.planted
 
 clean:
 	rm -rf $(VENV)

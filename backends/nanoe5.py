@@ -155,7 +155,8 @@ def dequantise(raw: bytes | npt.NDArray[np.uint8], count: int) -> npt.NDArray[np
     weights = np.empty((len(blocks), BLOCK), dtype=np.float32)
     np.subtract(codes & 0x0F, 8.0, out=weights[:, : BLOCK // 2], dtype=np.float32)
     np.subtract(codes >> 4, 8.0, out=weights[:, BLOCK // 2 :], dtype=np.float32)
-    weights *= scale
+    with np.errstate(invalid="ignore"):  # an infinite scale times zero; whoever reads a file looks for NaN
+        weights *= scale
     return weights.reshape(count)
 
 

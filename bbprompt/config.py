@@ -334,13 +334,14 @@ def parse_set(pairs: Sequence[str]) -> dict[str, Any]:
     changes = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
+        shown = repr(pair)[1:-1][:80]
         if not equals or not key:
-            raise UsageError(f"--set {pair}: expected dotted.key=value")
+            raise UsageError(f"--set {shown}: expected dotted.key=value")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UsageError(f"--set {pair}: '{text}' is not a plain value") from error
+            raise UsageError(f"--set {shown}: not a plain value behind the equals sign") from error
         if isinstance(value, (dict, list)):
-            raise UsageError(f"--set {pair}: one number, word or true/false is expected")
+            raise UsageError(f"--set {shown}: one number, word or true/false is expected")
         changes[key] = value
     return changes

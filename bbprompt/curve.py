@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from bbprompt.rundir import CURVE, RunDirectory
@@ -34,12 +35,15 @@ class CurveClock:
 
 
 def _seconds(directory: RunDirectory) -> list[float]:
-    if not (directory.path / CURVE).is_file():
+    if not directory.holds(CURVE):
         return []
-    seconds = []
-    for line in directory.read_bytes(CURVE).decode("utf-8", errors="replace").splitlines()[1:]:
+    seconds: list[float] = []
+    for line in directory.read_bytes(CURVE).decode("utf-8", errors="replace").split("\n")[1:]:
         try:
-            seconds.append(float(line.rsplit(",", 1)[1]))
+            second = float(line.rsplit(",", 1)[1])
         except (IndexError, ValueError):
             break  # the curve is not durable row by row: its last row may be torn
+        if not (seconds[-1] if seconds else 0.0) <= second < math.inf:
+            break  # a clock does not run backwards: what is left of this row is not what was written
+        seconds.append(second)
     return seconds

@@ -70,15 +70,23 @@ def _checked(line: bytes, number: int, run_id: str) -> dict[str, Any]:
         if line.endswith(b"\r"):
             raise ValueError("ends in CR LF: an editor or a file transfer has converted the line ends")
         raise ValueError("does not match its checksum")
-    entry = json.loads(payload)
+    try:
+        entry = json.loads(payload)
+    except RecursionError:
+        raise ValueError("is nested too deep for a journal line") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("record"), dict):
         raise ValueError("is not a journal line")
     if entry.get("run") != run_id:
-        raise ValueError(f"belongs to run {entry.get('run')}, and manifest.json says this is run {run_id}")
+        raise ValueError(f"belongs to run {_short(entry.get('run'))}, and manifest.json says this is run {run_id}")
     if entry.get("n") != number:
-        raise ValueError(f"carries number {entry.get('n')}: lines were removed, repeated or moved")
+        raise ValueError(f"carries number {_short(entry.get('n'))}: lines were removed, repeated or moved")
     record: dict[str, Any] = entry["record"]
     return record
+
+
+def _short(value: object) -> str:
+    """A value for a message: one line, at most 40 characters."""
+    return " ".join(str(value).split())[:40]
 
 
 def _verified(path: Path, run_id: str, data: bytes) -> tuple[list[dict[str, Any]], int]:

@@ -63,9 +63,9 @@ class Ledger:
         for number, record in enumerate(journal.records, start=1):
             try:
                 self._apply(record)
-            except (LedgerError, ValueError, LookupError, TypeError, AttributeError) as error:
+            except (LedgerError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
                 raise JournalCorrupt(
-                    f"{journal.path}:{number}: this line makes no sense here ({error}); "
+                    f"{journal.path}:{number}: this line makes no sense here ({' '.join(str(error).split())[:200]}); "
                     "it was written by another version or edited: start again in a new --run-dir"
                 ) from error
         if self.reserved > limit:

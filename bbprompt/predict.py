@@ -315,7 +315,9 @@ def read_result(directory: RunDirectory) -> Result:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DiskError(f"{directory.path / RESULT}: damaged: {where}: {first['msg']}; tune again") from None
+        raise DiskError(
+            f"{directory.path / RESULT}: damaged: {where}: {' '.join(first['msg'].split())}; tune again"
+        ) from None
 
 
 def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -332,7 +334,9 @@ def _read_tensors(directory: RunDirectory) -> dict[str, NDArray[Any]]:
     try:
         return dict(load(directory.read_bytes(PROMPT)))
     except (SafetensorError, ValueError) as error:
-        raise DiskError(f"{directory.path / PROMPT}: damaged ({error}); tune again") from None
+        raise DiskError(
+            f"{directory.path / PROMPT}: damaged ({' '.join(str(error).split())[:200]}); tune again"
+        ) from None
 
 
 def _prediction(names: Sequence[str], shares: NDArray[np.float64]) -> Prediction:

@@ -160,7 +160,11 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Whether the run has its result."""
-        return self._disk.exists(self.path / RESULT)
+        return self.holds(RESULT)
+
+    def holds(self, name: str) -> bool:
+        """Whether the run has a file of this name."""
+        return self._disk.exists(self.path / name)
 
     def journal(self) -> Journal:
         """The journal of this run, opened at the first call; it is closed with the directory."""

@@ -7,7 +7,7 @@ that the next process finds, as one of four images:
 
 * ``nothing``: only what was synced;
 * ``everything``: all that was written (what a killed process leaves);
-* ``prefix``: all names, and half of the unsynced bytes of each file;
+* ``prefix``: all names, and a share of the unsynced bytes of each file, half of them unless told otherwise;
 * ``renamed``: all names, but only synced bytes, so an unsynced file under a new name is empty or old.
 """
 
@@ -74,7 +74,7 @@ class FaultDisk:
             node.durable = data
             self._durable[path] = node
 
-    def rebooted(self, image: Image) -> FaultDisk:
+    def rebooted(self, image: Image, share: float = 0.5) -> FaultDisk:
         """The disk that the next process finds after a crash; without faults."""
         names = self._durable if image == "nothing" else self._seen
         disk = FaultDisk()
@@ -87,7 +87,7 @@ class FaultDisk:
             if image == "everything":
                 data = node.seen
             elif image == "prefix" and node.seen.startswith(node.durable):
-                data = node.seen[: (len(node.durable) + len(node.seen)) // 2]
+                data = node.seen[: len(node.durable) + int(share * (len(node.seen) - len(node.durable)))]
             else:
                 data = node.durable
             disk._seen[path] = Node(data, data)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,60 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
             read_records(tmp_path / name)
     with pytest.raises(DataError, match="no such file"):
         read_records(tmp_path / "z.jsonl")
+
+
+def test_devices_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").symlink_to("/dev/zero")
+    for read in (read_records, recordfile.read_texts):
+        with pytest.raises(DataError, match="not a regular file"):
+            read(tmp_path / "x.jsonl")
+
+
+def test_a_gzip_bomb_ends_at_the_longest_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recordfile, "MAX_LINE", 1_000_000)
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(b" " * 50_000_000))
+    tracemalloc.start()
+    with pytest.raises(DataError, match="the line is longer"):
+        list(read_records(tmp_path / "x.jsonl.gz"))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_records_stream(tmp_path: Path) -> None:
+    with (tmp_path / "x.jsonl").open("wb") as file:
+        for _ in range(20):
+            file.write(GOOD.encode() * 1_000)
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(tmp_path / "x.jsonl")) == 20_000
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "é",
+        "e\u0301",
+        "\u202eabc",
+        "👩‍👩‍👧‍👦",
+        "\u200bnichts",
+        "[MASK]",
+        "{text_b}",
+        "{{}}",
+        "<mask></s>",
+        "a\tb",
+        "x\0y",
+        "Ａ",
+        "한글",
+    ],
+)
+def test_texts_stay_as_they_are(tmp_path: Path, text: str) -> None:
+    record = {"text_a": text, "text_b": "答", "label": "1"}
+    fill(tmp_path, train__jsonl=jsonl([record, record]))
+    first, again = open_data(toy(), tmp_path).split("train")
+    assert first.fields["text_a"] == text
+    assert first.uid == again.uid
+    assert "".join(part.text for part in toy().render(first).parts) == text + "答"
 
 
 def test_missing_pyarrow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,19 @@ def test_what_is_not_a_value_of_a_reserved_call_is_refused(disk: FaultDisk) -> N
     assert ledger.in_doubt == ("a", "b")
 
 
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("code", [5, 28])
+def test_a_value_that_may_not_be_durable_is_not_there(after: int, code: int) -> None:
+    disk = FaultDisk()
+    ledger = ledger_on(disk, 2)
+    ledger.reserve(["a", "b"], "train")
+    disk.fail_at, disk.code = len(disk.operations) + after, code
+    with pytest.raises(DiskError):
+        ledger.settle(["a", "b"], [{"loss": 0.1}, {"loss": 0.2}])
+    assert ledger.settled("a") is None
+    assert ledger.in_doubt == ("a", "b")
+
+
 def test_settled_values_cannot_be_changed(disk: FaultDisk) -> None:
     ledger = ledger_on(disk, 1)
     ledger.reserve(["a"], "train")

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny_prompt
 
-from bbprompt.config import MethodConfig, load_method, method_with
+from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.data import DataSource, data_digest
+from bbprompt.disk import Disk, RealDisk
 from bbprompt.evaluate import Evaluator
-from bbprompt.journal import Journal
+from bbprompt.fewshot import FewShot
+from bbprompt.journal import Journal, canonical_json
 from bbprompt.ledger import Ledger
 from bbprompt.oracle import Oracle, Scores
 from bbprompt.prompts import PromptSpace
 from bbprompt.readout import SpanReadout
+from bbprompt.result import Result
+from bbprompt.run import Prepared, Watcher, tune
+from bbprompt.rundir import CURVE, JOURNAL, MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import Labelled, labelled
 from bbprompt.task import Task
 from bbprompt.testing import ToyOracle
@@ -83,6 +91,80 @@ METHODS: dict[str, MethodConfig] = {
     "upstream": method_with(load_method("mp2-deep"), {"prompt": None, "router.calls": 8, "router.random": 4}),
     "nothing": method_with(load_method("mp2-deep"), {"router": None, "prompt": None}),
 }
+
+
+class Remembering:
+    """An oracle that answers what it was asked before from memory, so that a run can be repeated by the hundred."""
+
+    def __init__(self, inner: Oracle) -> None:
+        self.inner = inner
+        self.known: dict[Any, Scores] = {}
+
+    @property
+    def info(self) -> Any:
+        return self.inner.info
+
+    def score(self, batch: Any, points: Any, *more: Any) -> Scores:
+        key = (batch, points.tobytes(), *more)
+        if key not in self.known:
+            self.known[key] = self.inner.score(batch, points, *more)
+        return self.known[key]
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class Toy(Prepared):
+    """A run whose manifest, which asks for the versions of many packages, is made only once."""
+
+    def manifest(self) -> dict[str, Any]:
+        key = f"{self.config!r} {self.method!r} {self.oracle.info!r}"
+        if key not in _MANIFESTS:
+            _MANIFESTS[key] = Prepared.manifest(self)
+        return _MANIFESTS[key]
+
+
+_MANIFESTS: dict[str, dict[str, Any]] = {}
+
+
+def prepared(method: MethodConfig, budget: int, *, seed: int = 1, oracle: Oracle | None = None) -> Prepared:
+    """A whole run, everything open, without the files of a model."""
+    oracle = oracle or Remembering(ToyOracle())
+    config = TuneConfig(task=TASK.name, method=method.name, budget=budget, seed=seed, threads=1)
+    examples = [TASK.example(record) for record in tiny_prompt.pair_records(40, 1)]
+    few = FewShot(tuple(examples[:12]), tuple(examples[12:22]), data_digest(examples[:22]))
+    return Toy(
+        config=config,
+        method=method,
+        task=TASK,
+        data=DataSource(TASK, "path", "toy", {}),
+        few=few,
+        test=tuple(examples[22:30]),
+        prompt=tiny_prompt.artifact(Path("toy"), "toy", layers=3),
+        oracle=oracle,
+        threads=1,
+        load_seconds=0.0,
+    )
+
+
+def tuned(run: Prepared, path: Path, disk: Disk | None = None, watcher: Watcher | None = None) -> Result:
+    """Begin the run in its directory, or go on with it, to its end."""
+    disk = disk or RealDisk()
+    begun = disk.exists(path) and MANIFEST in disk.names(path)
+    with RunDirectory.open(path, disk) if begun else RunDirectory.create(path, run.manifest(), disk) as directory:
+        return tune(run, directory, watcher)
+
+
+def outcome(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Of the files of a finished run what must not depend on its fate: all but the seconds it took."""
+    kept = {name: files[name] for name in (MANIFEST, JOURNAL, PROMPT)}
+    kept[CURVE] = b"\n".join(row.rpartition(b",")[0] for row in files[CURVE].splitlines())
+    result = json.loads(files[RESULT])
+    del result["seconds"]
+    for stage in result["stages"]:
+        del stage["seconds"]
+    kept[RESULT] = canonical_json(result)
+    return kept
 
 
 def run(

@@ -1,0 +1,193 @@
+"""Whole runs on the toy oracle, stopped at chosen operations of a simulated disk, or with their journal cut.
+
+Each function repeats one scenario and returns what it counted; an ``AssertionError`` names the first that did not end
+as the run that was left alone. `FaultDisk` keeps cached and durable bytes apart, which a killed process cannot show:
+the page cache survives it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import toyruns
+from audit import Execution, doubtful, paid
+from faultdisk import IMAGES, Crash, FaultDisk, Image
+
+from bbprompt.errors import DiskError
+from bbprompt.journal import Journal
+from bbprompt.oracle import OracleInfo, Scores, TextBatch
+from bbprompt.run import Prepared
+from bbprompt.rundir import CURVE, JOURNAL, MANIFEST
+from bbprompt.scoring import labelled
+
+RUN = Path("/runs/run")
+CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
+class Witness:
+    """An oracle that looks at the disk when it is asked: this call is paid for and all before are settled, durably."""
+
+    def __init__(self, run: Prepared, disk: FaultDisk) -> None:
+        self.inner, self.disk = run.oracle, disk
+        self.kinds = {
+            labelled(run.task, examples, for_loss=kind != "test").batch: kind
+            for kind, examples in (("train", run.few.train), ("dev", run.few.dev), ("test", run.test))
+        }
+
+    @property
+    def info(self) -> OracleInfo:
+        return self.inner.info
+
+    def score(self, batch: TextBatch, points: Any, *more: Any) -> Scores:
+        journal = self.disk.durable(RUN / JOURNAL)
+        asked = Execution(self.kinds[batch], tuple(row.tobytes() for row in points), (), 0)
+        assert paid(journal, asked), "a call was sent before it was durably paid for"
+        assert doubtful(journal) <= (0 if asked.kind == "test" else len(points)), (
+            "a call was sent while an earlier answer, used already, was not durable"
+        )
+        return self.inner.score(batch, points, *more)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def going(run: Prepared, disk: FaultDisk) -> None:
+    """Begin or go on, under the eyes of a witness."""
+    toyruns.tuned(replace(run, oracle=Witness(run, disk)), RUN, disk)
+
+
+def small(name: str = "joint", budget: int = 40) -> Prepared:
+    """A run of a few generations that takes milliseconds once its oracle has answered everything."""
+    return toyruns.prepared(toyruns.METHODS[name], budget)
+
+
+def alone(run: Prepared) -> tuple[dict[str, bytes], int]:
+    """What the run leaves when nothing disturbs it, and the operations it takes."""
+    disk = FaultDisk()
+    going(run, disk)
+    return left(disk), len(disk.operations)
+
+
+def left(disk: FaultDisk) -> dict[str, bytes]:
+    """Name and content of what is in the run directory."""
+    return {Path(name).name: data for name, data in disk.files().items()}
+
+
+def finished(run: Prepared, disk: FaultDisk, expected: dict[str, bytes], where: str) -> None:
+    """Go on to the end, and compare all that a run leaves but the seconds it took."""
+    going(run, disk)
+    found, whole = toyruns.outcome(left(disk)), toyruns.outcome(expected)
+    for name, data in whole.items():
+        assert found[name] == data, f"{where}: {name} differs from that of the run left alone"
+    assert found.keys() == whole.keys(), where
+
+
+def crash_points(run: Prepared, images: Iterable[Image] = IMAGES, points: Iterable[int] | None = None) -> int:
+    """A power cut at every operation, with each image of what the disk kept; then resume."""
+    expected, operations = alone(run)
+    count = 0
+    images = tuple(images)
+    for point in points or range(1, operations + 1):
+        disk = FaultDisk(point)
+        try:
+            going(run, disk)
+        except Crash:
+            pass
+        else:
+            raise AssertionError(f"operation {point} of {operations} was never reached")
+        for image in images:
+            finished(run, disk.rebooted(image), expected, f"power cut at operation {point}, {image} kept")
+            count += 1
+    return count
+
+
+def crash_chains(run: Prepared, chains: int, seed: int, longest: int = 4) -> int:
+    """Several power cuts in a row at random operations, the resumes included."""
+    expected, operations = alone(run)
+    random_ = random.Random(seed)
+    count = 0
+    for _ in range(chains):
+        disk, story = FaultDisk(), []
+        for _ in range(random_.randint(2, longest)):
+            disk.fail_at = random_.randint(1, operations)
+            image = random_.choice(IMAGES)
+            story.append((disk.fail_at, image))
+            try:
+                going(run, disk)
+            except Crash:
+                count += 1
+            disk = disk.rebooted(image, random_.random())
+        finished(run, disk, expected, f"power cuts {story}")
+    return count
+
+
+def failing_disk(run: Prepared, codes: Iterable[int] = CODES, points: Iterable[int] | None = None) -> int:
+    """A disk that refuses an operation, once or from then on: a `DiskError`, no further operation, then resume."""
+    expected, operations = alone(run)
+    count = 0
+    for code in codes:
+        for persistent in (False, True):
+            for point in points or range(1, operations + 1):
+                disk = FaultDisk(point, code, persistent)
+                where = f"errno {code} at operation {point}, persistent={persistent}"
+                try:
+                    going(run, disk)
+                except DiskError as error:
+                    said = error
+                else:
+                    raise AssertionError(f"{where}: the run went on as if nothing had happened")
+                assert said.exit_code == 74, where
+                assert "\n" not in str(said), where
+                assert len(disk.operations) == point, f"{where}: the disk was used again"
+                disk.fail_at = None
+                finished(run, disk, expected, where)
+                count += 1
+    return count
+
+
+def prefixes(run: Prepared) -> int:
+    """The journal ends after every record, the last of them whole or torn in its middle; then resume."""
+    expected, _ = alone(run)
+    journal = expected[JOURNAL]
+    ends = [0] + [at + 1 for at, byte in enumerate(journal) if byte == 10]
+    torn = [(start + end) // 2 for start, end in pairwise(ends)]
+    return _cuts(run, expected, [*ends, *torn])
+
+
+def repairs(run: Prepared) -> int:
+    """The journal ends after every single byte: opened again it holds its whole lines, durably, and no more."""
+    expected, _ = alone(run)
+    whole = expected[JOURNAL]
+    for end in range(len(whole) + 1):
+        disk = FaultDisk()
+        disk.put(RUN / JOURNAL, whole[:end], durable=True)
+        Journal(RUN / JOURNAL, json.loads(expected[MANIFEST])["run_id"], disk)
+        assert disk.durable(RUN / JOURNAL) == whole[: whole.rfind(b"\n", 0, end) + 1], f"cut after byte {end}"
+    return len(whole) + 1
+
+
+def byte_cuts(run: Prepared) -> int:
+    """The journal ends after every single byte; then resume."""
+    expected, _ = alone(run)
+    return _cuts(run, expected, range(len(expected[JOURNAL]) + 1))
+
+
+def _cuts(run: Prepared, expected: dict[str, bytes], ends: Iterable[int]) -> int:
+    count = 0
+    for end in ends:
+        disk = FaultDisk()
+        disk.make_folder(RUN.parent)
+        disk.make_folder(RUN)
+        for name in (MANIFEST, CURVE):
+            disk.put(RUN / name, expected[name], durable=True)
+        disk.put(RUN / JOURNAL, expected[JOURNAL][:end], durable=True)
+        finished(run, disk.rebooted("everything"), expected, f"journal cut after byte {end}")
+        count += 1
+    return count

@@ -1,0 +1,147 @@
+"""The promises, on whole runs: killed, cut off from power or refused by the disk, a run ends as if nothing had been.
+
+The counts here are those of every commit; ``python tests/promises.py nightly`` repeats the same with greater ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import crashes
+import ledgerwalk
+import pytest
+from audit import Execution, audit, settled
+from faultdisk import FaultDisk
+
+from bbprompt.run import Prepared
+
+
+@pytest.fixture(scope="module")
+def run() -> Prepared:
+    return crashes.small()
+
+
+def test_a_power_cut_at_every_operation(run: Prepared) -> None:
+    operations = crashes.alone(run)[1]
+    images = ("nothing", "everything", "prefix", "renamed")
+    # Every operation with one image here, and with all four at night; the loop of test_rundir takes all four.
+    count = sum(crashes.crash_points(run, [images[at % 4]], [at]) for at in range(1, operations + 1))
+    assert count == operations > 40
+
+
+def test_power_cuts_in_a_row(run: Prepared) -> None:
+    assert crashes.crash_chains(run, 15, seed=1) > 15
+
+
+def test_a_disk_that_refuses_every_operation(run: Prepared) -> None:
+    operations = crashes.alone(run)[1]
+    assert crashes.failing_disk(run, [28]) == 2 * operations
+
+
+def test_a_journal_that_ends_after_every_record(run: Prepared) -> None:
+    assert crashes.prefixes(run) > 15
+
+
+def test_a_journal_that_ends_after_every_byte(run: Prepared) -> None:
+    assert crashes.repairs(run) > 2000
+
+
+def test_random_kills(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "kills.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--kills", "40", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["kills"] >= 40
+    assert min(counts["instant"], counts["sent"], counts["carried out"]) > 3
+
+
+def test_a_long_walk_of_the_ledger() -> None:
+    counts = ledgerwalk.walks(100_000, seed=1)
+    assert counts["operations"] == 100_000
+    assert counts["crashes"] > 8_000
+
+
+# ------------------------------------------------------------------------------------------- the checker
+
+
+def scene() -> tuple[list[dict[str, Any]], list[Execution]]:
+    """Two reserved and settled batches, as the journal's records, and what the oracle logged of them."""
+    import hashlib
+
+    rows = (b"\0" * 48, b"\1" * 48)
+    ids = [hashlib.sha256(f"train:0:{n}:".encode() + row).hexdigest()[:24] for n, row in enumerate(rows)]
+    look = [hashlib.sha256(b"dev:2:0:" + rows[0]).hexdigest()[:24]]
+    records: list[dict[str, Any]] = [
+        {"op": "reserve", "kind": "train", "ids": ids},
+        {"op": "settle", "ids": ids, "values": [{"loss": (0.5).hex()}, {"loss": (0.25).hex()}]},
+        {"op": "reserve", "kind": "dev", "ids": look},
+        {"op": "settle", "ids": look, "values": [{"loss": (0.75).hex()}]},
+    ]
+    log = [Execution("train", rows, (0.5, 0.25), 0), Execution("dev", rows[:1], (0.75,), 0)]
+    return records, log
+
+
+def written(records: list[dict[str, Any]]) -> bytes:
+    from bbprompt.journal import Journal
+
+    path, disk = Path("/journal.log"), FaultDisk()
+    journal = Journal(path, "run", disk)
+    for record in records:
+        journal.append(record)
+    return disk.durable(path)
+
+
+def test_the_checker_is_content_with_what_is_right() -> None:
+    records, log = scene()
+    found = audit(written(records), 3, log, [])
+    assert (found.reserved, found.settled, found.executed, found.repeated) == (3, 3, 3, 0)
+    again = [*log[:1], *log[:1], *log[1:]]
+    assert audit(written(records), 3, again, [frozenset()]).repeated == 2
+
+
+CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]], list[Execution]], Any], int, list[frozenset[str]], str]] = {
+    "over the budget": (lambda records, log: None, 2, [], "the budget is 2"),
+    "charged twice": (lambda records, log: records.insert(1, records[0]), 9, [], "charged twice"),
+    "settled twice": (lambda records, log: records.append(records[1]), 9, [], "settled twice"),
+    "settled unreserved": (lambda records, log: records.pop(2), 9, [], "never reserved"),
+    "sent unpaid": (lambda records, log: (records.pop(3), records.pop(2)), 9, [], "no reservation pays for"),
+    "another loss": (
+        lambda records, log: log.__setitem__(1, Execution("dev", log[1].rows, (0.7,), 0)),
+        9,
+        [],
+        "another value than was answered",
+    ),
+    "never answered": (lambda records, log: log.pop(1), 9, [], "the oracle never gave"),
+    "repeated without a death": (lambda records, log: log.append(log[0]), 9, [], "more than was in doubt"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_checker_sees(name: str) -> None:
+    change, budget, kept, message = CHANGES[name]
+    records, log = scene()
+    change(records, log)
+    with pytest.raises(AssertionError, match=message):
+        audit(written(records), budget, log, kept)
+
+
+def test_the_checker_sees_what_was_settled_and_asked_for_again() -> None:
+    records, log = scene()
+    journal = written(records)
+    kept = settled(journal[: journal.index(b"\n", journal.index(b"\n") + 1) + 7])
+    assert len(kept) == 2
+    late = Execution("train", log[0].rows, log[0].losses, 1)
+    with pytest.raises(AssertionError, match="though its value was on disk"):
+        audit(journal, 3, [*log, late], [kept])
