@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from bbprompt import __version__
-from bbprompt.commands import doctor, inspect, pretrain, tune, use
+from bbprompt.commands import doctor, inspect, pretrain, serve, tune, use
 from bbprompt.errors import BBPromptError, Interrupted
 
 __all__ = ["app", "main", "run"]
@@ -52,6 +52,7 @@ _pretrain.command()(pretrain.mp2)
 app.command()(inspect.tasks)
 app.command()(inspect.methods)
 app.command()(doctor.doctor)
+app.command()(serve.serve)
 
 
 @_pretrain.callback()

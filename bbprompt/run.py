@@ -150,6 +150,7 @@ def prepare(config: TuneConfig) -> Prepared:
         batch_tokens=config.batch_tokens,
         max_tokens=config.max_tokens,
         threads=config.threads,
+        workers=config.workers,
     )
     threads = config.threads or cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)

@@ -47,7 +47,7 @@ PROTOCOL = 1
 CONTENT_TYPE = "application/vnd.bbprompt.safetensors"
 
 _HEADER = 65536  # bytes; ours are below one kB
-_DTYPES = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 _ID = re.compile(r"[0-9a-f]{64}")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")
 
@@ -105,9 +105,7 @@ def encode_request(request: ScoreRequest) -> bytes:
         "points": str(len(points)),
     }
     own = np.ascontiguousarray(points[:, differs], dtype="<f4")
-    return _write(
-        "request", meta, {"base": points[0].astype("<f4"), "layers": differs.astype("<i8"), "points": own}
-    )
+    return _write("request", meta, {"base": points[0].astype("<f4"), "layers": differs.astype("<i8"), "points": own})
 
 
 def decode_request(body: bytes, *, layers: int, dim: int, most: int) -> ScoreRequest:
@@ -250,7 +248,9 @@ def _digest(meta: Mapping[str, str], name: str) -> str:
 
 
 def _write(kind: str, meta: Mapping[str, str], tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    return cast(bytes, save(dict(tensors), metadata={"protocol": str(PROTOCOL), "kind": kind, **meta}))
+    # safetensors writes an array's memory as it lies there, strides or not.
+    rows = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    return cast(bytes, save(rows, metadata={"protocol": str(PROTOCOL), "kind": kind, **meta}))
 
 
 def _read(
@@ -300,7 +300,8 @@ def _place(name: str, value: Any, dtype: str, dimensions: int) -> tuple[np.dtype
             raise WireError(f"tensor {name} has not {dimensions} dimensions")
         if any(type(number) is not int or not 0 <= number < 2**40 for number in numbers):
             raise WireError(f"tensor {name} has a size that is no size")
-    return _DTYPES[dtype], tuple(shape), offsets[0], offsets[1]
+    begin, end = offsets
+    return _DTYPES[dtype], tuple(shape), begin, end
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

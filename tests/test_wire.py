@@ -92,6 +92,13 @@ def test_a_reply_comes_back_equal(channels: int, best: np.ndarray | None) -> Non
     got.logits[:] = 0
 
 
+def test_arrays_with_strides_come_back_equal() -> None:
+    scores = Scores(normal(2, 6, 3).transpose(2, 1, 0), normal(2, 5, 3).T, np.ones((2, 2, 3), dtype=int).T, 0)
+    _, got = wire.decode_reply(wire.encode_reply("0" * 64, scores))
+    assert np.array_equal(got.logits, scores.logits)
+    assert np.array_equal(got.normalizer, scores.normalizer)
+
+
 @given(at=st.integers(0, 10_000), bit=st.integers(0, 7), end=st.integers(0, 10_000))
 @settings(max_examples=300)
 def test_damage_is_refused_or_harmless(at: int, bit: int, end: int) -> None:

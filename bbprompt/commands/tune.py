@@ -66,7 +66,15 @@ def tune(
         int | None, typer.Option(show_default=False, help="Examples a label [default: the papers' rule].")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(show_default=False, help="Where the model answers [default: local].")
+        str | None,
+        typer.Option(
+            metavar="local|URL",
+            show_default=False,
+            help="Where the model answers: here, or at the http(s) URL of a `bbprompt serve` [default: local].",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(show_default=False, help="Requests to a server at once [default: 1].")
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -112,6 +120,7 @@ def tune(
         "seed": seed,
         "shots": shots,
         "backend": backend,
+        "workers": workers,
         "device": device,
         "dtype": dtype,
         "batch_tokens": batch_tokens,
