@@ -151,8 +151,7 @@ class Caller:
         except _Transient as error:
             tried = retrying.statistics["attempt_number"]
             raise OracleError(
-                f"{self._url}: {error} (tried {tried} times); check that the server runs, then go on with "
-                "`bbprompt resume`"
+                f"{self._url}: {error} (tries: {tried}); check that the server runs, then go on with `bbprompt resume`"
             ) from error
 
     def close(self) -> None:

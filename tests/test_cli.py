@@ -12,7 +12,7 @@ import bbprompt
 from bbprompt import cli, errors
 from bbprompt.commands import inspect as inspecting
 
-COMMANDS = ["tune", "resume", "eval", "predict", "pretrain", "pretrain mp2", "tasks", "methods", "doctor"]
+COMMANDS = ["tune", "resume", "eval", "predict", "pretrain", "pretrain mp2", "tasks", "methods", "doctor", "serve"]
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
@@ -39,11 +39,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"bbprompt {bbprompt.__version__}\n"
 
 
-@pytest.mark.parametrize("words", ["--help", "tune --help", "predict --help", "pretrain mp2 --help", "doctor --help"])
+@pytest.mark.parametrize(
+    "words", ["--help", "tune --help", "predict --help", "pretrain mp2 --help", "doctor --help", "serve --help"]
+)
 def test_help_loads_nothing_heavy(words: str) -> None:
     code = (
         "import sys; from bbprompt.cli import run; run(sys.argv[1:]);"
-        "heavy = {'torch', 'transformers', 'ray', 'botorch', 'cma', 'scipy', 'numpy', 'rich'} & set(sys.modules);"
+        "heavy = {'torch', 'transformers', 'ray', 'botorch', 'cma', 'scipy', 'numpy', 'rich', 'fastapi'};"
+        "heavy &= set(sys.modules);"
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
@@ -74,6 +77,12 @@ def test_help_loads_nothing_heavy(words: str) -> None:
         ("pretrain mp2 --resume a --out b", "--out"),
         ("tasks lcmc", "did you mean 'lcqmc'"),
         ("methods mp2-deep --set prompt.sigm=1", "prompt.sigm"),
+        ("serve --host 0.0.0.0", "set BBPROMPT_TOKEN"),
+        ("serve --port 0 --tls-key nowhere.pem", "go together"),
+        ("serve --port 0 --tls-key nowhere.pem --tls-cert nowhere.pem", "nowhere.pem"),
+        ("tune --task lcqmc --backend ftp://a", "expected local, http://HOST:PORT"),
+        ("tune --task lcqmc --backend http://a --device cpu", "--device"),
+        ("tune --task lcqmc --workers 0", "workers"),
         ("frobnicate", "frobnicate"),
     ],
 )

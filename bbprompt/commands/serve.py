@@ -20,8 +20,13 @@ _log = logging.getLogger("bbprompt")
 
 def serve(
     prompts: Annotated[
-        str, typer.Option(metavar="ID_OR_DIR", help="Prompts that the model answers with.")
-    ] = "mp2-deep",
+        str | None,
+        typer.Option(
+            metavar="ID_OR_DIR",
+            show_default=False,
+            help="Prompts that the model answers with [default: those of mp2-deep].",
+        ),
+    ] = None,
     backbone: Annotated[
         str | None,
         typer.Option(metavar="ID_OR_DIR", show_default=False, help="Frozen model [default: that of the prompts]."),
@@ -58,6 +63,7 @@ def serve(
 
     Clients must bring the token that the environment variable BBPROMPT_TOKEN holds, where it is set.
     """
+    from bbprompt.config import load_method
     from bbprompt.connect import open_oracle, read_token
     from bbprompt.prompts import ModularPrompt, resolve_prompts
     from bbprompt.terminal import logging_to, open_console
@@ -76,7 +82,8 @@ def serve(
     with logging_to(open_console(quiet)), listen(host, port, token) as listening:
         if tls_cert is None and not is_loopback(host):
             _log.warning("--host %s without --tls-cert: texts and token travel in the clear", host)
-        prompt = ModularPrompt.load(resolve_prompts(prompts))
+        name = prompts or load_method("mp2-deep").prompts
+        prompt = ModularPrompt.load(resolve_prompts(name))
         oracle = open_oracle(
             "local",
             prompt,
@@ -95,7 +102,7 @@ def serve(
             if json:
                 write_json({"url": url, "backbone": info.backbone, "device": info.device, "pid": os.getpid()})
             else:
-                write(f"{info.backbone} with prompts {prompts} on {info.device}, ready at {url}")
+                write(f"{info.backbone} with prompts {name} on {info.device}, ready at {url}")
 
         settings = ServeSettings(
             token=token,

@@ -16,7 +16,9 @@ from bbprompt.serve.metrics import Metrics
 from bbprompt.serve.settings import ServeSettings
 from bbprompt.wire import PROTOCOL
 
-__all__ = ["Guard", "problem"]
+__all__ = ["MOST_HEADERS", "Guard", "problem"]
+
+MOST_HEADERS = 16384  # bytes
 
 _Scope = MutableMapping[str, Any]
 _Message = MutableMapping[str, Any]
@@ -90,6 +92,8 @@ class Guard:
 
     def _check(self, scope: _Scope) -> int:
         """Bytes that the body will have."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADERS:
+            raise _Refused(431, "headers", f"the headers have more than {MOST_HEADERS} bytes")
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name, []).append(value)

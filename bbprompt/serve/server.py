@@ -18,11 +18,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from bbprompt.errors import UsageError
 from bbprompt.oracle import Oracle
 from bbprompt.serve.app import build_app
+from bbprompt.serve.guard import MOST_HEADERS
 from bbprompt.serve.settings import ServeSettings
 
 __all__ = ["build_server", "is_loopback", "listen"]
 
-_HEADERS = 16384  # bytes
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -79,7 +79,7 @@ def build_server(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        h11_max_incomplete_event_size=_HEADERS,
+        h11_max_incomplete_event_size=MOST_HEADERS,
         limit_concurrency=4 * settings.at_once,
         timeout_keep_alive=60,
         timeout_graceful_shutdown=int(settings.drain),
