@@ -225,7 +225,8 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     replayed = ledger.reserved - len(ledger.in_doubt)
     train = labelled(run.task, run.few.train, for_loss=True)
     dev = labelled(run.task, run.few.dev, for_loss=True)
-    evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev)
+    charge = run.config.on_doubt == "charge"
+    evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev, charge)
     watcher.prepared(run)
 
     def report(status: Status) -> None:

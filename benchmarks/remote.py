@@ -4,8 +4,8 @@
 
 The default prompts on their backbone, float32. Local and remote take turns, round by round, with the same candidates,
 so that the ratio stands although the machine's speed drifts; what is quoted is the ratio of the medians. "router" is a
-population that differs in every layer, "layer i" one that differs in layer i only. Bytes are those of bodies, both ways;
-the texts, which travel once, are given apart. No reply comes from the server's memory: candidates never repeat.
+population that differs in every layer, "layer i" one that differs in layer i only. Bytes are those of bodies; the
+texts, which travel once, are given apart. No reply comes from the server's memory: candidates never repeat.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -76,6 +76,13 @@ def tune(
     workers: Annotated[
         int | None, typer.Option(show_default=False, help="Requests to a server at once [default: 1].")
     ] = None,
+    on_doubt: Annotated[
+        Literal["resend", "charge"] | None,
+        typer.Option(
+            show_default=False,
+            help="Calls whose answer a crash lost: make them again, or count them [default: resend].",
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_tokens: Annotated[
@@ -121,6 +128,7 @@ def tune(
         "shots": shots,
         "backend": backend,
         "workers": workers,
+        "on_doubt": on_doubt,
         "device": device,
         "dtype": dtype,
         "batch_tokens": batch_tokens,
