@@ -21,16 +21,18 @@ TOKEN = "a-token-of-the-tests"
 
 
 @contextlib.contextmanager
-def serving(oracle: Oracle, **settings: Any) -> Iterator[str]:
-    """URL of a uvicorn server in a thread."""
+def serving(oracle: Oracle, *, tls: tuple[Path, Path] | None = None, **settings: Any) -> Iterator[str]:
+    """URL of a uvicorn server in a thread; `tls` is a certificate and its key."""
+    certificate, key = tls or (None, None)
+    allowed = ServeSettings(**({"drain": 1.0} | settings))
     started = threading.Event()
     with listen("127.0.0.1", 0, None) as listening:
-        server = build_server(oracle, ServeSettings(**({"drain": 1.0} | settings)), ready=started.set)
+        server = build_server(oracle, allowed, certificate=certificate, key=key, ready=started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
             assert started.wait(30)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(30)

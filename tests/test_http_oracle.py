@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +145,38 @@ def test_the_number_of_workers_changes_nothing() -> None:
         replies = [connect(url, workers=workers).score(BATCH, POINTS) for workers in (1, 2, 5)]
     assert all(same(reply, replies[0]) for reply in replies)
     assert same(replies[0], ToyOracle().score(BATCH, POINTS))
+
+
+def test_clients_at_once_get_what_they_would_get_alone() -> None:
+    batches = [batch_of(kind, 4) for kind in ("pair", "choice", "single", "pair")]
+    alone = [ToyOracle().score(batch, POINTS + n) for n, batch in enumerate(batches)]
+    with serving(ToyOracle(), batches=2) as url, ThreadPoolExecutor(4) as threads:
+        clients = [connect(url) for _ in batches]
+        for _ in range(5):
+            works = [
+                threads.submit(c.score, b, POINTS + n) for n, (c, b) in enumerate(zip(clients, batches, strict=True))
+            ]
+            assert all(same(work.result(), reply) for work, reply in zip(works, alone, strict=True))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+def test_over_tls(tmp_path: Path) -> None:
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run([*words, *names], check=True, capture_output=True)
+    with serving(ToyOracle(), tls=(certificate, key)) as url:
+        assert url.startswith("https://")
+        trusting = httpx2.HTTPTransport(verify=ssl.create_default_context(cafile=str(certificate)))
+        oracle = connect(url, transport=trusting)
+        assert same(oracle.score(BATCH, POINTS), ToyOracle().score(BATCH, POINTS))
+        with pytest.raises(OracleError, match="SSL_CERT_FILE"):
+            connect(url)
+        with pytest.raises(OracleError, match="cannot be reached"):
+            connect(url.replace("https", "http"), policy=EAGER)
+        oracle.close()  # before the server ends, which does not wait for the farewell of TLS
+    with serving(ToyOracle()) as url, pytest.raises(OracleError, match="http:// rather than https://"):
+        connect(url.replace("http", "https"), policy=EAGER)
 
 
 def test_a_server_that_fails_at_one_request_goes_on() -> None:
