@@ -264,6 +264,7 @@ def load_prompt(
             batch_tokens=batch_tokens or config.batch_tokens,
             max_tokens=config.max_tokens,
             threads=threads,
+            workers=config.workers,
         )
         return TunedPrompt(directory, config, oracle, point)
 
