@@ -254,7 +254,11 @@ class TuneConfig(_Settings):
         budget: Most train and dev calls together.
         seed: Of the few-shot split and the search.
         shots: Examples per label; None for the papers' rule.
-        backend: "local" (URLs of remote oracles come later).
+        backend: "local", or the URL of a `bbprompt serve`.
+        workers: Requests to a server at once; decides nothing but time.
+        on_doubt: What becomes of calls that were sent before a crash and whose answer is unknown. "resend" makes them
+            again as the same calls; a local model and `bbprompt serve` lose nothing by that. "charge" counts them as
+            spent, for a server that charges for every request.
         device: "auto" takes CUDA where there is one.
         dtype: Precision; "auto" is float32 for now.
         batch_tokens: Tokens that run through the model at once; None for the device's default.
@@ -274,6 +278,8 @@ class TuneConfig(_Settings):
     seed: Annotated[int, Field(ge=0, strict=True)] = 42
     shots: _Count | None = None
     backend: str = "local"
+    workers: _Count = 1
+    on_doubt: Literal["resend", "charge"] = "resend"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     batch_tokens: _Count | None = None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bbprompt.embedding import Embedder
-from bbprompt.errors import UsageError
+from bbprompt.errors import OracleError, UsageError
 from bbprompt.example import Form
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import BackboneFacts
 
-__all__ = ["cores", "measure_backbone", "open_embedder", "open_oracle"]
+__all__ = ["TOKEN_VARIABLE", "cores", "measure_backbone", "open_embedder", "open_oracle", "read_token"]
+
+#: Environment variable that holds the token of a server, for the server and for its clients.
+TOKEN_VARIABLE = "BBPROMPT_TOKEN"  # noqa: S105
+
+_log = logging.getLogger("bbprompt")
 
 
 def open_oracle(
@@ -25,11 +31,12 @@ def open_oracle(
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
+    workers: int = 1,
 ) -> Oracle:
     """Open a frozen model.
 
     Args:
-        backend: "local".
+        backend: "local", or the URL (`http://`, `https://`) of a `bbprompt serve`.
         prompt: The artifact behind the oracle.
         backbone: Hub id or directory; None for the one the prompts were trained for.
         device: "auto", "cpu" or "cuda".
@@ -37,13 +44,21 @@ def open_oracle(
         batch_tokens: Tokens at once; None for the device's default.
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores.
+        workers: Requests to a server at once.
 
     Raises:
-        UsageError: A backend or device that is not there.
+        UsageError: A backend or device that is not there, or a setting that is the server's.
         ArtifactError: Backbone or prompts cannot be loaded or do not fit each other.
+        OracleError: The server cannot be reached or holds another model.
     """
+    if backend.startswith(("http://", "https://")):
+        if device != "auto" or batch_tokens is not None or backbone is not None:
+            raise UsageError(
+                f"--backend {backend}: --backbone, --device and --batch-tokens are set where the server is started"
+            )
+        return _open_server(backend, prompt, dtype, max_tokens, threads, workers)
     if backend != "local":
-        raise UsageError(f"--backend '{backend}': only 'local' is supported by this version")
+        raise UsageError(f"--backend '{backend}': expected local, http://HOST:PORT or https://HOST:PORT")
     import torch
 
     from bbprompt.backends.backbone import load_backbone
@@ -130,6 +145,53 @@ def _device(asked: str) -> str:
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
     return asked if asked != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def read_token(environ: Mapping[str, str]) -> str | None:
+    """The token of the environment; None where it is not set.
+
+    Raises:
+        UsageError: It is short, or cannot stand in a header.
+    """
+    token = environ.get(TOKEN_VARIABLE, "")
+    if token and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
+        raise UsageError(f"{TOKEN_VARIABLE}: expected at least 16 ASCII letters, digits or signs without spaces")
+    return token or None
+
+
+def _open_server(
+    url: str,
+    prompt: ModularPrompt,
+    dtype: str,
+    max_tokens: int | None,
+    threads: int | None,
+    workers: int,
+) -> Oracle:
+    """A server's oracle, if the server holds this artifact, its backbone and what else was asked for."""
+    import torch
+
+    from bbprompt.backends.http import HttpOracle
+
+    token = read_token(os.environ)
+    if token is not None and url.startswith("http://") and not url.startswith(("http://127.", "http://localhost")):
+        _log.warning("--backend %s: the token travels in the clear; use https://", url)
+    torch.set_num_threads(threads or cores())  # for the optimizers, so that a search does not depend on the backend
+    oracle = HttpOracle(url, token, workers=workers)
+    info, problem = oracle.info, None
+    if info.prompts_digest != prompt.digest:
+        problem = (
+            f"holds other prompts ({info.prompts_digest[:12]}, not {prompt.digest[:12]}); give it the same --prompts"
+        )
+    elif info.backbone_digest != prompt.config.backbone_digest:
+        problem = f"holds another backbone than {prompt.config.backbone}; start it with the prompts' own"
+    elif dtype not in ("auto", info.precision):
+        problem = f"computes in {info.precision}, not in {dtype}; start it with --dtype {dtype}"
+    elif max_tokens is not None and info.max_tokens > max_tokens:
+        problem = f"reads up to {info.max_tokens} tokens, not {max_tokens}; start it with --max-tokens {max_tokens}"
+    if problem is not None:
+        oracle.close()
+        raise OracleError(f"--backend {url}: the server {problem}")
+    return oracle
 
 
 def cores() -> int:

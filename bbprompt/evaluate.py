@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 
 import numpy as np
@@ -16,6 +17,8 @@ from bbprompt.scoring import Labelled, metric_values
 from bbprompt.task import Task
 
 __all__ = ["Evaluator"]
+
+_log = logging.getLogger("bbprompt")
 
 
 class Evaluator:
@@ -31,14 +34,25 @@ class Evaluator:
         task: For the metric.
         train: Few-shot training batch.
         dev: Few-shot dev batch.
+        charge: What becomes of calls that were sent before a crash and whose answer is not known. True: they count as
+            spent and are made anew, so that a server that does not know repeated calls charges no more than the
+            budget. False: they are made again as the same calls, so that the result is that of a run without a crash.
     """
 
     def __init__(
-        self, oracle: Oracle, ledger: Ledger, readout: SpanReadout, task: Task, train: Labelled, dev: Labelled
+        self,
+        oracle: Oracle,
+        ledger: Ledger,
+        readout: SpanReadout,
+        task: Task,
+        train: Labelled,
+        dev: Labelled,
+        charge: bool = False,
     ) -> None:
         self._oracle, self._ledger, self._readout, self._task = oracle, ledger, readout, task
         self._data = {"train": train, "dev": dev}
         self._cut = {"train": 0, "dev": 0}
+        self._lost = frozenset(ledger.in_doubt if charge else ())
         self.oracle_seconds = 0.0
 
     @property
@@ -68,6 +82,8 @@ class Evaluator:
     def _call(self, kind: Kind, points: NDArray[np.floating]) -> list[dict[str, float]]:
         rows = np.ascontiguousarray(points, dtype=np.float32)
         ids = [self._id(kind, number, row) for number, row in enumerate(rows)]
+        if self._lost:
+            ids = self._made_anew(kind, ids)
         known = [self._ledger.settled(call_id) for call_id in ids]
         new = [i for i, value in enumerate(known) if value is None]
         # What the journal holds is asked for first and in order, so a call it does not know must be the first
@@ -86,6 +102,23 @@ class Evaluator:
                 values[i] = value
         self._cut[kind] = int(values[0].get("cut", 0))
         return values
+
+    def _made_anew(self, kind: Kind, ids: list[str]) -> list[str]:
+        """Count calls in doubt as spent; the ids under which they are made instead.
+
+        A lost call is never settled, so every later resume finds it lost and goes the same way.
+        """
+        lost, made = [], []
+        for call_id in ids:
+            current = call_id
+            while current in self._lost:
+                lost.append(current)
+                current += "+"
+            made.append(current)
+        if lost:
+            _log.warning("%d %s calls were sent before a crash and may have been charged; they count", len(lost), kind)
+            self._ledger.reserve(lost, kind)
+        return made
 
     def _score(self, kind: Kind, rows: NDArray[np.float32]) -> list[dict[str, float]]:
         data = self._data[kind]

@@ -277,7 +277,14 @@ def load_prompt(
             nothing = np.zeros((0, 0), dtype=np.float32)
             return TunedPrompt(directory, config, load_baseline(directory, task, embedder), nothing)
         prompt, point = _read_prompt(directory, config)
-        oracle = open_oracle(config.backend, prompt, backbone=config.backbone, max_tokens=config.max_tokens, **use)
+        oracle = open_oracle(
+            config.backend,
+            prompt,
+            backbone=config.backbone,
+            max_tokens=config.max_tokens,
+            workers=config.workers,
+            **use,
+        )
         return TunedPrompt(directory, config, oracle, point)
 
 

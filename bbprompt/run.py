@@ -141,6 +141,7 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         batch_tokens=config.batch_tokens,
         max_tokens=config.max_tokens,
         threads=config.threads,
+        workers=config.workers,
     )
     threads = config.threads or cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
@@ -245,7 +246,8 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     replayed = ledger.reserved - len(ledger.in_doubt)
     train = labelled(run.task, run.few.train, for_loss=True)
     dev = labelled(run.task, run.few.dev, for_loss=True)
-    evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev)
+    charge = run.config.on_doubt == "charge"
+    evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev, charge)
     watcher.prepared(run)
 
     def report(status: Status) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bbprompt.config import MethodConfig
 from bbprompt.evaluate import Evaluator
+from bbprompt.ledger import BudgetExhausted
 from bbprompt.prompts import PromptSpace
 from bbprompt.refine import refine_stage
 from bbprompt.stages import Incumbent, Stage, prompt_stage, router_stage
@@ -187,7 +188,10 @@ class _Search:
             if most is not None and train_calls + size > most:
                 break
             points = self._timed(stage.ask)
-            losses = self._evaluator.train(points)
+            try:
+                losses = self._evaluator.train(points)
+            except BudgetExhausted:  # calls that a crash lost were charged, and what is left does not hold these
+                break
             self._timed(functools.partial(stage.tell, losses))
             train_calls += len(points)
             if train_calls >= next_look:

@@ -25,7 +25,7 @@ COMMANDS = [
     "compare",
     "report",
 ]
-COMMANDS += ["tasks", "methods", "doctor"]
+COMMANDS += ["tasks", "methods", "doctor", "serve"]
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])
@@ -53,12 +53,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "tune", "predict", "pretrain mp2", "pretrain spot", "pretrain ppt", "sweep", "report", "doctor"]
+    "words",
+    ["", "tune", "predict", "pretrain mp2", "pretrain spot", "pretrain ppt", "sweep", "report", "doctor", "serve"],
 )
 def test_help_loads_nothing_heavy(words: str) -> None:
     code = (
         "import sys; from bbprompt.cli import run; run(sys.argv[1:]);"
-        "heavy = {'torch', 'transformers', 'ray', 'botorch', 'cma', 'scipy', 'numpy', 'rich', 'matplotlib'};"
+        "heavy = {'torch', 'transformers', 'ray', 'botorch', 'cma', 'scipy', 'numpy', 'rich', 'matplotlib', 'fastapi'};"
         "found = heavy & set(sys.modules); sys.exit(repr(found) if found else 0)"
     )
     words = f"{words} --help"
@@ -90,6 +91,12 @@ def test_help_loads_nothing_heavy(words: str) -> None:
         ("pretrain mp2 --resume a --out b", "--out"),
         ("tasks lcmc", "did you mean 'lcqmc'"),
         ("methods mp2-deep --set prompt.sigm=1", "prompt.sigm"),
+        ("serve --host 0.0.0.0", "set BBPROMPT_TOKEN"),
+        ("serve --port 0 --tls-key nowhere.pem", "go together"),
+        ("serve --port 0 --tls-key nowhere.pem --tls-cert nowhere.pem", "nowhere.pem"),
+        ("tune --task lcqmc --backend ftp://a", "expected local, http://HOST:PORT"),
+        ("tune --task lcqmc --backend http://a --device cpu", "--device"),
+        ("tune --task lcqmc --workers 0", "workers"),
         ("frobnicate", "frobnicate"),
     ],
 )

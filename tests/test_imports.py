@@ -14,7 +14,8 @@ PACKAGE = ROOT / "bbprompt"
 
 CORE = {"numpy", "pydantic", "pydantic_core", "yaml", "safetensors"}
 TERMINAL = {"typer", "click", "rich", "packaging"}
-MODEL = {"torch", "transformers", "tokenizers", "huggingface_hub", "httpx2"}
+MODEL = {"torch", "transformers", "tokenizers", "huggingface_hub", "httpx2", "tenacity"}
+SERVER = {"fastapi", "uvicorn", "prometheus_client"}
 
 #: The command line; everything else at the top of `bbprompt/` is core.
 COMMAND_LINE = {"cli.py", "__main__.py", "terminal.py", "summary.py", "doctor.py"}
@@ -27,7 +28,7 @@ def sources(folder: Path) -> list[Path]:
 def part(path: Path) -> str:
     """The part of the house that a module of the package belongs to."""
     names = path.relative_to(PACKAGE).parts
-    if names[0] in ("optimizers", "backends", "pretrain", "commands"):
+    if names[0] in ("optimizers", "backends", "pretrain", "commands", "serve"):
         return names[0]
     return "commands" if path.name in COMMAND_LINE else "core"
 
@@ -84,7 +85,7 @@ def of(*parts: str) -> list[Path]:
 
 
 def test_every_part_is_there() -> None:
-    assert {part(path) for path in own_modules()} == {"core", "optimizers", "backends", "pretrain", "commands"}
+    assert {part(path) for path in own_modules()} == {"core", "optimizers", "backends", "pretrain", "commands", "serve"}
 
 
 @pytest.mark.parametrize("path", of("core"), ids=label)
@@ -93,7 +94,7 @@ def test_core_is_light(path: Path) -> None:
     assert third_party(names) <= CORE
     # Of the optimizers core knows the interface alone, until a search begins.
     assert not {n for n in names if n.startswith("bbprompt.optimizers") and "protocol" not in n}
-    for heavy in ("bbprompt.backends", "bbprompt.pretrain", "bbprompt.commands"):
+    for heavy in ("bbprompt.backends", "bbprompt.pretrain", "bbprompt.commands", "bbprompt.serve"):
         assert not {name for name in names if name.startswith(heavy)}
     assert not {name for name in everywhere(path) if name.startswith("bbprompt.pretrain")}
 
@@ -102,7 +103,7 @@ def test_core_is_light(path: Path) -> None:
 def test_the_command_line_is_light(path: Path) -> None:
     names = at_import(path)
     assert third_party(names) <= CORE | TERMINAL
-    heavy = ("bbprompt.backends", "bbprompt.optimizers", "bbprompt.pretrain")
+    heavy = ("bbprompt.backends", "bbprompt.optimizers", "bbprompt.pretrain", "bbprompt.serve")
     # The cache folder is found without a model.
     assert {n for n in names if n.startswith(heavy)} <= {"bbprompt.backends.cache.cache_root"}
 
@@ -133,10 +134,18 @@ def test_pre_training_stands_apart(path: Path) -> None:
     assert third_party(names) <= CORE | MODEL
 
 
+@pytest.mark.parametrize("path", of("serve"), ids=label)
+def test_the_server_knows_core_alone(path: Path) -> None:
+    names = everywhere(path)
+    other = ("bbprompt.optimizers", "bbprompt.backends", "bbprompt.pretrain", "bbprompt.commands")
+    assert not {name for name in names if name.startswith(other)}
+    assert third_party(names) <= CORE | SERVER
+
+
 BACKWARD = {"backward", "requires_grad", "autograd"}
 
 
-@pytest.mark.parametrize("path", of("core", "backends", "commands", "optimizers"), ids=label)
+@pytest.mark.parametrize("path", of("core", "backends", "commands", "optimizers", "serve"), ids=label)
 def test_only_pre_training_goes_backward(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & BACKWARD

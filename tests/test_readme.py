@@ -48,6 +48,7 @@ def test_there_are_commands() -> None:
         "tasks",
         "methods",
         "doctor",
+        "serve",
     }
 
 

@@ -16,7 +16,7 @@ __all__ = ["doctor"]
 def doctor(
     backend: Annotated[
         str | None,
-        typer.Option(show_default=False, help="Also open the default model there, such as `local`."),
+        typer.Option(show_default=False, help="Also open the default model there: `local` or a URL."),
     ] = None,
     json: Json = False,
     debug: Debug = False,

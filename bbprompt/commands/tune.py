@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -67,7 +67,22 @@ def tune(
         int | None, typer.Option(show_default=False, help="Examples a label [default: the papers' rule].")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(show_default=False, help="Where the model answers [default: local].")
+        str | None,
+        typer.Option(
+            metavar="local|URL",
+            show_default=False,
+            help="Where the model answers: here, or at the http(s) URL of a `bbprompt serve` [default: local].",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(show_default=False, help="Requests to a server at once [default: 1].")
+    ] = None,
+    on_doubt: Annotated[
+        Literal["resend", "charge"] | None,
+        typer.Option(
+            show_default=False,
+            help="Calls whose answer a crash lost: make them again, or count them [default: resend].",
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -121,6 +136,8 @@ def tune(
         "seed": seed,
         "shots": shots,
         "backend": backend,
+        "workers": workers,
+        "on_doubt": on_doubt,
         "device": device,
         "dtype": dtype,
         "batch_tokens": batch_tokens,

@@ -1,0 +1,218 @@
+"""One HTTP exchange with a server that may be slow, gone or hostile; the only place where anything is repeated.
+
+What may pass by itself (no connection, a time limit, 429, 5xx) is tried again after a random pause that grows, or
+after what the server asks for. A malformed answer is asked for once more. Everything else is final. An answer is
+read up to a bound, in a bounded time, uncompressed and without following redirects.
+"""
+
+from __future__ import annotations
+
+import random
+import ssl
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import httpx2
+import tenacity
+
+from bbprompt.errors import OracleError
+from bbprompt.wire import WireError
+
+__all__ = ["Answer", "Caller", "Policy", "plain"]
+
+_T = TypeVar("_T")
+_TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How patient a client is; seconds.
+
+    Attributes:
+        attempts: Most tries of a request.
+        connect: To connect.
+        deadline: For one try as a whole.
+        total: For all tries of a request; no pause begins that would end later.
+        pause: Longest first pause; doubled at every try.
+        longest: Longest pause.
+        obey: Longest `Retry-After` that is obeyed.
+        sleep: How to pause.
+    """
+
+    attempts: int = 4
+    connect: float = 5.0
+    deadline: float = 600.0
+    total: float = 1200.0
+    pause: float = 0.5
+    longest: float = 20.0
+    obey: float = 60.0
+    sleep: Callable[[float], None] = time.sleep
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Status, content type and body of a final answer."""
+
+    status: int
+    type: str
+    body: bytes
+
+
+class _Transient(OracleError):
+    """What may pass by itself."""
+
+    def __init__(self, message: str, after: float | None = None) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class Caller:
+    """Sends requests to one server.
+
+    Args:
+        url: Where it is, without a slash at the end.
+        token: What it wants to see; None for nothing.
+        policy: How patient to be.
+        workers: Most requests at once.
+        transport: Instead of the network.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None,
+        policy: Policy,
+        workers: int,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self._url, self._policy = url, policy
+        self._random = random.Random()  # not the global one, which a search may have seeded
+        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {})
+        self._client = httpx2.Client(
+            base_url=url,
+            headers=headers,
+            timeout=httpx2.Timeout(policy.deadline, connect=policy.connect),
+            limits=httpx2.Limits(max_connections=workers, max_keepalive_connections=workers),
+            trust_env=httpx2.URL(url).host not in ("localhost", "127.0.0.1", "::1"),
+            follow_redirects=False,
+            transport=transport,
+        )
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[Answer], _T],
+        *,
+        body: bytes = b"",
+        kind: str | None = None,
+        most: int,
+    ) -> _T:
+        """Send a request until there is a final answer.
+
+        Args:
+            method: GET, PUT or POST.
+            path: From the server's URL.
+            read: Makes the result of the answer; `WireError` means that it is malformed.
+            body: What to send.
+            kind: Its content type.
+            most: Most bytes of an answer.
+
+        Raises:
+            OracleError: There is no answer, or `read` raises it.
+        """
+        malformed = 0
+
+        def once() -> _T:
+            nonlocal malformed
+            answer = self._send(method, path, body, kind, most)
+            try:
+                return read(answer)
+            except WireError as error:
+                malformed += 1
+                if malformed == 2:
+                    raise OracleError(f"{self._url}: the answer is malformed: {error}") from error
+                raise _Transient(f"the answer is malformed: {error}") from error
+
+        stop = tenacity.stop_any(
+            tenacity.stop_after_attempt(self._policy.attempts), tenacity.stop_before_delay(self._policy.total)
+        )
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_Transient),
+            stop=stop,
+            wait=self._pause,
+            sleep=self._policy.sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(once)
+        except _Transient as error:
+            tried = retrying.statistics["attempt_number"]
+            raise OracleError(
+                f"{self._url}: {error} (tries: {tried}); check that the server runs, then go on with `bbprompt resume`"
+            ) from error
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Full jitter: anything up to a bound that doubles; or what the server asked for."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, _Transient) and error.after is not None:
+            return min(error.after, self._policy.obey)
+        most: float = self._policy.pause * 2 ** (state.attempt_number - 1)
+        return self._random.uniform(0.0, min(most, self._policy.longest))
+
+    def _send(self, method: str, path: str, body: bytes, kind: str | None, most: int) -> Answer:
+        ends = time.monotonic() + self._policy.deadline
+        headers = {"content-type": kind} if kind else {}
+        try:
+            with self._client.stream(method, path, content=body or None, headers=headers) as response:
+                if "content-encoding" in response.headers:
+                    raise OracleError(f"{self._url}: the answer is compressed although that was not asked for")
+                pieces, size = [], 0
+                for piece in response.iter_bytes():
+                    size += len(piece)
+                    if size > most:
+                        raise OracleError(f"{self._url}: the answer is longer than {most} bytes")
+                    if time.monotonic() > ends:
+                        raise _Transient(f"no whole answer within {self._policy.deadline:g} s")
+                    pieces.append(piece)
+                status, answered = response.status_code, b"".join(pieces)
+                said = response.headers
+        except httpx2.TransportError as error:
+            raise self._unreachable(error) from error
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise OracleError(f"{self._url}: {plain(str(error))}; correct --backend") from error
+        if status in _TRANSIENT:
+            message = f"status {status}: {plain(answered.decode('utf-8', 'replace'))}"
+            raise _Transient(message, _seconds(said.get("retry-after", "")))
+        if 300 <= status < 400:
+            raise OracleError(f"{self._url}: redirects elsewhere, which is not followed; give the final URL")
+        return Answer(status, said.get("content-type", ""), answered)
+
+    def _unreachable(self, error: httpx2.TransportError) -> OracleError:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                return OracleError(f"{self._url}: its certificate is not trusted; set SSL_CERT_FILE to its authority")
+            if isinstance(cause, ssl.SSLError):
+                return OracleError(f"{self._url}: no TLS there; is it http:// rather than https://?")
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
+            return OracleError(f"{self._url}: {plain(str(error))}; correct --backend")
+        return _Transient(f"cannot be reached ({type(error).__name__}: {plain(str(error))})")
+
+
+def plain(text: str) -> str:
+    """What a server said, fit for one line of a terminal or log."""
+    short = text if len(text) <= 200 else text[:200] + "…"
+    return "".join(char if char.isprintable() else " " for char in short).strip()
+
+
+def _seconds(text: str) -> float | None:
+    """`Retry-After` in seconds; its other form, a date, is not used by servers that shed load."""
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

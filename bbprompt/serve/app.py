@@ -1,0 +1,124 @@
+"""The routes of a server: what it is, texts to keep, candidates to score, health, metrics.
+
+| route | what |
+|---|---|
+| `GET /v1/info` | the model, as JSON; free |
+| `PUT /v1/batches/{digest}` | keep these texts |
+| `POST /v1/score` | score candidates on kept texts; 404 when they are gone |
+| `GET /healthz` | 200 after a forward that worked, else 503 |
+| `GET /metrics` | counters for Prometheus |
+
+A refusal is JSON with `error` (a word for programs), `message` (a line for people) and `protocol`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+
+from bbprompt import __version__
+from bbprompt.errors import BBPromptError, DataError, OracleError
+from bbprompt.oracle import Oracle
+from bbprompt.serve.batches import Batches
+from bbprompt.serve.guard import Guard, problem
+from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.scorer import OtherRequest, Scorer
+from bbprompt.serve.settings import ServeSettings
+from bbprompt.wire import CONTENT_TYPE, PROTOCOL, WireError, decode_batch, decode_request
+
+__all__ = ["build_app", "routes"]
+
+_log = logging.getLogger("bbprompt")
+
+
+def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI:
+    """The application without its guard.
+
+    Args:
+        oracle: The model.
+        settings: What it allows.
+        metrics: Where it counts.
+    """
+    info = oracle.info
+    kept = Batches(settings.batches, settings.lease)
+    scorer = Scorer(oracle, metrics, settings.replies)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/v1/info")
+    async def describe() -> JSONResponse:
+        limits = {"points": settings.points, "texts": settings.texts, "body": settings.body}
+        return JSONResponse({"protocol": PROTOCOL, "version": __version__, "model": asdict(info), "limits": limits})
+
+    @app.put("/v1/batches/{digest}")
+    async def keep(digest: str, request: Request) -> Response:
+        if refused := _wrong_type(request):
+            return refused
+        if kept.get(digest) is not None:
+            return Response(status_code=204)
+        try:
+            batch = decode_batch(await request.body(), most=settings.texts)
+        except WireError as error:
+            return _refusal(400, "message", str(error))
+        if batch.digest() != digest:
+            return _refusal(422, "digest", "the texts are not those of this digest")
+        kept.put(digest, batch)
+        metrics.batches.set(len(kept))
+        return Response(status_code=201)
+
+    @app.post("/v1/score")
+    async def score(request: Request) -> Response:
+        if refused := _wrong_type(request):
+            return refused
+        try:
+            asked = decode_request(await request.body(), layers=info.layers, dim=info.dim, most=settings.points)
+        except WireError as error:
+            return _refusal(400, "message", str(error))
+        if (asked.backbone, asked.prompts) != (info.backbone_digest, info.prompts_digest):
+            return _refusal(409, "model", f"this server holds another model or other prompts (of {info.backbone})")
+        batch = kept.get(asked.batch)
+        metrics.batches.set(len(kept))
+        if batch is None:
+            return _refusal(404, "batch", "these texts are not kept here, or no longer; register them again")
+        try:
+            return Response(await scorer.score(asked, batch), media_type=CONTENT_TYPE)
+        except OtherRequest as error:
+            return _refusal(422, "call_id", str(error))
+        except DataError as error:
+            return _refusal(422, "data", str(error))
+        except OracleError as error:
+            return _refusal(422, "oracle", str(error))
+        except BBPromptError as error:
+            return _refusal(500, "failed", str(error))
+        except Exception as error:  # one request must not take the server along; /healthz tells if the model is gone
+            _log.exception("a request failed")
+            return _refusal(500, "failed", f"the model failed ({type(error).__name__}); the server's log has more")
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return JSONResponse({"ok": True}) if await scorer.healthy() else _refusal(503, "failed", "the model fails")
+
+    @app.get("/metrics")
+    async def counters() -> Response:
+        metrics.batches.set(len(kept))
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def build_app(oracle: Oracle, settings: ServeSettings) -> Guard:
+    """An ASGI application that answers for `oracle`."""
+    metrics = Metrics()
+    return Guard(routes(oracle, settings, metrics), settings, metrics)
+
+
+def _wrong_type(request: Request) -> Response | None:
+    if request.headers.get("content-type") == CONTENT_TYPE:
+        return None
+    return _refusal(415, "type", f"content-type {CONTENT_TYPE} is expected")
+
+
+def _refusal(status: int, code: str, message: str) -> Response:
+    return Response(problem(code, message), status, media_type="application/json")

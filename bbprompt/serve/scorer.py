@@ -1,0 +1,129 @@
+"""The one model of a server: requests take turns at it, and a repeated request is not computed twice.
+
+Requests of several clients are never put into one forward: floating point sums depend on what is computed together,
+and a reply must not depend on who else is asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from bbprompt.errors import DataError, OracleError
+from bbprompt.example import Form, Part
+from bbprompt.oracle import Oracle, TextBatch, check_scores
+from bbprompt.serve.metrics import Metrics
+from bbprompt.wire import ScoreRequest, encode_reply
+
+__all__ = ["OtherRequest", "Scorer"]
+
+_FRESH = 2.0  # seconds in which a forward that worked proves that the model works
+_PROBE = TextBatch((Form((Part("?", cut=True),), ("a", "b"), -1),))
+
+
+class OtherRequest(ValueError):
+    """A call id that was used for another request."""
+
+
+class Scorer:
+    """Answers requests with an oracle, one at a time, in a thread of its own.
+
+    Args:
+        oracle: The model.
+        metrics: Where calls are counted.
+        kept: Bytes of replies that are kept.
+    """
+
+    def __init__(self, oracle: Oracle, metrics: Metrics, kept: int) -> None:
+        self._oracle, self._metrics, self._most = oracle, metrics, kept
+        self._thread = ThreadPoolExecutor(1, "model")
+        self._running: dict[str, tuple[bytes, asyncio.Future[bytes]]] = {}
+        self._replies: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        self._size = 0
+        self._worked = -float("inf")
+
+    async def score(self, request: ScoreRequest, batch: TextBatch) -> bytes:
+        """The reply to a request, computed now, computed before, or being computed for somebody who left.
+
+        Raises:
+            OtherRequest: The call id belongs to another request.
+            DataError: A text does not fit the model.
+            OracleError: Points are not finite, or the model answers what it must not.
+        """
+        print_ = _fingerprint(request)
+        known, reply = self._running.get(request.call_id), self._replies.get(request.call_id)
+        if (known or reply or (print_,))[0] != print_:
+            raise OtherRequest("this call_id was used for another request")
+        if known is not None or reply is not None:
+            self._metrics.repeated.inc()
+        if reply is not None:
+            self._replies.move_to_end(request.call_id)
+            return reply[1]
+        if known is None:
+            loop = asyncio.get_running_loop()
+            future = loop.run_in_executor(self._thread, self._compute, request, batch)
+            known = self._running[request.call_id] = (print_, future)
+            self._metrics.waiting.inc()
+            future.add_done_callback(lambda done: self._done(request.call_id, print_, done))
+        # A client that leaves does not stop the work: when it comes again, the answer is there.
+        return await asyncio.shield(known[1])
+
+    async def healthy(self) -> bool:
+        """Whether the model answers: a forward that worked a moment ago, or one that works now."""
+        if time.monotonic() - self._worked < _FRESH:
+            return True
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._probe)
+
+    def _probe(self) -> bool:
+        info = self._oracle.info
+        points = np.zeros((1, info.layers, info.dim), dtype=np.float32)
+        try:
+            check_scores(self._oracle.score(_PROBE, points), _PROBE, 1)
+        except Exception:  # whatever it is: the model does not answer
+            self._metrics.failed.inc()
+            return False
+        self._worked = time.monotonic()
+        return True
+
+    def _compute(self, request: ScoreRequest, batch: TextBatch) -> bytes:
+        began = time.monotonic()
+        points, longest = request.points, request.longest_answer
+        scores = self._oracle.score(batch, points, request.support, longest)
+        check_scores(scores, batch, len(points), answers=longest is not None)
+        self._worked = time.monotonic()
+        self._metrics.seconds.observe(self._worked - began)
+        self._metrics.candidates.observe(len(points))
+        self._metrics.calls.inc(len(points))
+        self._metrics.texts.inc(len(points) * len(batch.forms))
+        self._metrics.tokens_cut.inc(scores.cut)
+        return encode_reply(request.call_id, scores)
+
+    def _done(self, call_id: str, print_: bytes, future: asyncio.Future[bytes]) -> None:
+        """Keep a reply; a failure is not kept, so that it can be tried again."""
+        self._metrics.waiting.dec()
+        del self._running[call_id]
+        if future.cancelled():
+            return
+        error = future.exception()  # also marks it as seen when nobody waits any more
+        if error is not None:
+            if not isinstance(error, DataError | OracleError):
+                self._metrics.failed.inc()
+            return
+        body = future.result()
+        if len(body) <= self._most:
+            self._replies[call_id] = (print_, body)
+            self._size += len(body)
+        while self._size > self._most:
+            self._size -= len(self._replies.popitem(last=False)[1][1])
+
+
+def _fingerprint(request: ScoreRequest) -> bytes:
+    """SHA-256 of all of a request but its id."""
+    head = (request.batch, request.backbone, request.prompts, request.support, request.longest_answer)
+    return hashlib.sha256(repr((head, request.points.shape)).encode() + request.points.tobytes()).digest()

@@ -1,0 +1,62 @@
+"""Calls that were sent before a crash: made again as the same calls, or counted and made anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toyruns import METHODS, TASK, Recorder, data, space
+
+from bbprompt.errors import OracleError
+from bbprompt.evaluate import Evaluator
+from bbprompt.journal import Journal
+from bbprompt.ledger import Ledger
+from bbprompt.readout import SpanReadout
+from bbprompt.testing import FaultyOracle, ToyOracle
+from bbprompt.tuner import Found, search
+
+BUDGET = 50
+
+
+class Paid(Recorder):
+    """Counts candidates as a server does that charges for every request, also those it fails to answer."""
+
+
+def run(folder: Path, oracle: Recorder, charge: bool) -> tuple[Found, Ledger]:
+    folder.mkdir(exist_ok=True)
+    journal = Journal(folder / "journal.log", "toy")
+    try:
+        ledger = Ledger(journal, BUDGET)
+        method = METHODS["all-time"]
+        readout = SpanReadout(method.support, method.legacy_decision)
+        evaluator = Evaluator(oracle, ledger, readout, TASK, data(12, 1), data(10, 2), charge)
+        return search(method, space(), evaluator, 1, lambda status: None), ledger
+    finally:
+        journal.close()
+
+
+@pytest.mark.parametrize("crashes", [[1], [2], [4], [9], [3, 1], [4, 2, 1], [1, 1, 1]])
+@pytest.mark.parametrize("charge", [False, True])
+def test_after_crashes(tmp_path: Path, crashes: list[int], charge: bool) -> None:
+    calm, _ = run(tmp_path / "calm", Paid(), charge)
+    charged = 0
+    for at in crashes:
+        server = Paid(FaultyOracle(ToyOracle(), at))
+        with pytest.raises(OracleError):
+            run(tmp_path / "run", server, charge)
+        charged += server.calls
+    server = Paid()
+    found, ledger = run(tmp_path / "run", server, charge)
+    charged += server.calls
+    if charge:
+        assert charged == ledger.reserved <= BUDGET
+        assert len(ledger.in_doubt) == charged - len(ledger._values)
+    else:
+        assert ledger.reserved <= BUDGET
+        assert np.array_equal(found.chosen.incumbent.point, calm.chosen.incumbent.point)
+        assert not ledger.in_doubt
+    silent = Paid()
+    again, _ = run(tmp_path / "run", silent, charge)
+    assert silent.calls == 0, "what is finished is replayed without a call"
+    assert np.array_equal(again.chosen.incumbent.point, found.chosen.incumbent.point)

@@ -1,0 +1,335 @@
+"""The server against clients that misbehave: through the application, and over sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import pytest
+from servers import TOKEN, serving
+from test_local_oracle import batch_of
+
+from bbprompt import wire
+from bbprompt.errors import UsageError
+from bbprompt.oracle import Scores
+from bbprompt.serve.app import build_app, routes
+from bbprompt.serve.batches import Batches
+from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.server import listen
+from bbprompt.serve.settings import ServeSettings
+from bbprompt.testing import ToyOracle
+
+BATCH = batch_of("pair", 3)
+DIGEST = BATCH.digest()
+POINTS = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
+TEXTS = wire.encode_batch(BATCH)
+TYPE = {"content-type": wire.CONTENT_TYPE}
+AUTH = {"authorization": f"Bearer {TOKEN}"}
+
+
+class Counting(ToyOracle):
+    """Counts what it scores, and can be made to wait or to fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.gate, self.error = 0, threading.Event(), None  # type: ignore[var-annotated]
+        self.gate.set()
+
+    def score(self, *request: Any) -> Scores:
+        self.calls += 1
+        self.gate.wait(20)
+        if self.error is not None:
+            raise self.error
+        return super().score(*request)
+
+
+def request(points: np.ndarray = POINTS, **changes: Any) -> bytes:
+    asked = wire.request_for(ToyOracle().info, DIGEST, points, "candidates", None)
+    values = {name: getattr(asked, name) for name in asked.__slots__}
+    return wire.encode_request(wire.ScoreRequest(**(values | changes)))
+
+
+class Client:
+    """Requests to the application itself, without sockets."""
+
+    def __init__(self, oracle: ToyOracle, **settings: Any) -> None:
+        self.app = build_app(oracle, ServeSettings(**settings))
+
+    def send(self, *requests: tuple[Any, ...]) -> list[httpx2.Response]:
+        async def all_of_them() -> list[httpx2.Response]:
+            transport = httpx2.ASGITransport(app=self.app)  # type: ignore[arg-type]
+            async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
+                sent = (
+                    client.request(method, path, content=body, headers=headers)
+                    for method, path, body, headers in requests
+                )
+                return list(await asyncio.gather(*sent))
+
+        return asyncio.run(all_of_them())
+
+    def one(self, method: str, path: str, body: Any = None, headers: Any = TYPE) -> httpx2.Response:
+        return self.send((method, path, body, headers))[0]
+
+    def keep(self) -> None:
+        assert self.one("PUT", f"/v1/batches/{DIGEST}", TEXTS).status_code == 201
+
+
+ROUTES = [
+    (method, route.path.replace("{digest}", DIGEST))
+    for route in routes(ToyOracle(), ServeSettings(), Metrics()).routes
+    for method in route.methods  # type: ignore[attr-defined]
+]
+
+
+def test_there_are_the_routes_that_are_documented_and_no_others() -> None:
+    assert {path for _, path in ROUTES} == {
+        "/v1/info",
+        f"/v1/batches/{DIGEST}",
+        "/v1/score",
+        "/healthz",
+        "/metrics",
+    }
+
+
+@pytest.mark.parametrize(("method", "path"), [*ROUTES, ("GET", "/"), ("GET", "/docs"), ("POST", "/nowhere")])
+def test_every_route_wants_the_token(method: str, path: str) -> None:
+    client = Client(ToyOracle(), token=TOKEN)
+    wrong = ["", "Bearer", "Bearer ", TOKEN, f"Bearer {TOKEN}x", f"Bearer {TOKEN.upper()}", f"Basic {TOKEN}"]
+    for headers in ({}, *({"authorization": value} for value in wrong)):
+        refused = client.one(method, path, None, TYPE | headers)
+        assert (refused.status_code, refused.json()["error"]) == (401, "token")
+    assert client.one(method, f"{path}?token={TOKEN}").status_code == 401
+    assert client.one(method, path, None, TYPE | AUTH).status_code != 401
+    assert TOKEN not in repr(ServeSettings(token=TOKEN))
+
+
+def test_a_repeated_request_is_not_computed_again() -> None:
+    oracle = Counting()
+    client = Client(oracle)
+    client.keep()
+    first = client.one("POST", "/v1/score", request())
+    again = client.one("POST", "/v1/score", request())
+    assert first.status_code == 200
+    assert again.content == first.content
+    assert oracle.calls == 1
+    oracle.gate.clear()
+    threading.Timer(0.1, oracle.gate.set).start()
+    ask = ("POST", "/v1/score", request(POINTS + 1), TYPE)
+    answers = client.send(ask, ask, ask)
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+    assert oracle.calls == 2
+    said = client.one("GET", "/metrics").text
+    assert "bbprompt_calls_total 10.0" in said
+    assert "bbprompt_repeated_total 3.0" in said
+    assert "bbprompt_waiting 0.0" in said
+
+
+def test_an_answer_that_nobody_waited_for_is_there_at_the_next_try() -> None:
+    oracle = Counting()
+    client = Client(oracle, deadline=0.2)
+
+    async def impatient() -> tuple[int, int]:
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app=client.app),  # type: ignore[arg-type]
+            base_url="http://test",
+        ) as sender:
+            await sender.put(f"/v1/batches/{DIGEST}", content=TEXTS, headers=TYPE)
+            oracle.gate.clear()
+            late = await sender.post("/v1/score", content=request(), headers=TYPE)
+            assert late.headers["retry-after"] == "1"
+            oracle.gate.set()
+            return late.status_code, (await sender.post("/v1/score", content=request(), headers=TYPE)).status_code
+
+    assert asyncio.run(impatient()) == (503, 200)
+    assert oracle.calls == 1
+
+
+def test_a_call_id_is_for_one_request() -> None:
+    client = Client(ToyOracle())
+    client.keep()
+    same = wire.decode_request(request(), layers=3, dim=4, most=9).call_id
+    assert client.one("POST", "/v1/score", request()).status_code == 200
+    other = client.one("POST", "/v1/score", request(POINTS + 1, call_id=same))
+    assert (other.status_code, other.json()["error"]) == (422, "call_id")
+
+
+def test_replies_are_kept_up_to_a_number_of_bytes() -> None:
+    oracle = Counting()
+    client = Client(oracle, replies=2500)
+    client.keep()
+    for turn in (0, 1, 2, 3, 3, 0):
+        assert client.one("POST", "/v1/score", request(POINTS + np.float32(turn))).status_code == 200
+    assert oracle.calls == 5
+
+
+def test_failures_are_not_kept_and_do_not_take_the_server_along() -> None:
+    oracle = Counting()
+    client = Client(oracle)
+    client.keep()
+    oracle.error = RuntimeError("CUDA error\nsecret")
+    failed = client.one("POST", "/v1/score", request())
+    assert (failed.status_code, failed.json()["error"]) == (500, "failed")
+    assert "secret" not in failed.text
+    assert client.one("GET", "/healthz").status_code == 503
+    oracle.error = None
+    assert client.one("POST", "/v1/score", request()).status_code == 200
+    assert client.one("GET", "/healthz").status_code == 200
+    assert oracle.calls == 3, "a forward that just worked is proof enough"
+
+
+def test_texts_are_kept_and_forgotten() -> None:
+    client = Client(ToyOracle(), batches=1)
+    missing = client.one("POST", "/v1/score", request())
+    assert (missing.status_code, missing.json()["error"]) == (404, "batch")
+    client.keep()
+    assert client.one("PUT", f"/v1/batches/{DIGEST}", TEXTS).status_code == 204
+    other = batch_of("pair", 4)
+    assert client.one("PUT", f"/v1/batches/{DIGEST[::-1]}", wire.encode_batch(other)).status_code == 422
+    assert client.one("PUT", f"/v1/batches/{other.digest()}", wire.encode_batch(other)).status_code == 201
+    assert client.one("POST", "/v1/score", request()).status_code == 404
+
+
+def test_a_lease_ends_unless_it_is_used() -> None:
+    now = 0.0
+    kept = Batches(2, 10.0, lambda: now)
+    kept.put("a", BATCH)
+    now = 9.0
+    kept.put("b", BATCH)
+    assert kept.get("a") is BATCH
+    now = 18.0
+    assert kept.get("a") is BATCH
+    now = 19.0
+    assert kept.get("b") is None
+    assert len(kept) == 1
+    kept.put("c", BATCH)
+    kept.put("d", BATCH)
+    assert kept.get("a") is None
+
+
+NAN = np.where(np.arange(5)[:, None, None] == 2, np.float32("nan"), POINTS)
+BAD: dict[str, tuple[tuple[Any, ...], int]] = {
+    "another model": (("POST", "/v1/score", request(backbone="0" * 64)), 409),
+    "other prompts": (("POST", "/v1/score", request(prompts="0" * 64)), 409),
+    "nan": (("POST", "/v1/score", request(NAN)), 422),
+    "many points": (("POST", "/v1/score", request(np.repeat(POINTS, 3, axis=0))), 400),
+    "other shape": (("POST", "/v1/score", request(POINTS[:, :2])), 400),
+    "pickle": (("POST", "/v1/score", b"\x80\x04\x95\x10"), 400),
+    "empty": (("POST", "/v1/score", b""), 400),
+    "many texts": (("PUT", "/v1/batches/" + "0" * 64, wire.encode_batch(batch_of("pair", 9))), 400),
+    "no texts": (("PUT", "/v1/batches/" + "0" * 64, b"{}"), 400),
+    "form type": (("POST", "/v1/score", request(), {"content-type": "text/plain"}), 415),
+    "large": (("POST", "/v1/score", b"\0" * 20001), 413),
+    "gzip": (("POST", "/v1/score", request(), TYPE | {"content-encoding": "gzip"}), 415),
+    "chunked": (("POST", "/v1/score", request(), TYPE | {"transfer-encoding": "chunked"}), 415),
+    "body of a get": (("GET", "/v1/info", b"x"), 413),
+    "wrong length": (("POST", "/v1/score", b"x", TYPE | {"content-length": "-1"}), 400),
+    "wrong method": (("DELETE", f"/v1/batches/{DIGEST}"), 405),
+    "nowhere": (("GET", "/v2/info"), 404),
+    "traversal": (("PUT", "/v1/batches/..%2f..%2fetc%2fpasswd", TEXTS), 404),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_refused_and_the_next_one_is_fine(case: str) -> None:
+    client = Client(ToyOracle(), points=9, texts=8, body=20000)
+    client.keep()
+    words, status = BAD[case]
+    assert client.one(*words).status_code == status
+    assert client.one("POST", "/v1/score", request()).status_code == 200
+
+
+def test_only_so_many_at_once() -> None:
+    oracle = Counting()
+    client = Client(oracle, at_once=2)
+    client.keep()
+    oracle.gate.clear()
+    threading.Timer(0.2, oracle.gate.set).start()
+    answers = client.send(*(("POST", "/v1/score", request(POINTS + np.float32(i)), TYPE) for i in range(5)))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
+    assert client.one("POST", "/v1/score", request()).status_code == 200
+
+
+def test_where_it_listens() -> None:
+    with pytest.raises(UsageError, match="BBPROMPT_TOKEN"):
+        listen("0.0.0.0", 0, None)
+    listen("0.0.0.0", 0, TOKEN).close()
+    with listen("127.0.0.1", 0, None) as taken, pytest.raises(UsageError, match="choose another"):
+        listen("127.0.0.1", taken.getsockname()[1], None)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with serving(ToyOracle(), receive=0.5) as url:
+        yield url
+
+
+def said(url: str, *pieces: bytes, pause: float = 0.0) -> tuple[bytes, float]:
+    """What the server answers to raw bytes until it closes, and how long that took."""
+    host, port = url.removeprefix("http://").split(":")
+    began = time.monotonic()
+    got = b""
+    with socket.create_connection((host, int(port)), timeout=10) as raw:
+        try:
+            for piece in pieces:
+                raw.sendall(piece)
+                time.sleep(pause)
+            while more := raw.recv(65536):
+                got += more
+        except ConnectionError:
+            pass
+    return got, time.monotonic() - began
+
+
+POST = b"POST /v1/score HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello!", b"400"),
+        (POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"4"),
+        (POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n", b"415"),
+        (POST + b"Content-Length: 99999999999999\r\n\r\n", b"413"),
+        (POST + b"Content-Length: 1e3\r\n\r\n", b"400"),
+        (POST + b"X: " + b"a" * 50000 + b"\r\n\r\n", b"431"),
+        (b"\x16\x03\x01\x02\x00\x01", b"400"),
+        (b"GET /v1/info\r\n\r\n", b"400"),
+    ],
+    ids=range(8),
+)
+def test_raw_bytes(server: str, raw: bytes, status: bytes) -> None:
+    got, _ = said(server, raw)
+    assert re.match(rb"HTTP/1.1 " + status, got) or got == b""
+    assert httpx2.get(f"{server}/v1/info", trust_env=False).status_code == 200
+
+
+def test_dripping_headers_and_bodies_are_cut_off(server: str) -> None:
+    got, seconds = said(server, *(bytes([byte]) for byte in POST), pause=0.05)
+    assert got == b""
+    assert seconds < 5
+    started = POST + b"Content-Type: " + wire.CONTENT_TYPE.encode() + b"\r\nContent-Length: 1000\r\n\r\n"
+    got, seconds = said(server, started, *[b"x"] * 20, pause=0.05)
+    assert got.startswith(b"HTTP/1.1 408") or got == b""
+    assert seconds < 5
+    assert httpx2.get(f"{server}/v1/info", trust_env=False).status_code == 200
+
+
+def test_a_silent_connection_is_cut_off(server: str) -> None:
+    got, seconds = said(server)
+    assert got == b""
+    assert seconds < 5
+
+
+def test_refusals_have_one_form(server: str) -> None:
+    refused = httpx2.post(f"{server}/v1/score", content=b"x", headers=TYPE, trust_env=False)
+    assert json.loads(refused.content).keys() == {"error", "message", "protocol"}
+    assert "server" not in refused.headers
