@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bbprompt.errors import OracleError, ResumeMismatch
 from bbprompt.ledger import Kind, Ledger
 from bbprompt.oracle import Oracle, check_scores
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.scoring import Labelled, metric_values
 from bbprompt.task import Task
 
@@ -34,7 +34,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, oracle: Oracle, ledger: Ledger, readout: SpanReadout, task: Task, train: Labelled, dev: Labelled
+        self, oracle: Oracle, ledger: Ledger, readout: Readout, task: Task, train: Labelled, dev: Labelled
     ) -> None:
         self._oracle, self._ledger, self._readout, self._task = oracle, ledger, readout, task
         self._data = {"train": train, "dev": dev}
@@ -96,6 +96,7 @@ class Evaluator:
             data.batch,
             len(rows),
             answers=longest is not None,
+            channels=self._oracle.info.channels,
         )
         self.oracle_seconds += time.monotonic() - began
         losses = self._readout.losses(scores, data.batch, data.gold).mean(axis=1)

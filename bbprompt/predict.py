@@ -23,7 +23,7 @@ from bbprompt.example import Example
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.result import Result
 from bbprompt.run import limited, reopen
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
@@ -98,7 +98,7 @@ class TunedPrompt:
         self.config = config
         self.point = point
         method = validate(MethodConfig, directory.manifest["method"], where)
-        self._readout = SpanReadout(method.support, method.legacy_decision)
+        self._readout = Readout(method.support, method.legacy_decision)
         self._tested = directory.manifest["data"]["test"]
         self._oracle = oracle
 
@@ -151,7 +151,7 @@ class TunedPrompt:
             some = examples[begin : begin + _AT_ONCE]
             batch = labelled(self.task, some, for_loss=False).batch
             reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
-            scores = check_scores(reply, batch, 1)
+            scores = check_scores(reply, batch, 1, channels=self._oracle.info.channels)
             if extractive:
                 predictions += [Prediction(answer, {}) for answer in self._readout.extracts(scores, batch)[0]]
                 continue

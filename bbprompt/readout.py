@@ -1,8 +1,9 @@
-"""The span readout: from start and end scores to a loss, a decision and probabilities.
+"""The readout: from an oracle's scores to a loss, a decision and probabilities.
 
-An option's score is the sum of the log-probabilities of its start and of its end (MP2, section 3.2). The
-released code multiplies the raw logits instead, which two negative logits win; `legacy` keeps that rule for
-comparison.
+An option has C logits: a start and an end logit from the span head, one logit from prototypes and verbalizers.
+Its score is their sum; for spans that is the sum of the log-probabilities of start and end (MP2, section 3.2) up
+to a constant of the text. The released code of MP2 multiplies the two raw logits instead, which two negative
+logits win; `legacy` keeps that rule for comparison.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bbprompt.errors import UsageError
 from bbprompt.oracle import Scores, Support, TextBatch
 
-__all__ = ["SpanReadout"]
+__all__ = ["Readout"]
 
 
 @dataclass(frozen=True, slots=True)
-class SpanReadout:
+class Readout:
     """How scores are read.
 
     Attributes:
         support: What start and end probabilities are normalised over.
-        legacy: Decide by the product of raw logits.
+        legacy: Decide by the product of the raw start and end logits.
         longest_answer: Longest extracted answer in tokens.
     """
 
@@ -33,7 +35,7 @@ class SpanReadout:
     longest_answer: int = 32
 
     def losses(self, scores: Scores, batch: TextBatch, gold: Sequence[int]) -> NDArray[np.float64]:
-        """Loss of each candidate on each text: (CE(start) + CE(end)) / 2.
+        """Loss of each candidate on each text: cross-entropy, for spans (CE(start) + CE(end)) / 2.
 
         Args:
             scores: Of n candidates.
@@ -50,9 +52,22 @@ class SpanReadout:
         return losses
 
     def option_scores(self, scores: Scores) -> NDArray[np.float64]:
-        """Score of every option, `(n, O)`; comparable within one text."""
-        start, end = scores.logits[..., 0].astype(np.float64), scores.logits[..., 1].astype(np.float64)
-        return start * end if self.legacy else start + end
+        """Score of every option, `(n, O)`; comparable within one text.
+
+        Raises:
+            UsageError: The product rule, and the scores are no pairs of start and end.
+        """
+        logits = scores.logits.astype(np.float64)
+        if not self.legacy:
+            total: NDArray[np.float64] = logits.sum(axis=2)
+            return total
+        if logits.shape[2] != 2:
+            raise UsageError(
+                "legacy_decision: the product of start and end logits needs a span head, these prompts have none; "
+                "set legacy_decision to false"
+            )
+        product: NDArray[np.float64] = logits.prod(axis=2)
+        return product
 
     def probabilities(self, scores: Scores, batch: TextBatch) -> list[list[NDArray[np.float64]]]:
         """Softmax of the option scores of each text: for each candidate N arrays that sum to 1."""

@@ -32,7 +32,7 @@ from bbprompt.ledger import Ledger
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt, resolve_prompts
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import SplitScore, labelled, score_split
@@ -86,9 +86,9 @@ class Prepared:
     load_seconds: float
 
     @property
-    def readout(self) -> SpanReadout:
+    def readout(self) -> Readout:
         """How the method reads scores."""
-        return SpanReadout(self.method.support, self.method.legacy_decision)
+        return Readout(self.method.support, self.method.legacy_decision)
 
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result: settings, digests, versions, threads."""

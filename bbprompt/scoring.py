@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from bbprompt.example import Answer, Example
 from bbprompt.metrics import accuracy, answer_f1
 from bbprompt.oracle import Oracle, Scores, TextBatch, check_scores
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.task import Task
 
 __all__ = ["Labelled", "SplitScore", "labelled", "metric_values", "score_split"]
@@ -63,7 +63,7 @@ def labelled(task: Task, examples: Sequence[Example], for_loss: bool) -> Labelle
     )
 
 
-def metric_values(task: Task, readout: SpanReadout, scores: Scores, data: Labelled) -> NDArray[np.float64]:
+def metric_values(task: Task, readout: Readout, scores: Scores, data: Labelled) -> NDArray[np.float64]:
     """Metric of each candidate on each text, `(n, N)`: accuracy 0/1, or the F1 of the extracted answer."""
     if task.type == "extractive":
         return np.array(
@@ -77,7 +77,7 @@ def metric_values(task: Task, readout: SpanReadout, scores: Scores, data: Labell
 
 def score_split(
     oracle: Oracle,
-    readout: SpanReadout,
+    readout: Readout,
     task: Task,
     examples: Sequence[Example],
     points: NDArray[np.floating],
@@ -93,6 +93,7 @@ def score_split(
             data.batch,
             len(points),
             answers=longest is not None,
+            channels=oracle.info.channels,
         )
         pieces.append(metric_values(task, readout, scores, data))
         cut += scores.cut

@@ -14,7 +14,7 @@ from bbprompt.journal import Journal
 from bbprompt.ledger import Ledger
 from bbprompt.oracle import Oracle, Scores
 from bbprompt.prompts import PromptSpace
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.scoring import Labelled, labelled
 from bbprompt.task import Task
 from bbprompt.testing import ToyOracle
@@ -104,7 +104,7 @@ def run(
         evaluator = Evaluator(
             recorder,
             ledger,
-            SpanReadout(method.support, method.legacy_decision),
+            Readout(method.support, method.legacy_decision),
             TASK,
             data(sizes[0], 1),
             data(sizes[1], 2),

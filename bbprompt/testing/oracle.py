@@ -210,7 +210,7 @@ class OracleContract:
         longest: int | None = None,
     ) -> Scores:
         scores = oracle.score(batch, points, support, longest)
-        return check_scores(scores, batch, len(points), answers=longest is not None)
+        return check_scores(scores, batch, len(points), answers=longest is not None, channels=oracle.info.channels)
 
     def _near(self, one: NDArray[Any], other: NDArray[Any], message: str) -> None:
         require(one.shape == other.shape and bool(np.abs(one - other).max() <= self.tolerance), message)
