@@ -18,6 +18,7 @@ from torch import Tensor
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder, Layout, pack
 from bbprompt.backends.head import Head, Plan
+from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.span_head import SpanHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import ArtifactError
@@ -218,6 +219,9 @@ class LocalOracle:
 def _open_head(backbone: Backbone, prompt: ModularPrompt, frame: Frame, device: torch.device) -> Head:
     """The head that the artifact's config.json names."""
     tokenize = tokenize_with(backbone.tokenizer)
+    pooling = prompt.config.pooling
+    if pooling is not None:
+        return PrototypeHead(pooling.scale, pooling.prefix, pooling.pool_prompt, tokenize, frame, device)
     return SpanHead(prompt.head_weight, prompt.head_bias, tokenize, frame, device)
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
+from bbprompt.subspace import SubspaceConfig
 from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = [
@@ -136,6 +137,7 @@ class MethodConfig(_Settings):
     mixing: Literal["mean", "normalized"]
     support: Literal["candidates", "sequence"] = "candidates"
     legacy_decision: bool = False
+    space: SubspaceConfig | None = None
     router: RouterStageConfig | None = None
     prompt: PromptStageConfig | None = None
     select: Literal["both-losses", "dev-loss", "pooled-loss", "dev-metric"] = "both-losses"
@@ -162,7 +164,8 @@ class TuneConfig(_Settings):
         data: "auto", "hub", "sample" or a path.
         method: Name of a bundled method or path of a method YAML.
         backbone: Hub id or directory of the frozen model; None for the one the prompts were trained for.
-        prompts: Artifact directory, bundled name or hub id; None for the method's.
+        prompts: Artifact directory, bundled name, hub id, or "none" for the `space` of the method; None for the
+            method's.
         budget: Most train and dev calls together.
         seed: Of the few-shot split and the search.
         shots: Examples per label; None for the papers' rule.

@@ -6,9 +6,40 @@ import os
 
 from bbprompt.errors import UsageError
 from bbprompt.oracle import Oracle
-from bbprompt.prompts import ModularPrompt
+from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.subspace import SubspaceConfig, random_prompt
 
-__all__ = ["cores", "open_oracle"]
+__all__ = ["cores", "open_oracle", "open_prompts"]
+
+
+def open_prompts(name: str, space: SubspaceConfig | None, backbone: str | None, seed: int) -> ModularPrompt:
+    """Load an artifact, or build a method's random subspace.
+
+    Args:
+        name: Directory, bundled name, hub id, or "none".
+        space: For "none": the subspace of the method.
+        backbone: For "none": the model that it is for; None for the default one.
+        seed: For "none": of the projection.
+
+    Raises:
+        UsageError: "none", and the method has no subspace.
+        ArtifactError: There is no such artifact or backbone.
+    """
+    if name != "none":
+        return ModularPrompt.load(resolve_prompts(name))
+    if space is None:
+        raise UsageError("--prompts none: the method has no section `space`; choose a method that needs no prompts")
+    from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
+
+    model = load_backbone(backbone or DEFAULT_BACKBONE)
+    return random_prompt(
+        space,
+        seed,
+        backbone=model.id,
+        backbone_digest=model.digest,
+        layers=model.layers,
+        hidden=model.hidden,
+    )
 
 
 def open_oracle(

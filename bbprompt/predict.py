@@ -16,13 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from bbprompt.config import MethodConfig, TuneConfig
-from bbprompt.connect import open_oracle
+from bbprompt.connect import open_oracle, open_prompts
 from bbprompt.data import SplitName, data_digest, open_data
 from bbprompt.errors import ArtifactError, DataError, DiskError, UsageError
 from bbprompt.example import Example
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
-from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.readout import Readout
 from bbprompt.result import Result
 from bbprompt.run import limited, reopen
@@ -89,7 +88,14 @@ class TunedPrompt:
         point: The tuned intrinsic point, `(L, d)` float32.
     """
 
-    def __init__(self, directory: RunDirectory, config: TuneConfig, oracle: Oracle, point: NDArray[np.float32]) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: TuneConfig,
+        oracle: Oracle,
+        point: NDArray[np.float32],
+        offsets: tuple[float, ...] = (),
+    ) -> None:
         """For `load_prompt` only."""
         where = str(directory.path / MANIFEST)
         self.path = directory.path
@@ -98,7 +104,7 @@ class TunedPrompt:
         self.config = config
         self.point = point
         method = validate(MethodConfig, directory.manifest["method"], where)
-        self._readout = Readout(method.support, method.legacy_decision)
+        self._readout = Readout(method.support, method.legacy_decision, offsets=offsets)
         self._tested = directory.manifest["data"]["test"]
         self._oracle = oracle
 
@@ -149,7 +155,7 @@ class TunedPrompt:
         longest = self._readout.longest_answer if extractive else None
         for begin in range(0, len(examples), _AT_ONCE):
             some = examples[begin : begin + _AT_ONCE]
-            batch = labelled(self.task, some, for_loss=False).batch
+            batch = labelled(self.task, some, for_loss=False, readout=self._oracle.info.readout).batch
             reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
             scores = check_scores(reply, batch, 1, channels=self._oracle.info.channels)
             if extractive:
@@ -247,14 +253,15 @@ def load_prompt(
         if not directory.finished:
             raise UsageError(f"{run_dir}: this run is not finished; go on with `bbprompt resume {run_dir}`")
         name = config.prompts or directory.manifest["method"]["prompts"]
-        prompt = ModularPrompt.load(resolve_prompts(name))
+        method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
+        prompt = open_prompts(name, method.space, config.backbone, config.seed)
         model = directory.manifest["model"]
         if prompt.digest != model["prompts_digest"]:
             raise ArtifactError(
                 f"prompts '{name}': not those that {run_dir} was tuned with (digest {prompt.digest[:12]}, "
                 f"then {model['prompts_digest'][:12]}); install the bbprompt version of the run or tune again"
             )
-        point = _read_point(directory, (prompt.config.layers, prompt.config.intrinsic_dim))
+        point, offsets = _read_point(directory, (prompt.config.layers, prompt.config.intrinsic_dim))
         oracle = open_oracle(
             config.backend,
             prompt,
@@ -265,7 +272,7 @@ def load_prompt(
             max_tokens=config.max_tokens,
             threads=threads,
         )
-        return TunedPrompt(directory, config, oracle, point)
+        return TunedPrompt(directory, config, oracle, point, offsets)
 
 
 def read_result(directory: RunDirectory) -> Result:
@@ -282,15 +289,17 @@ def read_result(directory: RunDirectory) -> Result:
         raise DiskError(f"{directory.path / RESULT}: damaged: {where}: {first['msg']}; tune again") from None
 
 
-def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.float32]:
+def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> tuple[NDArray[np.float32], tuple[float, ...]]:
+    """The tuned point, and the offsets of the options where the run found such."""
     file = directory.path / PROMPT
     try:
-        point = load(directory.read_bytes(PROMPT))["point"]
+        tensors = load(directory.read_bytes(PROMPT))
+        point, offsets = tensors["point"], tensors.get("offsets", np.zeros(0))
     except (SafetensorError, KeyError, ValueError) as error:
         raise DiskError(f"{file}: damaged ({error}); tune again") from None
-    if point.shape != shape or not np.isfinite(point).all():
+    if point.shape != shape or not np.isfinite(point).all() or not np.isfinite(offsets).all():
         raise DiskError(f"{file}: the point has shape {point.shape}, not {shape}, or is not finite; tune again")
-    return np.asarray(point, dtype=np.float32)
+    return np.asarray(point, dtype=np.float32), tuple(offsets.tolist())
 
 
 def _prediction(names: Sequence[str], shares: NDArray[np.float64]) -> Prediction:

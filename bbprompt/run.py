@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from bbprompt import __version__
 from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.connect import cores, open_oracle
+from bbprompt.connect import cores, open_oracle, open_prompts
 from bbprompt.curve import CurveClock
 from bbprompt.data import DataSource, open_data
 from bbprompt.errors import ResumeMismatch, UsageError
@@ -31,7 +31,7 @@ from bbprompt.fewshot import FewShot, sample
 from bbprompt.ledger import Ledger
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle
-from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
@@ -139,7 +139,7 @@ def prepare(config: TuneConfig) -> Prepared:
     data = open_data(task, config.data)
     few = sample(task, data.split("train"), config.seed, config.shots)
     test = limited(data.split("test"), config.test_limit, config.seed)
-    prompt = ModularPrompt.load(resolve_prompts(config.prompts or method.prompts))
+    prompt = open_prompts(config.prompts or method.prompts, method.space, config.backbone, config.seed)
     _warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
         config.backend,
@@ -222,8 +222,9 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     clock = CurveClock(directory)
     ledger = Ledger(directory.journal(), run.config.budget)
     replayed = ledger.reserved - len(ledger.in_doubt)
-    train = labelled(run.task, run.few.train, for_loss=True)
-    dev = labelled(run.task, run.few.dev, for_loss=True)
+    kind = run.oracle.info.readout
+    train = labelled(run.task, run.few.train, for_loss=True, readout=kind)
+    dev = labelled(run.task, run.few.dev, for_loss=True, readout=kind)
     evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev)
     watcher.prepared(run)
 
@@ -237,7 +238,7 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     searched = time.monotonic()
     points, which = np.unique(found.points.astype(np.float32), axis=0, return_inverse=True)
     score = score_split(
-        run.oracle, run.readout, run.task, run.test, points, lambda done: watcher.testing(done, len(run.test))
+        run.oracle, evaluator.readout, run.task, run.test, points, lambda done: watcher.testing(done, len(run.test))
     )
     ended = time.monotonic()
     seconds = Seconds(
@@ -249,7 +250,7 @@ def tune(run: Prepared, directory: RunDirectory, watcher: Watcher | None = None)
     )
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
     result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
-    directory.write_bytes(PROMPT, save(_tensors(found)))
+    directory.write_bytes(PROMPT, save(_tensors(found, evaluator.readout)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
 
@@ -313,12 +314,14 @@ def _result(
     )
 
 
-def _tensors(found: Found) -> dict[str, np.ndarray]:
-    """What was tuned: the point, and the router it came from where there is one."""
+def _tensors(found: Found, readout: Readout) -> dict[str, np.ndarray]:
+    """What was tuned: the point, the router it came from and the offsets of the options where there are such."""
     chosen = found.chosen.incumbent
     tensors = {"point": chosen.point.astype(np.float32)}
     if chosen.router is not None:
         tensors["router"] = chosen.router.astype(np.float32)
+    if readout.offsets:
+        tensors["offsets"] = np.array(readout.offsets, dtype=np.float64)
     return tensors
 
 
