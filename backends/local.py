@@ -17,10 +17,12 @@ from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder, Layout, pack
+from bbprompt.backends.fit import check_fit, describe
 from bbprompt.backends.head import Head, Plan
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.span_head import SpanHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import ArtifactError
 from bbprompt.mrc import Encoded, Frame
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
@@ -84,13 +86,7 @@ class LocalOracle:
         max_tokens: int | None = None,
     ) -> None:
         config = prompt.config
-        if config.backbone_digest != backbone.digest:
-            raise ArtifactError(
-                f"the prompts were trained for {config.backbone} (weights {config.backbone_digest[:12]}), "
-                f"not for {backbone.id} (weights {backbone.digest[:12]}); choose other --prompts or another "
-                "--backbone"
-            )
-        _check_fit(prompt, backbone)
+        check_fit(prompt, backbone)
         self._encoder = Encoder(backbone.model, getattr(torch, dtype), device, backbone.token_type)
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
@@ -105,7 +101,7 @@ class LocalOracle:
             layers=config.layers,
             dim=config.intrinsic_dim,
             precision=dtype,
-            device=_describe(device),
+            device=describe(device),
             max_tokens=limit,
             readout=config.readout,
         )
@@ -222,31 +218,14 @@ def _open_head(backbone: Backbone, prompt: ModularPrompt, frame: Frame, device: 
     pooling = prompt.config.pooling
     if pooling is not None:
         return PrototypeHead(pooling.scale, pooling.prefix, pooling.pool_prompt, tokenize, frame, device)
+    if prompt.config.readout == "verbalizer":
+        if backbone.head is None:
+            raise ArtifactError(f"backbone {backbone.id}: a verbalizer readout needs its language model head")
+        return VerbalizerHead(backbone.head, backbone.tokenizer.mask_token_id, tokenize, frame, device)
     return SpanHead(prompt.head_weight, prompt.head_bias, tokenize, frame, device)
-
-
-def _check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
-    """Refuse an artifact whose config.json contradicts the backbone that it names."""
-    config = prompt.config
-    rows = int(backbone.model.get_input_embeddings().weight.shape[0])
-    problem = None
-    if config.hidden != backbone.hidden:
-        problem = f"hidden size {config.hidden}, the backbone has {backbone.hidden}"
-    elif config.layers not in (1, backbone.layers):
-        problem = f"{config.layers} layers, the backbone has {backbone.layers}"
-    elif max(config.placeholders) >= rows:
-        problem = f"placeholder {max(config.placeholders)}, the backbone has {rows} tokens"
-    if problem is not None:
-        raise ArtifactError(f"the prompts for {config.backbone} are damaged: their config.json says {problem}")
 
 
 def _first_difference(points: NDArray[np.float32]) -> int:
     """First layer in which the candidates differ; the number of layers if they do not."""
     differs = (points != points[:1]).any(axis=(0, 2))
     return int(differs.argmax()) if differs.any() else points.shape[1]
-
-
-def _describe(device: str) -> str:
-    if device == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(torch.device(device))

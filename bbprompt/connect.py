@@ -31,7 +31,7 @@ def open_prompts(name: str, space: SubspaceConfig | None, backbone: str | None, 
         raise UsageError("--prompts none: the method has no section `space`; choose a method that needs no prompts")
     from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
 
-    model = load_backbone(backbone or DEFAULT_BACKBONE)
+    model = load_backbone(backbone or DEFAULT_BACKBONE, head=space.readout == "verbalizer")
     return random_prompt(
         space,
         seed,
@@ -74,14 +74,17 @@ def open_oracle(
     import torch
 
     from bbprompt.backends.backbone import load_backbone
+    from bbprompt.backends.causal import CausalOracle
     from bbprompt.backends.local import LocalOracle
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or cores())
-    return LocalOracle(
-        load_backbone(backbone or prompt.config.backbone),
+    model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
+    oracle = CausalOracle if model.head is not None and model.head.causal else LocalOracle
+    return oracle(
+        model,
         prompt,
         device=chosen,
         dtype="float32" if dtype == "auto" else dtype,
