@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import tiny
 import tiny_prompt
+import yaml
 from reference import plain_states
+from safetensors.numpy import load_file
 
+import bbprompt
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.tokens import frame_for, tokenize_with
@@ -173,3 +176,31 @@ def test_pooling_belongs_to_prototypes(backbone: Backbone, tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ArtifactError, match="pooling: belongs to the readout 'prototype'"):
         ModularPrompt.load(tmp_path)
+
+
+def test_a_run_keeps_its_threshold(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    data = tiny_prompt.data_dir(
+        tmp_path / "data",
+        SAME,
+        {split: tiny_prompt.pair_records(count, i) for i, (split, count) in enumerate((("train", 90), ("test", 12)))},
+    )
+    method = tmp_path / "method.yaml"
+    space = {"readout": "prototype", "length": 2, "dim": 4, "scale": 0.5, "placeholder": 300}
+    stage = {"layout": "layerwise", "popsize": 4, "sigma_first": 1.0, "sigma": 1.0, "dev_every": 8}
+    keys = {"gates": "sigmoid", "mixing": "normalized", "prompts": "none", "space": space, "prompt": stage}
+    method.write_text(yaml.safe_dump({"name": "proto", "summary": "s", "source": "s", **keys}))
+    found = bbprompt.tune(
+        task=str(data / "task.yaml"),
+        data=str(data),
+        method=str(method),
+        backbone=str(tiny_bert_dir),
+        budget=20,
+        seed=7,
+        threads=1,
+        run_dir=tmp_path / "run",
+    )
+    assert load_file(tmp_path / "run" / "prompt.safetensors")["offsets"].sum() == 0.0
+    with bbprompt.load_prompt(tmp_path / "run", threads=1) as prompt:
+        assert prompt.evaluate().value == found.test.value
+        bare = prompt.predict([{"text_a": "甲乙", "text_b": "甲乙"}])[0]
+        assert bare.label == "1"  # equal texts have the similarity 1, above any fitted threshold
