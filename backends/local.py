@@ -19,10 +19,15 @@ from torch import Tensor
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
 from bbprompt.backends.encoder import Encoder, Layout, pack
+from bbprompt.backends.fit import check_fit, describe
+from bbprompt.backends.head import Head, Plan
+from bbprompt.backends.prototype_head import PrototypeHead
+from bbprompt.backends.span_head import SpanHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.embedding import Embeddings
-from bbprompt.errors import ArtifactError, DataError
-from bbprompt.mrc import Encoded, encode
+from bbprompt.errors import ArtifactError
+from bbprompt.mrc import Encoded, Frame
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
 
@@ -41,26 +46,20 @@ class _Trunk:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Some texts of a batch, ready to run.
+    """Some sequences of a batch, ready to run.
 
     Attributes:
         layout: Where their tokens lie.
         slots: Packed rows of the placeholders, text by text.
-        read: `(N, R)` packed rows that are read; None for all.
-        support: `(2, N, C)` where in the read rows each candidate start and end stands.
-        present: `(N, C)` which candidates exist.
-        spans: `(O, 3)` text, start and end (indices into C) of each scored span.
-        encoded: The sequences.
+        texts: N, how many sequences these are.
+        plan: How the head reads them.
         trunk: States shared by candidates.
     """
 
     layout: Layout
     slots: Tensor
-    read: Tensor | None
-    support: Tensor
-    present: Tensor
-    spans: Tensor
-    encoded: tuple[Encoded, ...]
+    texts: int
+    plan: Plan
     trunk: _Trunk = field(compare=False)
 
 
@@ -90,20 +89,13 @@ class LocalOracle:
         max_tokens: int | None = None,
     ) -> None:
         config = prompt.config
-        if config.backbone_digest != backbone.digest:
-            raise ArtifactError(
-                f"the prompts were trained for {config.backbone} (weights {config.backbone_digest[:12]}), "
-                f"not for {backbone.id} (weights {backbone.digest[:12]}); choose other --prompts or another "
-                "--backbone"
-            )
-        _check_fit(prompt, backbone)
+        check_fit(prompt, backbone)
         self._encoder = Encoder(backbone.model, getattr(torch, dtype), device, backbone.token_type)
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
+        self._head = _open_head(backbone, prompt, self._frame, self._encoder.device)
         self._projection = torch.from_numpy(prompt.projection).to(device)
-        self._head = torch.from_numpy(prompt.head_weight).to(device)
-        self._bias = torch.from_numpy(prompt.head_bias).to(device)
         self._batch_tokens = batch_tokens
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
         self._info = OracleInfo(
@@ -113,8 +105,9 @@ class LocalOracle:
             layers=config.layers,
             dim=config.intrinsic_dim,
             precision=dtype,
-            device=_describe(device),
+            device=describe(device),
             max_tokens=limit,
+            readout=config.readout,
         )
 
     @property
@@ -141,27 +134,16 @@ class LocalOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
-        parts = [self._score(chunk, checked, longest_answer) for chunk in self._chunks(batch, support)]
-        best = [part.best for part in parts if part.best is not None]
-        return Scores(
-            np.concatenate([part.logits for part in parts], axis=1),
-            np.concatenate([part.normalizer for part in parts], axis=1),
-            np.concatenate(best, axis=1) if best else None,
-            sum(part.cut for part in parts),
-        )
+        chunks = self._chunks(batch, support)
+        outputs = [self._apply(chunk, checked) for chunk in chunks]
+        return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
 
     def _chunks(self, batch: TextBatch, support: Support) -> list[_Chunk]:
         key = (batch.digest(), support)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        answers = batch.answers or (None,) * len(batch.forms)
-        encoded = []
-        for number, (form, answer) in enumerate(zip(batch.forms, answers, strict=True)):
-            try:
-                encoded.append(encode(form, self._tokenize, self._frame, () if answer is None else (answer,)))
-            except DataError as error:
-                raise DataError(f"text {number + 1}: {error}") from error
+        encoded = self._head.sequences(batch)
         chunks, begin, tokens = [], 0, 0
         for end, item in enumerate(encoded):
             if end > begin and tokens + len(item.ids) > self._batch_tokens:
@@ -178,53 +160,25 @@ class LocalOracle:
         device = self._encoder.device
         layout = pack([len(item.ids) for item in encoded], device)
         slots = torch.arange(len(self._frame.placeholders), device=device) + self._frame.prompt_start
-        starts, ends, spans = [], [], []
-        for number, item in enumerate(encoded):
-            extractive = bool(item.offsets)
-            if support == "sequence" or extractive:
-                first, last = (0, len(item.ids)) if support == "sequence" else item.context
-                positions = list(range(first, last))
-                starts.append(positions)
-                ends.append(positions)
-                spans += [(number, a - first, b - first) for a, b in item.spans]
-            else:
-                starts.append([a for a, _ in item.spans])
-                ends.append([b for _, b in item.spans])
-                spans += [(number, option, option) for option in range(len(item.spans))]
-        width = max(len(positions) for positions in starts)
-        padded = torch.zeros(2, len(encoded), width, dtype=torch.long)
-        present = torch.zeros(len(encoded), width, dtype=torch.bool)
-        for number, (first_rows, last_rows) in enumerate(zip(starts, ends, strict=True)):
-            padded[0, number, : len(first_rows)] = torch.as_tensor(first_rows)
-            padded[1, number, : len(last_rows)] = torch.as_tensor(last_rows)
-            present[number, : len(first_rows)] = True
-        shared = bool((padded[0] == padded[1]).all())
-        base = layout.starts.cpu()[:, None]
-        read = base + (padded[0] if shared else torch.cat((padded[0], padded[1]), dim=1))
-        where = torch.arange(width).expand(2, len(encoded), width).clone()
-        if not shared:
-            where[1] += width
         return _Chunk(
             layout,
             (layout.starts[:, None] + slots).flatten(),
-            read.to(device),
-            where.to(device),
-            present.to(device),
-            torch.as_tensor(spans, dtype=torch.long).view(-1, 3),
-            tuple(encoded),
+            len(encoded),
+            self._head.plan(encoded, layout, support),
             _Trunk([self._encoder.embed([item.ids for item in encoded], layout)[None]]),
         )
 
-    def _score(self, chunk: _Chunk, points: NDArray[np.float32], longest_answer: int | None) -> Scores:
+    def _apply(self, chunk: _Chunk, points: NDArray[np.float32]) -> Tensor:
+        """What the head reads of every candidate."""
         fork = min(_first_difference(points), len(self._encoder.layers) - 1)
         trunk = self._grow(chunk, points[0], fork)
         tokens = trunk.shape[1]
         size = max(self._batch_tokens // tokens, 1)
-        logits = [
+        outputs = [
             self._branch(chunk, trunk, torch.from_numpy(points[i : i + size]), fork)
             for i in range(0, len(points), size)
         ]
-        return self._read(chunk, torch.cat(logits), longest_answer)
+        return torch.cat(outputs)
 
     def _grow(self, chunk: _Chunk, point: NDArray[np.float32], fork: int) -> Tensor:
         """States `(1, T, H)` entering layer `fork` of a candidate.
@@ -249,13 +203,13 @@ class LocalOracle:
         return layer >= len(one) or bool(np.array_equal(one[layer], other[layer]))
 
     def _branch(self, chunk: _Chunk, trunk: Tensor, points: Tensor, fork: int) -> Tensor:
-        """Head outputs `(n, N, R, 2)` of candidates that share everything below layer `fork`."""
+        """Head outputs `(n, ...)` of candidates that share everything below layer `fork`."""
         states = trunk.expand(len(points), -1, -1)
         last = len(self._encoder.layers) - 1
         for layer in range(fork, last + 1):
             states = self._add(chunk, states, points, layer)
-            states = self._encoder.layer(layer, states, chunk.layout, chunk.read if layer == last else None)
-        return states.float() @ self._head.T + self._bias
+            states = self._encoder.layer(layer, states, chunk.layout, chunk.plan.read if layer == last else None)
+        return self._head.apply(chunk.plan, states)
 
     def _add(self, chunk: _Chunk, states: Tensor, points: Tensor, layer: int) -> Tensor:
         """Add the layer's prompts u A to the placeholder rows of every text, where the layer has any."""
@@ -263,70 +217,24 @@ class LocalOracle:
             return states
         prompts = points[:, layer].to(self._projection.device) @ self._projection[layer]
         prompts = prompts.view(len(points), 1, -1, self._encoder.hidden).to(states.dtype)
-        added = prompts.expand(-1, len(chunk.encoded), -1, -1).flatten(1, 2)
+        added = prompts.expand(-1, chunk.texts, -1, -1).flatten(1, 2)
         return states.index_add(1, chunk.slots, added)
 
-    def _read(self, chunk: _Chunk, logits: Tensor, longest_answer: int | None) -> Scores:
-        start = logits[..., 0].gather(2, chunk.support[0].expand(len(logits), -1, -1))
-        end = logits[..., 1].gather(2, chunk.support[1].expand(len(logits), -1, -1))
-        both = torch.stack((start, end)).masked_fill(~chunk.present, -torch.inf)
-        text, first, last = chunk.spans.to(logits.device).unbind(1)
-        values = torch.stack((both[0][:, text, first], both[1][:, text, last]), dim=-1)
-        best = None
-        if longest_answer is not None and chunk.encoded[0].offsets:
-            best = self._answers(chunk, both, longest_answer)
-        return Scores(
-            values.cpu().numpy(),
-            both.logsumexp(-1).permute(1, 2, 0).cpu().numpy(),
-            best,
-            sum(item.cut for item in chunk.encoded),
-        )
 
-    def _answers(self, chunk: _Chunk, both: Tensor, longest: int) -> NDArray[np.int64]:
-        """Character spans `(n, N, 2)` of the best start <= end within `longest` tokens of the context."""
-        result = np.zeros((both.shape[1], both.shape[2], 2), dtype=np.int64)
-        for number, item in enumerate(chunk.encoded):
-            size = len(item.offsets)
-            # With the whole sequence as support the context starts inside it, else it is the support.
-            first = item.context[0] if int(chunk.present[number].sum()) > size else 0
-            start = both[0, :, number, first : first + size]
-            end = both[1, :, number, first : first + size]
-            reach = min(longest, size)
-            padded = torch.nn.functional.pad(end, (0, reach - 1), value=-torch.inf)
-            window = padded.unfold(1, reach, 1)  # (n, size, reach): ends that each start may take
-            score, length = window.max(-1)
-            at = (start + score).argmax(-1)
-            for candidate in range(both.shape[1]):
-                a = int(at[candidate])
-                result[candidate, number] = (
-                    item.offsets[a][0],
-                    item.offsets[a + int(length[candidate, a])][1],
-                )
-        return result
-
-
-def _check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
-    """Refuse an artifact whose config.json contradicts the backbone that it names."""
-    config = prompt.config
-    rows = int(backbone.model.get_input_embeddings().weight.shape[0])
-    problem = None
-    if config.hidden != backbone.hidden:
-        problem = f"hidden size {config.hidden}, the backbone has {backbone.hidden}"
-    elif config.layers not in (1, backbone.layers):
-        problem = f"{config.layers} layers, the backbone has {backbone.layers}"
-    elif max(config.placeholders) >= rows:
-        problem = f"placeholder {max(config.placeholders)}, the backbone has {rows} tokens"
-    if problem is not None:
-        raise ArtifactError(f"the prompts for {config.backbone} are damaged: their config.json says {problem}")
+def _open_head(backbone: Backbone, prompt: ModularPrompt, frame: Frame, device: torch.device) -> Head:
+    """The head that the artifact's config.json names."""
+    tokenize = tokenize_with(backbone.tokenizer)
+    pooling = prompt.config.pooling
+    if pooling is not None:
+        return PrototypeHead(pooling.scale, pooling.prefix, pooling.pool_prompt, tokenize, frame, device)
+    if prompt.config.readout == "verbalizer":
+        if backbone.head is None:
+            raise ArtifactError(f"backbone {backbone.id}: a verbalizer readout needs its language model head")
+        return VerbalizerHead(backbone.head, backbone.tokenizer.mask_token_id, tokenize, frame, device)
+    return SpanHead(prompt.head_weight, prompt.head_bias, tokenize, frame, device)
 
 
 def _first_difference(points: NDArray[np.float32]) -> int:
     """First layer in which the candidates differ; the number of layers if they do not."""
     differs = (points != points[:1]).any(axis=(0, 2))
     return int(differs.argmax()) if differs.any() else points.shape[1]
-
-
-def _describe(device: str) -> str:
-    if device == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(torch.device(device))

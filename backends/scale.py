@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +14,13 @@ from bbprompt.example import Form
 from bbprompt.mrc import encode
 from bbprompt.random_projection import BackboneFacts, clipped_std, placeholders_for
 
-__all__ = ["measure"]
+__all__ = ["facts_of", "measure"]
+
+
+def facts_of(backbone: Backbone) -> BackboneFacts:
+    """What is known of a model without a forward."""
+    rows = int(backbone.model.get_input_embeddings().weight.shape[0])
+    return BackboneFacts(backbone.id, backbone.digest, backbone.hidden, rows, backbone.layers)
 
 
 @torch.inference_mode()
@@ -27,10 +34,10 @@ def measure(
     neither. The forward is that of the untuned prompt on the few-shot texts, which the run pays for as its first call.
     """
     words = backbone.model.get_input_embeddings().weight
-    vocabulary = int(words.shape[0])
+    facts = facts_of(backbone)
     encoder = Encoder(backbone.model, token_type=backbone.token_type, prepack=False)
     limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
-    frame = frame_for(backbone.tokenizer, placeholders_for(vocabulary, prompt_length), limit)
+    frame = frame_for(backbone.tokenizer, placeholders_for(facts.vocabulary, prompt_length), limit)
     tokenize = tokenize_with(backbone.tokenizer)
     ids = [encode(form, tokenize, frame).ids for form in forms]
     layout = pack([len(each) for each in ids])
@@ -39,4 +46,4 @@ def measure(
     for layer in range(len(encoder.layers) - 1):
         states = encoder.layer(layer, states, layout)
         stds.append(clipped_std(states.float().numpy()))
-    return BackboneFacts(backbone.id, backbone.digest, backbone.hidden, vocabulary, tuple(stds))
+    return replace(facts, stds=tuple(stds))

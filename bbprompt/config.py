@@ -16,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bbprompt.errors import UsageError
+from bbprompt.oracle import ReadoutKind
+from bbprompt.prompts import Pooling
 from bbprompt.router import CODE, PAPER, GateRule
 from bbprompt.yamlfile import read_yaml, validate
 
@@ -151,7 +153,13 @@ class ProjectionConfig(_Settings):
             that of the hidden states the prompt is added to; "uniform" from +-1 / sqrt(d).
         alpha: Size of the prompts relative to the hidden states.
         sigma: Step size that the matrix is scaled for.
-        head: Prompt artifact whose answer head is used, for a readout that needs a trained one.
+        scale: Root mean square of a prompt's entries where those of u are standard normal, instead of a scale from
+            the model's states.
+        readout: How options are scored.
+        head: Prompt artifact whose answer head is used; a span readout needs one.
+        placeholder: Token id at the first prompt position; None for 1000, as in BBT. The others follow it.
+        repeat: Put the same token at every prompt position.
+        pooling: How a prototype readout makes embeddings.
     """
 
     dim: _Count = 500
@@ -160,7 +168,12 @@ class ProjectionConfig(_Settings):
     distribution: Literal["normal", "uniform"] = "normal"
     alpha: _Positive = 1.0
     sigma: _Positive = 1.0
+    scale: _Positive | None = None
+    readout: ReadoutKind = "span"
     head: str | None = None
+    placeholder: Annotated[int, Field(ge=0, strict=True)] | None = None
+    repeat: bool = False
+    pooling: Pooling = Pooling()
 
 
 class BaselineConfig(_Settings):
@@ -250,7 +263,8 @@ class TuneConfig(_Settings):
         data: "auto", "hub", "sample" or a path.
         method: Name of a bundled method or path of a method YAML.
         backbone: Hub id or directory of the frozen model; None for the one the prompts were trained for.
-        prompts: Artifact directory, bundled name or hub id; None for the method's.
+        prompts: Artifact directory, bundled name, hub id, or "none" for the `space` of the method; None for the
+            method's.
         budget: Most train and dev calls together.
         seed: Of the few-shot split and the search.
         shots: Examples per label; None for the papers' rule.

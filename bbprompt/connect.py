@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
+from bbprompt.config import ProjectionConfig
 from bbprompt.embedding import Embedder
 from bbprompt.errors import OracleError, UsageError
 from bbprompt.example import Form
@@ -62,12 +63,15 @@ def open_oracle(
     import torch
 
     from bbprompt.backends.backbone import load_backbone
+    from bbprompt.backends.causal import CausalOracle
     from bbprompt.backends.local import LocalOracle
 
     chosen = _device(device)
     torch.set_num_threads(threads or cores())
-    return LocalOracle(
-        load_backbone(backbone or prompt.config.backbone),
+    model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
+    oracle = CausalOracle if model.head is not None and model.head.causal else LocalOracle
+    return oracle(
+        model,
         prompt,
         device=chosen,
         dtype="float32" if dtype == "auto" else dtype,
@@ -113,13 +117,13 @@ def open_embedder(
 def measure_backbone(
     backend: str,
     forms: Sequence[Form],
-    prompt_length: int,
+    settings: ProjectionConfig,
     *,
     backbone: str | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
 ) -> BackboneFacts:
-    """What a random projection has to know of the frozen model, measured on the few-shot texts.
+    """What a random projection has to know of the frozen model; its states are measured on the few-shot texts.
 
     Raises:
         UsageError: The backend is not local.
@@ -132,10 +136,13 @@ def measure_backbone(
     import torch
 
     from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
-    from bbprompt.backends.scale import measure
+    from bbprompt.backends.scale import facts_of, measure
 
     torch.set_num_threads(threads or cores())
-    return measure(load_backbone(backbone or DEFAULT_BACKBONE), forms, prompt_length, max_tokens)
+    model = load_backbone(backbone or DEFAULT_BACKBONE, head=settings.readout == "verbalizer")
+    if settings.scale is not None or settings.distribution == "uniform":
+        return facts_of(model)
+    return measure(model, forms, settings.prompt_length, max_tokens)
 
 
 def _device(asked: str) -> str:

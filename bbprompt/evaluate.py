@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bbprompt.errors import OracleError, ResumeMismatch
 from bbprompt.ledger import Kind, Ledger
 from bbprompt.oracle import Oracle, check_scores
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout, fitted_threshold
 from bbprompt.scoring import Labelled, metric_values
 from bbprompt.task import Task
 
@@ -43,7 +43,7 @@ class Evaluator:
         self,
         oracle: Oracle,
         ledger: Ledger,
-        readout: SpanReadout,
+        readout: Readout,
         task: Task,
         train: Labelled,
         dev: Labelled,
@@ -69,6 +69,11 @@ class Evaluator:
     def left(self) -> int:
         """Train and dev calls it may still ask for, the same at the same step of a resumed run."""
         return self._ledger.limit - self._ledger.asked
+
+    @property
+    def readout(self) -> Readout:
+        """How scores are read: the one given, and once a train call is settled with the threshold it gave."""
+        return self._readout
 
     def train(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Mean train loss of each candidate: `(n, L, d)` to `(n,)`, n calls."""
@@ -101,6 +106,8 @@ class Evaluator:
             for i, value in zip(new, fresh, strict=True):
                 values[i] = value
         self._cut[kind] = int(values[0].get("cut", 0))
+        if "threshold" in values[0] and not self._readout.offsets:
+            self._readout = self._readout.at(values[0]["threshold"], self._data[kind].batch)
         return values
 
     def _made_anew(self, kind: Kind, ids: list[str]) -> list[str]:
@@ -129,16 +136,24 @@ class Evaluator:
             data.batch,
             len(rows),
             answers=longest is not None,
+            channels=self._oracle.info.channels,
         )
         self.oracle_seconds += time.monotonic() - began
-        losses = self._readout.losses(scores, data.batch, data.gold).mean(axis=1)
+        readout, threshold = self._readout, None
+        if kind == "train" and not readout.offsets:
+            # From the untuned prompt, which is scored first; from then on it stands.
+            threshold = fitted_threshold(scores, data.batch, data.gold)
+            readout = readout if threshold is None else readout.at(threshold, data.batch)
+        losses = readout.losses(scores, data.batch, data.gold).mean(axis=1)
         if not np.isfinite(losses).all():
             raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
         # With the loss, so that a resumed run can report what it does not see again.
         also = {"cut": float(scores.cut)} if scores.cut else {}
         values = [{"loss": float(loss), **also} for loss in losses]
+        if threshold is not None:
+            values[0]["threshold"] = threshold
         if kind == "dev":
-            metrics = metric_values(self._task, self._readout, scores, data).mean(axis=1)
+            metrics = metric_values(self._task, readout, scores, data).mean(axis=1)
             for value, metric in zip(values, metrics, strict=True):
                 value["metric"] = float(metric)
         return values

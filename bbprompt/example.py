@@ -57,17 +57,25 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """An example written out for machine reading: the parts in order, then the options.
+    """An example written out for a model: the parts in order, then the options.
 
     Attributes:
         parts: Literal pieces of the template and field contents, in order.
         options: The option words that follow the parts; empty for extraction.
         context: Index of the part that an extraction answer lies in; -1 otherwise.
+        second: Where two texts are compared, each by itself: index of the part that the second begins with; -1
+            otherwise.
+        same: Then the option that means that both say the same; -1 otherwise.
+        gap: Index of the part that a gap stands before (the number of parts for one at the end), which a language
+            model is to fill with an option; -1 where there is none.
     """
 
     parts: tuple[Part, ...]
     options: tuple[str, ...]
     context: int
+    second: int = -1
+    same: int = -1
+    gap: int = -1
 
 
 def input_uid(fields: Mapping[str, str], options: Sequence[str] = ()) -> str:

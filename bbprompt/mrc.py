@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from bbprompt.errors import DataError
 from bbprompt.example import Answer, Form
 
-__all__ = ["SEPARATOR", "Encoded", "Frame", "Offsets", "encode"]
+__all__ = ["SEPARATOR", "Encoded", "Frame", "Offsets", "encode", "keep", "owners"]
 
 #: Closes each option.
 SEPARATOR = "，"
@@ -105,8 +105,8 @@ def encode(
         end += len(option) + len(SEPARATOR)
     ids, offsets = _tokens(text, form.options, option_spans, tokenize)
 
-    owner = _owners(offsets, [*starts, position])
-    kept = _keep(form, owner, frame.room, offsets, answers, starts)
+    owner = owners(offsets, [*starts, position])
+    kept = keep(form, owner, frame.room, offsets, answers, starts)
     ids, cut = [ids[i] for i in kept], len(ids) - len(kept)
     offsets = [offsets[i] for i in kept]
     owner = [owner[i] for i in kept]
@@ -166,7 +166,7 @@ def _tokens(
     return all_ids, all_offsets
 
 
-def _owners(offsets: Offsets, bounds: Sequence[int]) -> list[int]:
+def owners(offsets: Offsets, bounds: Sequence[int]) -> list[int]:
     """Index of the part that each token ends in; the number of parts for the options."""
     owners, part = [], 0
     for _, end in offsets:
@@ -176,7 +176,7 @@ def _owners(offsets: Offsets, bounds: Sequence[int]) -> list[int]:
     return owners
 
 
-def _keep(
+def keep(
     form: Form,
     owner: Sequence[int],
     room: int,
@@ -184,7 +184,11 @@ def _keep(
     answers: Sequence[Answer],
     starts: Sequence[int],
 ) -> list[int]:
-    """Indices of the tokens that stay."""
+    """Indices of the tokens that stay.
+
+    Raises:
+        DataError: The parts that may not be cut do not fit.
+    """
     excess = len(owner) - room
     if excess <= 0:
         return list(range(len(owner)))

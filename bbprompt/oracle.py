@@ -18,11 +18,15 @@ from numpy.typing import NDArray
 from bbprompt.errors import OracleError
 from bbprompt.example import Answer, Form
 
-__all__ = ["Oracle", "OracleInfo", "Scores", "Support", "TextBatch", "check_points", "check_scores"]
+__all__ = ["Oracle", "OracleInfo", "ReadoutKind", "Scores", "Support", "TextBatch", "check_points", "check_scores"]
 
 #: Positions that start and end probabilities are normalised over: the candidates (option borders; the context
 #: for extraction), or the whole sequence as in the released code.
 Support = Literal["candidates", "sequence"]
+
+#: How options are scored behind the oracle: by start and end logits of their spans in the text; by similarity to
+#: their own words, text and words pooled under the prompt; by the language model head at a mask or next token.
+ReadoutKind = Literal["span", "prototype", "verbalizer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,7 @@ class OracleInfo:
         precision: "float32" or "bfloat16".
         device: Where it runs, in words.
         max_tokens: Longest sequence in tokens.
+        readout: How it scores options.
     """
 
     backbone: str
@@ -77,15 +82,25 @@ class OracleInfo:
     precision: str
     device: str
     max_tokens: int
+    readout: ReadoutKind = "span"
+
+    @property
+    def channels(self) -> int:
+        """C, scores that an option has: a start and an end logit from the span head, else one logit."""
+        return 2 if self.readout == "span" else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What n candidates give on N texts with O scored spans in all (texts in order, spans in order).
+    """What n candidates give on N texts with O scored options in all (texts in order, options in order).
+
+    C channels: the span head gives two, start and end; every other readout gives one.
 
     Attributes:
-        logits: `(n, O, 2)` raw start logit at the first and end logit at the last token of each span.
-        normalizer: `(n, N, 2)` log-sum-exp of the start and of the end logits over the support.
+        logits: `(n, O, C)` raw logits. Span head: start logit at the first, end logit at the last token of each
+            span (for extraction the spans are the known answers).
+        normalizer: `(n, N, C)` log-sum-exp of each channel over the support; with one channel always over the
+            options of the text.
         best: `(n, N, 2)` character span in the context of the best answer; None when not asked for.
         cut: Number of tokens that did not fit and were cut from the N texts.
     """
@@ -146,7 +161,7 @@ def check_points(points: NDArray[np.floating], info: OracleInfo) -> NDArray[np.f
     return array
 
 
-def check_scores(scores: Scores, batch: TextBatch, candidates: int, answers: bool = False) -> Scores:
+def check_scores(scores: Scores, batch: TextBatch, candidates: int, answers: bool = False, channels: int = 2) -> Scores:
     """Return `scores` if they answer the request.
 
     Args:
@@ -154,13 +169,14 @@ def check_scores(scores: Scores, batch: TextBatch, candidates: int, answers: boo
         batch: The texts that were sent.
         candidates: How many points were sent.
         answers: Whether best answers were asked for of texts that have them.
+        channels: C, as the oracle says of itself.
 
     Raises:
         OracleError: A shape is wrong, a value is not finite, or an answer lies outside its context.
     """
     texts = len(batch.forms)
-    _expect("logits", scores.logits, (candidates, sum(batch.sizes), 2))
-    _expect("normalizer", scores.normalizer, (candidates, texts, 2))
+    _expect("logits", scores.logits, (candidates, sum(batch.sizes), channels))
+    _expect("normalizer", scores.normalizer, (candidates, texts, channels))
     if scores.best is not None:
         _expect("best", scores.best, (candidates, texts, 2))
         if not batch.extractive:

@@ -26,7 +26,7 @@ from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import frozen_prompt
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.result import Result
 from bbprompt.run import limited, reopen
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
@@ -98,6 +98,7 @@ class TunedPrompt:
         config: TuneConfig,
         oracle: Oracle | FittedBaseline,
         point: NDArray[np.float32],
+        offsets: tuple[float, ...] = (),
     ) -> None:
         """For `load_prompt` only."""
         where = str(directory.path / MANIFEST)
@@ -107,7 +108,7 @@ class TunedPrompt:
         self.config = config
         self.point = point
         method = validate(MethodConfig, directory.manifest["method"], where)
-        self._readout = SpanReadout(method.support, method.legacy_decision)
+        self._readout = Readout(method.support, method.legacy_decision, offsets=offsets)
         self._tested = directory.manifest["data"]["test"]
         self._oracle = oracle
 
@@ -161,9 +162,9 @@ class TunedPrompt:
             if isinstance(self._oracle, FittedBaseline):
                 predictions += map(self._choice, some, self._oracle.probabilities(some))
                 continue
-            batch = labelled(self.task, some, for_loss=False).batch
+            batch = labelled(self.task, some, for_loss=False, readout=self._oracle.info.readout).batch
             reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
-            scores = check_scores(reply, batch, 1)
+            scores = check_scores(reply, batch, 1, channels=self._oracle.info.channels)
             if extractive:
                 predictions += [Prediction(answer, {}) for answer in self._readout.extracts(scores, batch)[0]]
                 continue
@@ -285,7 +286,7 @@ def load_prompt(
             workers=config.workers,
             **use,
         )
-        return TunedPrompt(directory, config, oracle, point)
+        return TunedPrompt(directory, config, oracle, point, _read_offsets(directory))
 
 
 def _check_backbone(directory: RunDirectory, digest: str) -> None:
@@ -300,8 +301,8 @@ def _check_backbone(directory: RunDirectory, digest: str) -> None:
 def _read_prompt(directory: RunDirectory, config: TuneConfig) -> tuple[ModularPrompt, NDArray[np.float32]]:
     """The artifact of a run, or the prompts that it keeps itself, and its tuned point."""
     model, name = directory.manifest["model"], config.prompts or directory.manifest["method"]["prompts"]
-    if directory.manifest["method"].get("projection"):
-        return frozen_prompt(_read_tensors(directory), model["backbone"], model["backbone_digest"])
+    if settings := validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST)).projection:
+        return frozen_prompt(_read_tensors(directory), settings, model["backbone"], model["backbone_digest"])
     prompt = ModularPrompt.load(resolve_prompts(name))
     if prompt.digest != model["prompts_digest"]:
         raise ArtifactError(
@@ -335,6 +336,14 @@ def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.f
     if point.shape != shape or not np.isfinite(point).all():
         raise DiskError(f"{file}: the point has shape {point.shape}, not {shape}, or is not finite; tune again")
     return np.asarray(point, dtype=np.float32)
+
+
+def _read_offsets(directory: RunDirectory) -> tuple[float, ...]:
+    """What the run found to add to the logits of the options, where it found such."""
+    offsets = _read_tensors(directory).get("offsets", np.zeros(0))
+    if offsets.ndim != 1 or not np.isfinite(offsets).all():
+        raise DiskError(f"{directory.path / PROMPT}: the offsets are no finite numbers in a row; tune again")
+    return tuple(offsets.tolist())
 
 
 def _read_tensors(directory: RunDirectory) -> dict[str, NDArray[Any]]:

@@ -21,13 +21,30 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bbprompt.errors import ArtifactError
+from bbprompt.oracle import ReadoutKind
 from bbprompt.router import CODE, GateRule, compose, mass
 
-__all__ = ["ModularPrompt", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
+__all__ = ["ModularPrompt", "Pooling", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
 
 FORMAT = 1
 _BUNDLED = Path(__file__).parent / "bundled" / "prompts"
 _TENSORS = ("projection", "modules", "routers", "head.weight", "head.bias")
+
+
+class Pooling(BaseModel):
+    """How a prototype readout turns states into embeddings and similarities into logits.
+
+    Attributes:
+        scale: Factor from cosine to logit (the inverse temperature).
+        prefix: Stands before every text and option; what the backbone was trained with.
+        pool_prompt: Whether the mean takes the prompt positions in.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scale: float = Field(default=50.0, gt=0, allow_inf_nan=False)
+    prefix: str = "query: "
+    pool_prompt: bool = False
 
 
 class PromptConfig(BaseModel):
@@ -47,7 +64,8 @@ class PromptConfig(BaseModel):
     gates: Literal["binary", "sigmoid"] = "sigmoid"
     mixing: Literal["mean", "normalized"] = "normalized"
     injection: Literal["add"] = "add"
-    readout: Literal["span"] = "span"
+    readout: ReadoutKind = "span"
+    pooling: Pooling | None = Field(default=None, description="of a prototype readout, and only there")
     support: Literal["candidates", "sequence"] = "candidates"
     placeholders: tuple[int, ...] = Field(description="token ids at the prompt positions")
     tasks: tuple[str, ...] = Field(default=(), description="upstream tasks, one router each")
@@ -68,6 +86,8 @@ class PromptConfig(BaseModel):
             raise ValueError("placeholders: a token id is negative")
         if self.kind == "mp2-shallow" and self.layers != 1:
             raise ValueError(f"layers: {self.layers} for kind mp2-shallow, which has 1")
+        if (self.pooling is not None) != (self.readout == "prototype"):
+            raise ValueError("pooling: belongs to the readout 'prototype', and only there")
         return self
 
 
@@ -133,8 +153,8 @@ class ModularPrompt:
         projection: A, `(L, d, P * H)` float32, token-major.
         modules: z, `(L, K, d)` float32.
         routers: `(T, L, K)` float32.
-        head_weight: `(2, H)` float32: row 0 start, row 1 end.
-        head_bias: `(2,)` float32.
+        head_weight: `(2, H)` float32: row 0 start, row 1 end; `(0, H)` where the readout has no span head.
+        head_bias: `(2,)` float32, or `(0,)`.
     """
 
     config: PromptConfig
@@ -157,7 +177,7 @@ class ModularPrompt:
     @property
     def digest(self) -> str:
         """SHA-256 over configuration and tensors, independent of file layout."""
-        sha = hashlib.sha256(self.config.model_dump_json().encode())
+        sha = hashlib.sha256(self.config.model_dump_json(exclude=self._absent()).encode())
         for name, array in sorted(self._tensors().items()):
             sha.update(f"{name}{array.shape}".encode())
             sha.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
@@ -177,7 +197,7 @@ class ModularPrompt:
             {name: np.ascontiguousarray(array.astype(kind)) for name, array in self._tensors().items()},
             directory / "model.safetensors",
         )
-        text = json.dumps(self.config.model_dump(mode="json"), ensure_ascii=False, indent=2)
+        text = json.dumps(self.config.model_dump(mode="json", exclude=self._absent()), ensure_ascii=False, indent=2)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -233,6 +253,10 @@ class ModularPrompt:
             arrays["head.bias"],
         )
 
+    def _absent(self) -> set[str]:
+        """Keys of the configuration that artifacts of this readout do not have."""
+        return set() if self.config.pooling is not None else {"pooling"}
+
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         values = (self.projection, self.modules, self.routers, self.head_weight, self.head_bias)
         return dict(zip(_TENSORS, values, strict=True))
@@ -240,12 +264,13 @@ class ModularPrompt:
 
 def _shapes(config: PromptConfig) -> dict[str, tuple[int, ...]]:
     layers, k, d = config.layers, config.modules, config.intrinsic_dim
+    channels = 2 if config.readout == "span" else 0
     return {
         "projection": (layers, d, config.prompt_length * config.hidden),
         "modules": (layers, k, d),
         "routers": (len(config.tasks), layers, k),
-        "head.weight": (2, config.hidden),
-        "head.bias": (2,),
+        "head.weight": (channels, config.hidden),
+        "head.bias": (channels,),
     }
 
 

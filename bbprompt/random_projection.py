@@ -45,14 +45,16 @@ class BackboneFacts:
         digest: SHA-256 of its weights.
         hidden: H.
         vocabulary: Rows of its embedding matrix.
-        stds: Of the states that enter each layer; first that of the word embeddings.
+        layers: How many it has.
+        stds: Of the states that enter each layer, first that of the word embeddings; empty where not measured.
     """
 
     id: str
     digest: str
     hidden: int
     vocabulary: int
-    stds: tuple[float, ...]
+    layers: int
+    stds: tuple[float, ...] = ()
 
 
 def clipped_std(values: NDArray[np.floating], rounds: int = 5, width: float = 3.0) -> float:
@@ -69,16 +71,26 @@ def entry_std(std: float, dim: int, alpha: float = 1.0, sigma: float = 1.0) -> f
     return alpha * std / (math.sqrt(dim) * sigma)
 
 
-def placeholders_for(vocabulary: int, length: int) -> tuple[int, ...]:
+def placeholders_for(vocabulary: int, length: int, first: int | None = None, repeat: bool = False) -> tuple[int, ...]:
     """Ids of the placeholder tokens: 1000 and following as in BBT, the last ones of a smaller vocabulary.
+
+    Args:
+        vocabulary: How many tokens the backbone knows.
+        length: P.
+        first: Another first token than that.
+        repeat: The first token at every position.
 
     Raises:
         ArtifactError: The vocabulary has fewer tokens.
     """
-    if vocabulary < length:
-        raise ArtifactError(f"projection.prompt_length: {length} placeholders, the backbone knows {vocabulary} tokens")
-    first = min(_FIRST_PLACEHOLDER, vocabulary - length)
-    return tuple(range(first, first + length))
+    span = 1 if repeat else length
+    start = min(_FIRST_PLACEHOLDER, vocabulary - span) if first is None else first
+    if not 0 <= start <= vocabulary - span:
+        raise ArtifactError(
+            f"projection.prompt_length: {length} placeholders from token {max(start, 0)} on, but the backbone knows "
+            f"{vocabulary} tokens"
+        )
+    return (start,) * length if repeat else tuple(range(start, start + length))
 
 
 def random_prompt(
@@ -99,14 +111,14 @@ def random_prompt(
         raise ArtifactError(
             f"projection.head: '{settings.head}' was trained for {head.config.backbone}, not for {facts.id}"
         )
-    layers = 1 if settings.layers == "input" else len(facts.stds)
-    width = settings.prompt_length * facts.hidden
-    projection = np.empty((layers, settings.dim, width), dtype=np.float32)
-    for layer, std in enumerate(facts.stds[:layers]):
+    layers = 1 if settings.layers == "input" else facts.layers
+    projection = np.empty((layers, settings.dim, settings.prompt_length * facts.hidden), dtype=np.float32)
+    for layer in range(layers):
+        # A generator a layer, so that a deep subspace begins with the shallow one of the same seed.
         rng = np.random.default_rng([seed, layer])
         if settings.distribution == "normal":
             rng.standard_normal(dtype=np.float32, out=projection[layer])
-            projection[layer] *= entry_std(std, settings.dim, settings.alpha, settings.sigma)
+            projection[layer] *= _entry_size(settings, facts, layer)
         else:
             bound = 1.0 / math.sqrt(settings.dim)
             projection[layer] = rng.uniform(-bound, bound, projection[layer].shape)
@@ -119,17 +131,26 @@ def random_prompt(
         prompt_length=settings.prompt_length,
         modules=1,
         intrinsic_dim=settings.dim,
-        placeholders=placeholders_for(facts.vocabulary, settings.prompt_length),
+        readout=settings.readout,
+        pooling=settings.pooling if settings.readout == "prototype" else None,
+        placeholders=placeholders_for(facts.vocabulary, settings.prompt_length, settings.placeholder, settings.repeat),
         training={"projection": settings.model_dump(mode="json"), "seed": seed, "stds": list(facts.stds[:layers])},
     )
+    rows = 2 if settings.readout == "span" else 0  # other readouts have no head of their own
     return ModularPrompt(
         config,
         projection,
         np.zeros((layers, 1, settings.dim), dtype=np.float32),
         np.zeros((0, layers, 1), dtype=np.float32),
-        head.head_weight if head is not None else np.zeros((2, facts.hidden), dtype=np.float32),
-        head.head_bias if head is not None else np.zeros(2, dtype=np.float32),
+        head.head_weight if head is not None else np.zeros((rows, facts.hidden), dtype=np.float32),
+        head.head_bias if head is not None else np.zeros(rows, dtype=np.float32),
     )
+
+
+def _entry_size(settings: ProjectionConfig, facts: BackboneFacts, layer: int) -> float:
+    if settings.scale is not None:
+        return settings.scale / math.sqrt(settings.dim)
+    return entry_std(facts.stds[layer], settings.dim, settings.alpha, settings.sigma)
 
 
 def frozen_tensors(prompt: ModularPrompt, point: NDArray[np.floating]) -> dict[str, NDArray[np.generic]]:
@@ -147,7 +168,7 @@ def frozen_tensors(prompt: ModularPrompt, point: NDArray[np.floating]) -> dict[s
 
 
 def frozen_prompt(
-    tensors: Mapping[str, NDArray[np.generic]], backbone: str, digest: str
+    tensors: Mapping[str, NDArray[np.generic]], settings: ProjectionConfig, backbone: str, digest: str
 ) -> tuple[ModularPrompt, NDArray[np.float32]]:
     """The prompt of `frozen_tensors`, as an artifact of one dimension and the point 1 in it.
 
@@ -159,7 +180,8 @@ def frozen_prompt(
         weight, bias = (np.asarray(tensors[f"head.{name}"], dtype=np.float32) for name in ("weight", "bias"))
         layers, length, hidden = prompt.shape
         placeholders: Sequence[int] = tensors["placeholders"].tolist()
-        fits = weight.shape == (2, hidden) and bias.shape == (2,) and len(placeholders) == length
+        rows = 2 if settings.readout == "span" else 0
+        fits = weight.shape == (rows, hidden) and bias.shape == (rows,) and len(placeholders) == length
     except (KeyError, ValueError) as error:
         raise ArtifactError(f"the tuned prompt is damaged ({error}); tune again") from None
     if not fits or not all(np.isfinite(array).all() for array in (prompt, weight, bias)):
@@ -173,6 +195,8 @@ def frozen_prompt(
         prompt_length=length,
         modules=1,
         intrinsic_dim=1,
+        readout=settings.readout,
+        pooling=settings.pooling if settings.readout == "prototype" else None,
         placeholders=tuple(placeholders),
     )
     ones = np.ones((layers, 1), dtype=np.float32)

@@ -1,43 +1,47 @@
-"""The span readout: from start and end scores to a loss, a decision and probabilities.
+"""The readout: from an oracle's scores to a loss, a decision and probabilities.
 
-An option's score is the sum of the log-probabilities of its start and of its end (MP2, section 3.2). The
-released code multiplies the raw logits instead, which two negative logits win; `legacy` keeps that rule for
-comparison.
+An option has C logits: a start and an end logit from the span head, one logit from prototypes and verbalizers.
+Its score is their sum; for spans that is the sum of the log-probabilities of start and end (MP2, section 3.2) up
+to a constant of the text. The released code of MP2 multiplies the two raw logits instead, which two negative
+logits win; `legacy` keeps that rule for comparison.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bbprompt.errors import UsageError
 from bbprompt.losses import hinge
 from bbprompt.oracle import Scores, Support, TextBatch
 
-__all__ = ["SpanReadout"]
+__all__ = ["Readout", "fitted_threshold"]
 
 
 @dataclass(frozen=True, slots=True)
-class SpanReadout:
+class Readout:
     """How scores are read.
 
     Attributes:
         support: What start and end probabilities are normalised over.
-        legacy: Decide by the product of raw logits.
+        legacy: Decide by the product of the raw start and end logits.
         longest_answer: Longest extracted answer in tokens.
-        loss: "ce", cross-entropy of start and end, or "hinge" over the options' scores.
+        loss: "ce", cross-entropy (for spans the mean of start and end), or "hinge" over the options' scores.
+        offsets: Added to the logits of each option, where every text has the same options; empty for none.
     """
 
     support: Support = "candidates"
     legacy: bool = False
     longest_answer: int = 32
     loss: Literal["ce", "hinge"] = "ce"
+    offsets: tuple[float, ...] = ()
 
     def losses(self, scores: Scores, batch: TextBatch, gold: Sequence[int]) -> NDArray[np.float64]:
-        """Loss of each candidate on each text: (CE(start) + CE(end)) / 2, or the hinge loss of the option scores.
+        """Loss of each candidate on each text: mean cross-entropy of the channels, or hinge loss of the options.
 
         Args:
             scores: Of n candidates.
@@ -51,14 +55,33 @@ class SpanReadout:
             return hinge(self.option_scores(scores), batch.sizes, gold)
         first = _first_span(batch)
         right = first + (0 if batch.extractive else np.asarray(gold))
-        log_probability = scores.logits[:, right].astype(np.float64) - scores.normalizer
+        logits: NDArray[np.floating] = scores.logits
+        normalizer: NDArray[np.floating] = scores.normalizer
+        if self.offsets:
+            logits, normalizer = self._shifted(scores, batch)
+        log_probability = logits[:, right].astype(np.float64) - normalizer
         losses: NDArray[np.float64] = -log_probability.mean(axis=2)
         return losses
 
     def option_scores(self, scores: Scores) -> NDArray[np.float64]:
-        """Score of every option, `(n, O)`; comparable within one text."""
-        start, end = scores.logits[..., 0].astype(np.float64), scores.logits[..., 1].astype(np.float64)
-        return start * end if self.legacy else start + end
+        """Score of every option, `(n, O)`; comparable within one text.
+
+        Raises:
+            UsageError: The product rule, and the scores are no pairs of start and end.
+        """
+        logits = scores.logits.astype(np.float64)
+        if self.offsets:
+            logits += np.resize(np.array(self.offsets)[:, None], (logits.shape[1], 1))
+        if not self.legacy:
+            total: NDArray[np.float64] = logits.sum(axis=2)
+            return total
+        if logits.shape[2] != 2:
+            raise UsageError(
+                "legacy_decision: the product of start and end logits needs a span head, these prompts have none; "
+                "set legacy_decision to false"
+            )
+        product: NDArray[np.float64] = logits.prod(axis=2)
+        return product
 
     def probabilities(self, scores: Scores, batch: TextBatch) -> list[list[NDArray[np.float64]]]:
         """Softmax of the option scores of each text: for each candidate N arrays that sum to 1."""
@@ -75,12 +98,49 @@ class SpanReadout:
         rows = self.option_scores(scores)
         return np.array([[int(piece.argmax()) for piece in np.split(row, bounds)] for row in rows])
 
+    def at(self, threshold: float, batch: TextBatch) -> Readout:
+        """This readout with the offsets that put the border between "same" and "other" at `threshold`."""
+        same = batch.forms[0].same
+        return replace(self, offsets=(threshold, -threshold) if same else (-threshold, threshold))
+
+    def _shifted(self, scores: Scores, batch: TextBatch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Logits with the offsets added and their log-sum-exp over the options of each text."""
+        offsets = np.resize(np.array(self.offsets)[:, None], (scores.logits.shape[1], 1))
+        logits = scores.logits.astype(np.float64) + offsets
+        normalizer: NDArray[np.float64] = np.logaddexp.reduceat(logits, _first_span(batch), axis=1)
+        return logits, normalizer
+
     def extracts(self, scores: Scores, batch: TextBatch) -> list[list[str]]:
         """The extracted answer of each text, for each candidate."""
         if scores.best is None:
             raise ValueError("these scores were asked for without answers")
         contexts = [form.parts[form.context].text for form in batch.forms]
         return [[text[a:b] for text, (a, b) in zip(contexts, row, strict=True)] for row in scores.best]
+
+
+def fitted_threshold(scores: Scores, batch: TextBatch, gold: Sequence[int]) -> float | None:
+    """Where "same" begins, for texts that are compared with each other; None for texts of another form.
+
+    "Same" and "other" have the logits +s and -s, s the scaled similarity, which tells nothing of where one ends and
+    the other begins. With the offsets -b and +b the cross-entropy is convex in b; this is its minimum.
+
+    Args:
+        scores: Of one candidate or more; the first counts.
+        batch: The texts.
+        gold: Index of the right option of each.
+    """
+    if any(form.second < 0 for form in batch.forms):
+        return None
+    same = batch.forms[0].same
+    similarity = scores.logits[0, same::2, 0].astype(np.float64)
+    labels = np.where(np.asarray(gold) == same, 1.0, -1.0)
+    low, high = float(similarity.min()) - 10.0, float(similarity.max()) + 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        # Slope of the mean of log(1 + exp(-2 y (s - b))) in b, up to a positive factor.
+        slope = float((labels / (1.0 + np.exp(2.0 * labels * (similarity - middle)))).sum())
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return middle
 
 
 def _first_span(batch: TextBatch) -> NDArray[np.int64]:

@@ -27,13 +27,14 @@ from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.evaluate import Evaluator
 from bbprompt.example import Example
 from bbprompt.fewshot import FewShot, sample
+from bbprompt.forms import write
 from bbprompt.ledger import Ledger
 from bbprompt.manifest import manifest_of
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import frozen_tensors, random_prompt
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.result import BaselineScore, Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
 from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import SplitScore, labelled, score_split
@@ -91,9 +92,9 @@ class Prepared:
     load_seconds: float
 
     @property
-    def readout(self) -> SpanReadout:
+    def readout(self) -> Readout:
         """How the method reads scores."""
-        return SpanReadout(self.method.support, self.method.legacy_decision, loss=self.method.loss)
+        return Readout(self.method.support, self.method.legacy_decision, loss=self.method.loss)
 
     @property
     def model(self) -> OracleInfo:
@@ -156,17 +157,17 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
         raise UsageError(f"--prompts {name}: the method {method.name} {wanted}")
     if settings is None:
         return ModularPrompt.load(resolve_prompts(name))
-    if settings.head is None:
+    if settings.readout == "span" and settings.head is None:
         raise UsageError(
             f"--method {method.name}: projection.head is missing; the span readout needs a trained answer head, "
             "so name a prompt artifact with --set projection.head=NAME"
         )
-    head = ModularPrompt.load(resolve_prompts(settings.head))
+    head = ModularPrompt.load(resolve_prompts(settings.head)) if settings.head is not None else None
     facts = measure_backbone(
         config.backend,
-        [task.render(example) for example in few.train],
-        settings.prompt_length,
-        backbone=config.backbone or head.config.backbone,
+        [write(task, example, settings.readout) for example in few.train],
+        settings,
+        backbone=config.backbone or (head.config.backbone if head is not None else None),
         max_tokens=config.max_tokens,
         threads=config.threads,
     )
@@ -244,8 +245,9 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     clock = CurveClock(directory)
     ledger = Ledger(directory.journal(), run.config.budget)
     replayed = ledger.reserved - len(ledger.in_doubt)
-    train = labelled(run.task, run.few.train, for_loss=True)
-    dev = labelled(run.task, run.few.dev, for_loss=True)
+    kind = run.oracle.info.readout
+    train = labelled(run.task, run.few.train, for_loss=True, readout=kind)
+    dev = labelled(run.task, run.few.dev, for_loss=True, readout=kind)
     charge = run.config.on_doubt == "charge"
     evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev, charge)
     watcher.prepared(run)
@@ -260,7 +262,7 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     searched = time.monotonic()
     points, which = np.unique(found.points.astype(np.float32), axis=0, return_inverse=True)
     score = score_split(
-        run.oracle, run.readout, run.task, run.test, points, lambda done: watcher.testing(done, len(run.test))
+        run.oracle, evaluator.readout, run.task, run.test, points, lambda done: watcher.testing(done, len(run.test))
     )
     ended = time.monotonic()
     seconds = Seconds(
@@ -273,7 +275,7 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
     result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
     result = result.model_copy(update={"baselines": _baselines(run, watcher)})
-    directory.write_bytes(PROMPT, save(_tensors(run, found)))
+    directory.write_bytes(PROMPT, save(_tensors(run, found, evaluator.readout)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
 
@@ -346,14 +348,16 @@ def _result(
     )
 
 
-def _tensors(run: Prepared, found: Found) -> dict[str, NDArray[Any]]:
-    """What was tuned: the point, the router it came from where there is one, and prompts that no artifact holds."""
+def _tensors(run: Prepared, found: Found, readout: Readout) -> dict[str, NDArray[Any]]:
+    """What was tuned: the point, and where there are such its router, the options' offsets, prompts of no artifact."""
     chosen = found.chosen.incumbent
     tensors: dict[str, NDArray[Any]] = {"point": chosen.point.astype(np.float32)}
     if chosen.router is not None:
         tensors["router"] = chosen.router.astype(np.float32)
     if run.method.projection is not None:
         tensors |= frozen_tensors(run.prompt, chosen.point)
+    if readout.offsets:
+        tensors["offsets"] = np.array(readout.offsets, dtype=np.float64)
     return tensors
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.example import Answer, Example
+from bbprompt.forms import write
 from bbprompt.metrics import accuracy, answer_f1
-from bbprompt.oracle import Oracle, Scores, TextBatch, check_scores
-from bbprompt.readout import SpanReadout
+from bbprompt.oracle import Oracle, ReadoutKind, Scores, TextBatch, check_scores
+from bbprompt.readout import Readout
 from bbprompt.task import Task
 
 __all__ = ["Labelled", "SplitScore", "labelled", "metric_values", "score_split"]
@@ -42,7 +43,7 @@ class SplitScore:
     cut: int
 
 
-def labelled(task: Task, examples: Sequence[Example], for_loss: bool) -> Labelled:
+def labelled(task: Task, examples: Sequence[Example], for_loss: bool, readout: ReadoutKind = "span") -> Labelled:
     """Write examples out for the model.
 
     Args:
@@ -50,8 +51,12 @@ def labelled(task: Task, examples: Sequence[Example], for_loss: bool) -> Labelle
         examples: At least one.
         for_loss: Extraction: the first known answer goes along, so that its loss can be asked for and a
             context that is too long is cut around it. Never so for a test split.
+        readout: How the oracle scores options.
+
+    Raises:
+        UsageError: The readout cannot serve the task.
     """
-    forms = tuple(task.render(example) for example in examples)
+    forms = tuple(write(task, example, readout) for example in examples)
     extractive = task.type == "extractive"
     known: tuple[Answer | None, ...] = ()
     if extractive:
@@ -63,7 +68,7 @@ def labelled(task: Task, examples: Sequence[Example], for_loss: bool) -> Labelle
     )
 
 
-def metric_values(task: Task, readout: SpanReadout, scores: Scores, data: Labelled) -> NDArray[np.float64]:
+def metric_values(task: Task, readout: Readout, scores: Scores, data: Labelled) -> NDArray[np.float64]:
     """Metric of each candidate on each text, `(n, N)`: accuracy 0/1, or the F1 of the extracted answer."""
     if task.type == "extractive":
         return np.array(
@@ -77,7 +82,7 @@ def metric_values(task: Task, readout: SpanReadout, scores: Scores, data: Labell
 
 def score_split(
     oracle: Oracle,
-    readout: SpanReadout,
+    readout: Readout,
     task: Task,
     examples: Sequence[Example],
     points: NDArray[np.floating],
@@ -87,12 +92,13 @@ def score_split(
     longest = readout.longest_answer if task.type == "extractive" else None
     pieces, cut = [], 0
     for begin in range(0, len(examples), _TEXTS_AT_ONCE):
-        data = labelled(task, examples[begin : begin + _TEXTS_AT_ONCE], for_loss=False)
+        data = labelled(task, examples[begin : begin + _TEXTS_AT_ONCE], for_loss=False, readout=oracle.info.readout)
         scores = check_scores(
             oracle.score(data.batch, points, readout.support, longest),
             data.batch,
             len(points),
             answers=longest is not None,
+            channels=oracle.info.channels,
         )
         pieces.append(metric_values(task, readout, scores, data))
         cut += scores.cut

@@ -73,6 +73,13 @@ class Task(BaseModel):
         note: What a user should know.
         data: Name of the data folder where it differs from `name`.
         only_listed_labels: Skip and count records whose label is not in `labels`; else an error.
+        same: Of a pair: the raw label that means that both texts say the same. Embedding models then compare the
+            two texts with each other.
+        prototype: How an option word reads as a text of its own, with `{option}` in it: what an embedding model
+            compares texts with. None: the word and a full stop.
+        cloze: What a language model reads: the text with `{gap}` where an option word goes; None: the template, up
+            to its last question mark, then the gap. See `bbprompt.forms`.
+        words: Raw label -> word for the gap; empty: the option words.
         skip_empty: Skip and count records with a blank field of the template; else an error.
         hub: Where the data lie on the Hugging Face hub.
     """
@@ -94,6 +101,10 @@ class Task(BaseModel):
     data: Annotated[str, Field(pattern=_NAME, strict=True)] | None = None
     only_listed_labels: Annotated[bool, Field(strict=True)] = False
     skip_empty: Annotated[bool, Field(strict=True)] = False
+    same: Annotated[str, Field(min_length=1, strict=True)] | None = None
+    prototype: _Text | None = None
+    cloze: _Text | None = None
+    words: dict[_Text, _Text] = Field(default_factory=dict)
     hub: Hub | None = None
 
     @model_validator(mode="after")
@@ -128,6 +139,16 @@ class Task(BaseModel):
             raise ValueError(f"labels: a task of type {self.type} has none; remove the key")
         elif self.only_listed_labels:
             raise ValueError(f"only_listed_labels: a task of type {self.type} has no labels; remove the key")
+        if self.same is not None and (self.type != "pair" or len(self.labels) != 2 or self.same not in self.labels):
+            raise ValueError("same: names one of the two labels of a pair task; remove the key elsewhere")
+        if self.prototype is not None and _pieces_of(self.prototype) != ["option"]:
+            raise ValueError("prototype: holds the placeholder {option} once and no other")
+        if self.cloze is not None:
+            pieces = _pieces_of(self.cloze)
+            if pieces.count("gap") != 1 or set(pieces) != {*fields, "gap"}:
+                raise ValueError("cloze: holds {gap} once and the fields of the template")
+        if self.words and list(self.words) != list(self.labels):
+            raise ValueError("words: one word for each label, in the same order")
         wanted = "f1" if self.type == "extractive" else "accuracy"
         if self.metric != wanted:
             raise ValueError(f"metric: a task of type {self.type} is scored by {wanted!r}")

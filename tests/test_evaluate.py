@@ -15,7 +15,7 @@ from bbprompt.evaluate import Evaluator
 from bbprompt.journal import Journal
 from bbprompt.ledger import Ledger
 from bbprompt.oracle import Oracle, Scores
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.testing import FaultyOracle, ToyOracle
 
 PATH = Path("/journal.log")
@@ -25,7 +25,7 @@ POINTS = np.random.default_rng(0).normal(size=(6, 3, 4))
 def evaluator(disk: FaultDisk, oracle: Oracle | None = None, limit: int = 20) -> tuple[Evaluator, Ledger]:
     ledger = Ledger(Journal(PATH, "run", disk), limit)
     train, dev = toyruns.data(6, 1), toyruns.data(5, 2)
-    return Evaluator(oracle or ToyOracle(), ledger, SpanReadout(), toyruns.TASK, train, dev), ledger
+    return Evaluator(oracle or ToyOracle(), ledger, Readout(), toyruns.TASK, train, dev), ledger
 
 
 class Watching:

@@ -16,7 +16,7 @@ from bbprompt.errors import ArtifactError, DataError, OracleError
 from bbprompt.example import Answer, Form, Part
 from bbprompt.oracle import Oracle, Scores, Support, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.scoring import labelled
 from bbprompt.task import Task
 from bbprompt.testing import OracleContract
@@ -263,7 +263,7 @@ def test_bfloat16_runs_and_is_near(deep: ModularPrompt, backbone: Backbone) -> N
     rough = oracle.score(batch, points)
     assert rough.logits.dtype == np.float32
     assert np.abs(rough.logits - exact.logits).mean() < 0.1 * np.abs(exact.logits).std()
-    readout = SpanReadout()
+    readout = Readout()
     assert (readout.choices(rough, batch) == readout.choices(exact, batch)).mean() > 0.8
 
 

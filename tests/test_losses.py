@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bbprompt.losses import MARGIN, hinge
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.testing import ToyOracle
 
 
@@ -43,7 +43,7 @@ def test_the_margin() -> None:
 def test_the_readout_takes_either_loss() -> None:
     data, oracle = toyruns.data(6, 0), ToyOracle()
     scores = oracle.score(data.batch, np.random.default_rng(1).normal(size=(2, 3, 4)))
-    readout = SpanReadout(loss="hinge")
+    readout = Readout(loss="hinge")
     expected = hinge(readout.option_scores(scores), data.batch.sizes, data.gold)
     np.testing.assert_array_equal(readout.losses(scores, data.batch, data.gold), expected)
-    assert not np.allclose(expected, SpanReadout().losses(scores, data.batch, data.gold))
+    assert not np.allclose(expected, Readout().losses(scores, data.batch, data.gold))

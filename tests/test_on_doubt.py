@@ -12,7 +12,7 @@ from bbprompt.errors import OracleError
 from bbprompt.evaluate import Evaluator
 from bbprompt.journal import Journal
 from bbprompt.ledger import Ledger
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.testing import FaultyOracle, ToyOracle
 from bbprompt.tuner import Found, search
 
@@ -29,7 +29,7 @@ def run(folder: Path, oracle: Recorder, charge: bool) -> tuple[Found, Ledger]:
     try:
         ledger = Ledger(journal, BUDGET)
         method = METHODS["all-time"]
-        readout = SpanReadout(method.support, method.legacy_decision)
+        readout = Readout(method.support, method.legacy_decision)
         evaluator = Evaluator(oracle, ledger, readout, TASK, data(12, 1), data(10, 2), charge)
         return search(method, space(), evaluator, 1, lambda status: None), ledger
     finally:

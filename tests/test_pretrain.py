@@ -36,7 +36,7 @@ from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
 from bbprompt.pretrain.upstream import load_upstream, upstream_tasks
 from bbprompt.prompts import ModularPrompt
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.router import CODE
 from bbprompt.scoring import labelled
 from bbprompt.task import load_task
@@ -390,7 +390,7 @@ def test_the_tuning_side_scores_as_the_training_did(trained: Path, recipe: Pretr
         ]
         data = labelled(upstream.task, limited, for_loss=True)
         reply = oracle.score(data.batch, points[index : index + 1])
-        right = accuracy(SpanReadout().choices(reply, data.batch)[0], data.gold).mean()
+        right = accuracy(Readout().choices(reply, data.batch)[0], data.gold).mean()
         assert right == pytest.approx(scores[upstream.task.name], abs=1e-3)
 
 

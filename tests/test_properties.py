@@ -17,7 +17,7 @@ from bbprompt.fewshot import sample
 from bbprompt.mrc import Frame, encode
 from bbprompt.optimizers.cmaes import CMAES
 from bbprompt.oracle import Scores, TextBatch
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.task import Task
 
 SIZES = (2, 3, 4)
@@ -35,7 +35,7 @@ def normalised(logits: np.ndarray) -> Scores:
 @settings(max_examples=300, deadline=None)
 @given(LOGITS)
 def test_probabilities_and_losses_are_finite_up_to_the_ends_of_float32(logits: np.ndarray) -> None:
-    scores, readout = normalised(logits), SpanReadout()
+    scores, readout = normalised(logits), Readout()
     losses = readout.losses(scores, BATCH, (0, 1, 2))
     assert np.isfinite(losses).all()
     assert (losses >= -1e-6 * np.maximum(np.abs(logits).max(), 1.0)).all()
@@ -48,7 +48,7 @@ def test_probabilities_and_losses_are_finite_up_to_the_ends_of_float32(logits: n
 @settings(max_examples=200, deadline=None)
 @given(arrays(np.float32, (1, sum(SIZES), 2), elements=st.floats(-50, 50, width=32)), st.integers(-50, 50))
 def test_a_shift_of_all_logits_changes_no_decision(logits: np.ndarray, shift: int) -> None:
-    readout = SpanReadout()
+    readout = Readout()
     moved = normalised((np.round(logits, 2) + np.float32(shift)).astype(np.float32))
     here = normalised(np.round(logits, 2))
     np.testing.assert_allclose(

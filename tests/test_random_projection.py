@@ -32,7 +32,7 @@ from bbprompt.result import Result
 from bbprompt.run import prepare, reopen, tune
 from bbprompt.rundir import RunDirectory
 
-FACTS = BackboneFacts("model", "d" * 64, 32, 5000, (0.04, 0.8, 1.2))
+FACTS = BackboneFacts("model", "d" * 64, 32, 5000, 3, (0.04, 0.8, 1.2))
 
 
 def settings(**changes: Any) -> ProjectionConfig:
@@ -100,14 +100,14 @@ def test_a_frozen_prompt_is_the_prompt() -> None:
     prompt = random_prompt(settings(), FACTS, 3)
     point = np.random.default_rng(2).normal(size=(3, 200))
     tensors = frozen_tensors(prompt, point)
-    frozen, one = frozen_prompt(tensors, "model", FACTS.digest)
+    frozen, one = frozen_prompt(tensors, settings(), "model", FACTS.digest)
     np.testing.assert_array_equal(frozen.prompts(one), prompt.prompts(point))
     assert frozen.config.placeholders == prompt.config.placeholders
     for name, value in (("prompt", np.full((3, 5, 32), np.nan)), ("head.bias", np.zeros(3)), ("prompt", np.zeros(3))):
         with pytest.raises(ArtifactError, match="damaged"):
-            frozen_prompt(tensors | {name: value}, "model", FACTS.digest)
+            frozen_prompt(tensors | {name: value}, settings(), "model", FACTS.digest)
     with pytest.raises(ArtifactError, match="damaged"):
-        frozen_prompt({}, "model", FACTS.digest)
+        frozen_prompt({}, settings(), "model", FACTS.digest)
 
 
 def test_the_states_are_measured_as_the_stock_model_has_them(tiny_bert_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The span readout against a direct computation."""
+"""The readout against a direct computation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bbprompt.errors import OracleError, UsageError
 from bbprompt.example import Answer, Form, Part
-from bbprompt.oracle import Scores, TextBatch
-from bbprompt.readout import SpanReadout
+from bbprompt.oracle import Scores, TextBatch, check_scores
+from bbprompt.readout import Readout
 
 SIZES = (2, 4, 3)
 BATCH = TextBatch(tuple(Form((Part(f"t{n}", True),), tuple("abcd"[:n]), -1) for n in SIZES))
@@ -27,7 +28,7 @@ def random_scores(candidates: int = 5, seed: int = 0) -> Scores:
 
 def test_losses_are_the_cross_entropies() -> None:
     scores = random_scores()
-    losses = SpanReadout().losses(scores, BATCH, GOLD)
+    losses = Readout().losses(scores, BATCH, GOLD)
     assert losses.shape == (5, 3)
     first = np.concatenate(([0], np.cumsum(SIZES)))
     for n in range(5):
@@ -41,15 +42,15 @@ def test_losses_are_the_cross_entropies() -> None:
 def test_losses_under_a_wider_support() -> None:
     scores = random_scores()
     wider = Scores(scores.logits, scores.normalizer + np.float32(0.5), None, 0)
-    readout = SpanReadout(support="sequence")
+    readout = Readout(support="sequence")
     np.testing.assert_allclose(
-        readout.losses(wider, BATCH, GOLD), SpanReadout().losses(scores, BATCH, GOLD) + 0.5, atol=1e-6
+        readout.losses(wider, BATCH, GOLD), Readout().losses(scores, BATCH, GOLD) + 0.5, atol=1e-6
     )
 
 
 def test_choices_by_the_sum_of_log_probabilities() -> None:
     scores = random_scores()
-    choices = SpanReadout().choices(scores, BATCH)
+    choices = Readout().choices(scores, BATCH)
     assert choices.shape == (5, 3)
     first = np.concatenate(([0], np.cumsum(SIZES)))
     for n in range(5):
@@ -61,20 +62,20 @@ def test_choices_by_the_sum_of_log_probabilities() -> None:
 def test_two_negative_logits_win_only_under_the_legacy_rule() -> None:
     batch = TextBatch((Form((Part("t", True),), ("a", "b"), -1),))
     scores = Scores(np.array([[[-3.0, -3.0], [2.0, 2.0]]], np.float32), np.array([[[2.1, 2.1]]], np.float32), None, 0)
-    assert SpanReadout().choices(scores, batch).tolist() == [[1]]
-    assert SpanReadout(legacy=True).choices(scores, batch).tolist() == [[0]]
-    np.testing.assert_array_equal(SpanReadout(legacy=True).option_scores(scores), [[9.0, 4.0]])
+    assert Readout().choices(scores, batch).tolist() == [[1]]
+    assert Readout(legacy=True).choices(scores, batch).tolist() == [[0]]
+    np.testing.assert_array_equal(Readout(legacy=True).option_scores(scores), [[9.0, 4.0]])
 
 
 def test_the_first_of_equal_options_wins() -> None:
     scores = Scores(np.zeros((1, 9, 2), np.float32), np.ones((1, 3, 2), np.float32), None, 0)
-    assert SpanReadout().choices(scores, BATCH).tolist() == [[0, 0, 0]]
+    assert Readout().choices(scores, BATCH).tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_probabilities(legacy: bool) -> None:
     scores = random_scores(seed=3)
-    readout = SpanReadout(legacy=legacy)
+    readout = Readout(legacy=legacy)
     result = readout.probabilities(scores, BATCH)
     choices = readout.choices(scores, BATCH)
     assert [len(row) for row in result] == [3] * 5
@@ -88,7 +89,7 @@ def test_probabilities(legacy: bool) -> None:
 
 def test_probabilities_are_the_softmax_of_the_summed_logits() -> None:
     scores = random_scores()
-    piece = SpanReadout().probabilities(scores, BATCH)[2][1]
+    piece = Readout().probabilities(scores, BATCH)[2][1]
     expected = torch.from_numpy(scores.logits[2, 2:6]).double().sum(1).softmax(0).numpy()
     np.testing.assert_allclose(piece, expected, rtol=1e-6)
 
@@ -96,7 +97,7 @@ def test_probabilities_are_the_softmax_of_the_summed_logits() -> None:
 def test_probabilities_of_huge_scores() -> None:
     batch = TextBatch((Form((Part("t", True),), ("a", "b"), -1),))
     scores = Scores(np.array([[[1e4, 1e4], [-1e4, 0]]], np.float32), np.full((1, 1, 2), 1e4, np.float32), None, 0)
-    np.testing.assert_array_equal(SpanReadout(legacy=True).probabilities(scores, batch)[0][0], [1.0, 0.0])
+    np.testing.assert_array_equal(Readout(legacy=True).probabilities(scores, batch)[0][0], [1.0, 0.0])
 
 
 def test_extraction() -> None:
@@ -113,8 +114,38 @@ def test_extraction() -> None:
         np.array([[[1, 3], [0, 2]], [[0, 1], [1, 2]]]),
         0,
     )
-    readout = SpanReadout()
+    readout = Readout()
     np.testing.assert_allclose(readout.losses(scores, batch, (-1, -1)), [[1.0, 1.0], [1.0, 1.0]])
     assert readout.extracts(scores, batch) == [["乙丙", "戊己"], ["甲", "己"]]
     with pytest.raises(ValueError, match="asked for without answers"):
         readout.extracts(Scores(scores.logits, scores.normalizer, None, 0), batch)
+
+
+def one_channel() -> Scores:
+    """As a prototype or verbalizer oracle answers: one logit an option, normalised over the options."""
+    scores = random_scores()
+    logits = scores.logits[..., :1]
+    pieces = np.split(logits, np.cumsum(SIZES)[:-1], axis=1)
+    return Scores(logits, np.stack([np.logaddexp.reduce(piece, axis=1) for piece in pieces], axis=1), None, 0)
+
+
+def test_one_channel_is_plain_cross_entropy() -> None:
+    scores = check_scores(one_channel(), BATCH, 5, channels=1)
+    losses = Readout().losses(scores, BATCH, GOLD)
+    probabilities = Readout().probabilities(scores, BATCH)
+    for n in range(5):
+        for text, gold in enumerate(GOLD):
+            assert losses[n, text] == pytest.approx(-np.log(probabilities[n][text][gold]), abs=1e-5)
+            assert Readout().choices(scores, BATCH)[n, text] == probabilities[n][text].argmax()
+
+
+def test_the_product_rule_needs_start_and_end() -> None:
+    with pytest.raises(UsageError, match="legacy_decision: the product of start and end logits needs a span head"):
+        Readout(legacy=True).choices(one_channel(), BATCH)
+
+
+def test_the_number_of_channels_is_checked() -> None:
+    with pytest.raises(OracleError, match=r"logits of shape \(5, 9, 1\), expected \(5, 9, 2\)"):
+        check_scores(one_channel(), BATCH, 5)
+    with pytest.raises(OracleError, match=r"logits of shape \(5, 9, 2\), expected \(5, 9, 1\)"):
+        check_scores(random_scores(), BATCH, 5, channels=1)

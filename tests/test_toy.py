@@ -13,7 +13,7 @@ import tiny_prompt
 from bbprompt.errors import OracleError
 from bbprompt.example import Form, Part
 from bbprompt.oracle import Oracle, TextBatch, check_scores
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.scoring import labelled
 from bbprompt.task import Task
 from bbprompt.testing import FaultyOracle, OracleContract, ToyOracle
@@ -77,7 +77,7 @@ class TestFaultless(OracleContract):
 def test_the_toy_landscape_is_smooth_and_can_be_tuned(support: str) -> None:
     task = Task.model_validate(tiny_prompt.PAIR)
     data = labelled(task, [task.example(r) for r in tiny_prompt.pair_records(32, 0)], for_loss=True)
-    oracle, readout = ToyOracle(), SpanReadout(support=support)  # type: ignore[arg-type]
+    oracle, readout = ToyOracle(), Readout(support=support)  # type: ignore[arg-type]
 
     def loss(points: np.ndarray) -> np.ndarray:
         scores = check_scores(oracle.score(data.batch, points, readout.support), data.batch, len(points))

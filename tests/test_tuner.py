@@ -239,14 +239,14 @@ def test_cut_tokens_are_known_after_a_replay(tmp_path: Path) -> None:
     from bbprompt.evaluate import Evaluator
     from bbprompt.journal import Journal
     from bbprompt.ledger import Ledger
-    from bbprompt.readout import SpanReadout
+    from bbprompt.readout import Readout
 
     points = toyruns.space().even()[None]
     cuts = []
     for oracle in (ToyOracle(max_tokens=34), FaultyOracle(ToyOracle(), at=1)):
         journal = Journal(tmp_path / "journal.log", "toy")
         data = toyruns.data(8, 1), toyruns.data(6, 2)
-        evaluator = Evaluator(oracle, Ledger(journal, 10), SpanReadout(), toyruns.TASK, *data)
+        evaluator = Evaluator(oracle, Ledger(journal, 10), Readout(), toyruns.TASK, *data)
         evaluator.train(points)
         train = evaluator.cut
         evaluator.dev(points[0])

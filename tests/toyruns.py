@@ -19,7 +19,7 @@ from bbprompt.journal import Journal, canonical_json
 from bbprompt.ledger import Ledger
 from bbprompt.oracle import Oracle, Scores
 from bbprompt.prompts import PromptSpace
-from bbprompt.readout import SpanReadout
+from bbprompt.readout import Readout
 from bbprompt.result import Result
 from bbprompt.run import Prepared, Watcher, tune
 from bbprompt.rundir import CURVE, JOURNAL, MANIFEST, PROMPT, RESULT, RunDirectory
@@ -186,7 +186,7 @@ def run(
         evaluator = Evaluator(
             recorder,
             ledger,
-            SpanReadout(method.support, method.legacy_decision),
+            Readout(method.support, method.legacy_decision),
             TASK,
             data(sizes[0], 1),
             data(sizes[1], 2),

@@ -37,6 +37,7 @@ _ANSWERS = TextBatch(
 class OracleContract:
     """What every oracle must do; see `bbprompt.oracle.Oracle`.
 
+    What concerns answers in a context is asked only of oracles with a span readout; others must refuse such texts.
     The texts are short and Chinese: the model must have room for about 60 tokens.
 
     Attributes:
@@ -73,6 +74,9 @@ class OracleContract:
                 points = self.points(oracle, count)
                 scores = self._score(oracle, _OPTIONS, points, support)
                 require(scores.best is None, "best answers for texts with options")
+                if oracle.info.readout != "span":
+                    refused(DataError, lambda points=points: oracle.score(_ANSWERS, points))  # type: ignore[misc]
+                    continue
                 require(self._score(oracle, _ANSWERS, points, support).best is None, "best answers unasked")
                 self._score(oracle, _ANSWERS, points, support, 4)
                 self._score(oracle, unknown, points, support, 4)
@@ -86,7 +90,8 @@ class OracleContract:
         other[:, 1:] = points[0, 1:]  # shares all layers but the first with the points
         self._score(oracle, _OPTIONS, other)
         self._score(oracle, _OPTIONS, points[:1])
-        self._score(oracle, _ANSWERS, other, "sequence", 3)
+        if oracle.info.readout == "span":
+            self._score(oracle, _ANSWERS, other, "sequence", 3)
         require(_same(self._score(oracle, _OPTIONS, points), first), "an earlier request changed a reply")
         require(_same(self._score(self.make(), _OPTIONS, points), first), "an equal oracle answers otherwise")
 
@@ -108,7 +113,7 @@ class OracleContract:
         oracle = self.make()
         points = self.points(oracle, 5)
         points[2:, 0] = points[0, 0]
-        for batch, longest in ((_OPTIONS, None), (_ANSWERS, 4)):
+        for batch, longest in ((_OPTIONS, None), (_ANSWERS, 4))[: oracle.info.channels]:
             together = self._score(oracle, batch, points, longest=longest)
             backwards = self._score(oracle, batch, points[::-1], longest=longest)
             for number in range(len(points)):
@@ -142,12 +147,16 @@ class OracleContract:
             require(bool(np.abs(total - 1).max() < 1e-3), "probabilities over the options do not sum to 1")
             total = np.exp(piece - wide.normalizer[:, None, number]).sum(axis=1)
             require(bool((total < 1 + 1e-3).all()), "probabilities over the sequence sum to more than 1")
+        if oracle.info.readout != "span":
+            return
         answers = self._score(oracle, _ANSWERS, points)
         require(bool((answers.logits <= answers.normalizer + self.tolerance).all()), "a probability is above 1")
 
     def test_answers_are_found_in_their_context(self) -> None:
         """Best answers are spans of at least one character, and need no known answer."""
         oracle = self.make()
+        if oracle.info.readout != "span":
+            return
         points = self.points(oracle, 4)
         blind = TextBatch(_ANSWERS.forms, (None, None))
         for longest in (1, 3, 1000):
@@ -210,7 +219,7 @@ class OracleContract:
         longest: int | None = None,
     ) -> Scores:
         scores = oracle.score(batch, points, support, longest)
-        return check_scores(scores, batch, len(points), answers=longest is not None)
+        return check_scores(scores, batch, len(points), answers=longest is not None, channels=oracle.info.channels)
 
     def _near(self, one: NDArray[Any], other: NDArray[Any], message: str) -> None:
         require(one.shape == other.shape and bool(np.abs(one - other).max() <= self.tolerance), message)

@@ -1,0 +1,64 @@
+"""What a head does behind the local oracle: which sequences a batch needs, which rows it reads, what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from bbprompt.backends.encoder import Layout
+from bbprompt.errors import DataError
+from bbprompt.mrc import Encoded
+from bbprompt.oracle import Scores, Support, TextBatch
+
+__all__ = ["Head", "Plan", "each"]
+
+
+class Plan(Protocol):
+    """How the rows of some packed sequences are read; a head's own business but for this."""
+
+    @property
+    def read(self) -> Tensor | None:
+        """`(N, R)` packed rows that the head reads of each sequence; None for all rows."""
+
+
+class Head(Protocol):
+    """One way to turn last states into scores. It knows no prompts and keeps nothing of a candidate."""
+
+    def sequences(self, batch: TextBatch) -> list[Encoded]:
+        """Token sequences that the batch needs, in an order that depends on the batch alone.
+
+        Raises:
+            DataError: A text does not fit; it is named by its number, counted from 1.
+        """
+
+    def plan(self, sequences: Sequence[Encoded], layout: Layout, support: Support) -> Any:
+        """Prepare some consecutive sequences that lie packed as `layout` says; returns a `Plan`."""
+
+    def apply(self, plan: Any, states: Tensor) -> Tensor:
+        """Read the last states of n candidates: `(n, N, R, H)`, or `(n, T, H)` where all rows are read.
+
+        Returns:
+            `(n, ...)`, small; what `scores` takes.
+        """
+
+    def scores(
+        self, batch: TextBatch, plans: Sequence[Any], outputs: Sequence[Tensor], longest_answer: int | None
+    ) -> Scores:
+        """Put together what `apply` gave for each part of the batch, in order."""
+
+
+def each(batch: TextBatch, write: Callable[[int], Encoded]) -> list[Encoded]:
+    """Write every text of a batch by its index.
+
+    Raises:
+        DataError: As `write` raises it, with the number of the text, counted from 1.
+    """
+    written = []
+    for number in range(len(batch.forms)):
+        try:
+            written.append(write(number))
+        except DataError as error:
+            raise DataError(f"text {number + 1}: {error}") from error
+    return written
