@@ -1,12 +1,11 @@
 """The local oracle: a frozen torch encoder with modular prompts added before its layers.
 
-Exact savings: texts are tokenized and embedded once per batch; the layers below the first one in which the
-candidates differ are computed once for all of them and kept until their prompts change; the last layer is
-computed only at the rows that are read.
+Texts are tokenized and embedded once per batch; `backends.population` has the savings that candidates allow.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
@@ -16,24 +15,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.encoder import Encoder, Layout, pack
+from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.memory import is_exhausted
+from bbprompt.backends.population import Place, Runner, Trunk
+from bbprompt.backends.precision import ENOUGH, spread_over_error
 from bbprompt.backends.tokens import frame_for, tokenize_with
-from bbprompt.errors import ArtifactError, DataError
+from bbprompt.errors import ArtifactError, DataError, OracleError
 from bbprompt.mrc import Encoded, encode
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
 
 __all__ = ["LocalOracle"]
 
+log = logging.getLogger("bbprompt")
+
 _KEPT_BATCHES = 4
-
-
-@dataclass(slots=True)
-class _Trunk:
-    """States entering layers 0, 1, … of one candidate, and the points they were computed with."""
-
-    states: list[Tensor]
-    points: NDArray[np.float32] | None = None
+#: Texts that attend together differ by less than so many tokens: less padding, more and smaller steps.
+_SLACK = 4
+#: Tokens at once below which nothing is halved further.
+_LEAST_TOKENS = 64
+#: Candidates from which on a request is worth a float32 reference and a check.
+_POPULATION = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,7 @@ class _Chunk:
     """Some texts of a batch, ready to run.
 
     Attributes:
-        layout: Where their tokens lie.
-        slots: Packed rows of the placeholders, text by text.
-        read: `(N, R)` packed rows that are read; None for all.
+        place: Where their tokens and prompts lie and what is read.
         support: `(2, N, C)` where in the read rows each candidate start and end stands.
         present: `(N, C)` which candidates exist.
         spans: `(O, 3)` text, start and end (indices into C) of each scored span.
@@ -51,14 +51,12 @@ class _Chunk:
         trunk: States shared by candidates.
     """
 
-    layout: Layout
-    slots: Tensor
-    read: Tensor | None
+    place: Place
     support: Tensor
     present: Tensor
     spans: Tensor
     encoded: tuple[Encoded, ...]
-    trunk: _Trunk = field(compare=False)
+    trunk: Trunk = field(compare=False)
 
 
 class LocalOracle:
@@ -68,8 +66,10 @@ class LocalOracle:
         backbone: The stock model with its tokenizer.
         prompt: The artifact behind the oracle.
         device: "cpu" or "cuda".
-        dtype: "float32" or "bfloat16".
-        batch_tokens: Tokens that run through the encoder at once (candidates times texts).
+        dtype: "float32", "bfloat16", or "mixed": populations as bfloat16 deviations from a float32 reference
+            where that is exact enough, everything else in float32.
+        batch_tokens: Tokens that run through the encoder at once (candidates times texts); halved for good
+            where memory runs out.
         max_tokens: Longest sequence; None for the backbone's limit.
 
     Raises:
@@ -94,14 +94,18 @@ class LocalOracle:
                 "--backbone"
             )
         _check_fit(prompt, backbone)
-        self._encoder = Encoder(backbone.model, getattr(torch, dtype), device, backbone.token_type)
+        mixed = dtype == "mixed"
+        kind = torch.float32 if mixed else getattr(torch, dtype)
+        self._encoder = Encoder(backbone.model, kind, device, backbone.token_type)
+        rough = Encoder(backbone.model, torch.bfloat16, device, backbone.token_type) if mixed else None
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
-        self._projection = torch.from_numpy(prompt.projection).to(device)
+        self._runner = Runner(self._encoder, torch.from_numpy(prompt.projection).to(device), rough)
         self._head = torch.from_numpy(prompt.head_weight).to(device)
         self._bias = torch.from_numpy(prompt.head_bias).to(device)
         self._batch_tokens = batch_tokens
+        self._fallbacks = self._populations = 0
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
         self._info = OracleInfo(
             backbone=backbone.id,
@@ -119,8 +123,20 @@ class LocalOracle:
         """What this oracle is."""
         return self._info
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory taken by the states that are kept between calls, for at most four batches of texts."""
+        return sum(chunk.trunk.bytes for chunks in self._kept.values() for chunk in chunks)
+
+    @property
+    def fallbacks(self) -> tuple[int, int]:
+        """With "mixed" precision: populations that had to be scored in float32, and populations in all."""
+        return self._fallbacks, self._populations
+
     def close(self) -> None:
         """Forget the kept batches."""
+        if self._populations:
+            log.info("%d of %d populations needed float32 throughout", self._fallbacks, self._populations)
         self._kept.clear()
 
     @torch.inference_mode()
@@ -133,14 +149,27 @@ class LocalOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
-        parts = [self._score(chunk, checked, longest_answer) for chunk in self._chunks(batch, support)]
-        best = [part.best for part in parts if part.best is not None]
-        return Scores(
-            np.concatenate([part.logits for part in parts], axis=1),
-            np.concatenate([part.normalizer for part in parts], axis=1),
-            np.concatenate(best, axis=1) if best else None,
-            sum(part.cut for part in parts),
-        )
+        score = self._checked if self._runner.rough is not None and len(checked) >= _POPULATION else self._scores
+        while True:
+            try:
+                return score(batch, checked, support, longest_answer)
+            except (RuntimeError, MemoryError) as error:
+                if not is_exhausted(error):
+                    raise
+                self._shrink(error)
+
+    def _shrink(self, error: BaseException) -> None:
+        """Run half as many tokens at once from now on."""
+        if self._batch_tokens <= _LEAST_TOKENS:
+            raise OracleError(
+                f"the model does not fit into memory with {self._batch_tokens} tokens at once; free memory, or set "
+                "--max-tokens"
+            ) from error
+        self._batch_tokens //= 2
+        self._kept.clear()
+        if self._encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("memory ran out: %d tokens run at once from now on", self._batch_tokens)
 
     def _chunks(self, batch: TextBatch, support: Support) -> list[_Chunk]:
         key = (batch.digest(), support)
@@ -168,7 +197,7 @@ class LocalOracle:
 
     def _prepare(self, encoded: list[Encoded], support: Support) -> _Chunk:
         device = self._encoder.device
-        layout = pack([len(item.ids) for item in encoded], device)
+        layout = pack([len(item.ids) for item in encoded], device, _SLACK)
         slots = torch.arange(len(self._frame.placeholders), device=device) + self._frame.prompt_start
         starts, ends, spans = [], [], []
         for number, item in enumerate(encoded):
@@ -197,66 +226,51 @@ class LocalOracle:
         if not shared:
             where[1] += width
         return _Chunk(
-            layout,
-            (layout.starts[:, None] + slots).flatten(),
-            read.to(device),
+            Place(layout, (layout.starts[:, None] + slots).flatten(), read.to(device)),
             where.to(device),
             present.to(device),
             torch.as_tensor(spans, dtype=torch.long).view(-1, 3),
             tuple(encoded),
-            _Trunk([self._encoder.embed([item.ids for item in encoded], layout)[None]]),
+            Trunk([self._encoder.embed([item.ids for item in encoded], layout)[None]]),
         )
 
-    def _score(self, chunk: _Chunk, points: NDArray[np.float32], longest_answer: int | None) -> Scores:
-        fork = min(_first_difference(points), len(self._encoder.layers) - 1)
-        trunk = self._grow(chunk, points[0], fork)
-        tokens = trunk.shape[1]
-        size = max(self._batch_tokens // tokens, 1)
-        logits = [
-            self._branch(chunk, trunk, torch.from_numpy(points[i : i + size]), fork)
-            for i in range(0, len(points), size)
-        ]
-        return self._read(chunk, torch.cat(logits), longest_answer)
+    def _scores(
+        self,
+        batch: TextBatch,
+        points: NDArray[np.float32],
+        support: Support,
+        longest_answer: int | None,
+        deviations: bool = False,
+    ) -> Scores:
+        """Scores in one precision throughout."""
+        parts = []
+        for chunk in self._chunks(batch, support):
+            logits = self._runner.run(chunk.place, chunk.trunk, points, self._apply, self._batch_tokens, deviations)
+            parts.append(self._read(chunk, logits, longest_answer))
+        best = [part.best for part in parts if part.best is not None]
+        return Scores(
+            np.concatenate([part.logits for part in parts], axis=1),
+            np.concatenate([part.normalizer for part in parts], axis=1),
+            np.concatenate(best, axis=1) if best else None,
+            sum(part.cut for part in parts),
+        )
 
-    def _grow(self, chunk: _Chunk, point: NDArray[np.float32], fork: int) -> Tensor:
-        """States `(1, T, H)` entering layer `fork` of a candidate.
+    def _checked(
+        self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
+    ) -> Scores:
+        """Scores as deviations, if the farthest candidate's error is small beside what tells candidates apart."""
+        rough = self._scores(batch, points, support, longest_answer, deviations=True)
+        farthest = int(np.square(points - points[:1]).sum(axis=(1, 2)).argmax())
+        exact = self._scores(batch, points[farthest : farthest + 1], support, None)
+        self._populations += 1
+        if spread_over_error(rough, exact, farthest, batch.sizes) >= ENOUGH:
+            return rough
+        self._fallbacks += 1
+        return self._scores(batch, points, support, longest_answer)
 
-        Computed from the deepest kept layer below which the prompts are the same; always for one candidate
-        alone, so that a reply does not depend on what was scored before.
-        """
-        trunk = chunk.trunk
-        reach = 0
-        if trunk.points is not None:
-            while reach < len(trunk.states) - 1 and reach < fork and self._same(trunk.points, point, reach):
-                reach += 1
-        del trunk.states[reach + 1 :]
-        trunk.points = point.copy()
-        row = torch.from_numpy(point[None])
-        for layer in range(reach, fork):
-            states = self._add(chunk, trunk.states[layer], row, layer)
-            trunk.states.append(self._encoder.layer(layer, states, chunk.layout))
-        return trunk.states[fork]
-
-    def _same(self, one: NDArray[np.float32], other: NDArray[np.float32], layer: int) -> bool:
-        return layer >= len(one) or bool(np.array_equal(one[layer], other[layer]))
-
-    def _branch(self, chunk: _Chunk, trunk: Tensor, points: Tensor, fork: int) -> Tensor:
-        """Head outputs `(n, N, R, 2)` of candidates that share everything below layer `fork`."""
-        states = trunk.expand(len(points), -1, -1)
-        last = len(self._encoder.layers) - 1
-        for layer in range(fork, last + 1):
-            states = self._add(chunk, states, points, layer)
-            states = self._encoder.layer(layer, states, chunk.layout, chunk.read if layer == last else None)
+    def _apply(self, states: Tensor) -> Tensor:
+        """Head outputs `(n, N, R, 2)` of last states at the rows that are read."""
         return states.float() @ self._head.T + self._bias
-
-    def _add(self, chunk: _Chunk, states: Tensor, points: Tensor, layer: int) -> Tensor:
-        """Add the layer's prompts u A to the placeholder rows of every text, where the layer has any."""
-        if layer >= len(self._projection):
-            return states
-        prompts = points[:, layer].to(self._projection.device) @ self._projection[layer]
-        prompts = prompts.view(len(points), 1, -1, self._encoder.hidden).to(states.dtype)
-        added = prompts.expand(-1, len(chunk.encoded), -1, -1).flatten(1, 2)
-        return states.index_add(1, chunk.slots, added)
 
     def _read(self, chunk: _Chunk, logits: Tensor, longest_answer: int | None) -> Scores:
         start = logits[..., 0].gather(2, chunk.support[0].expand(len(logits), -1, -1))
@@ -310,12 +324,6 @@ def _check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
         problem = f"placeholder {max(config.placeholders)}, the backbone has {rows} tokens"
     if problem is not None:
         raise ArtifactError(f"the prompts for {config.backbone} are damaged: their config.json says {problem}")
-
-
-def _first_difference(points: NDArray[np.float32]) -> int:
-    """First layer in which the candidates differ; the number of layers if they do not."""
-    differs = (points != points[:1]).any(axis=(0, 2))
-    return int(differs.argmax()) if differs.any() else points.shape[1]
 
 
 def _describe(device: str) -> str:
