@@ -39,26 +39,35 @@ def deviate(
     """
     weights, low = exact.layers[index], rough.layers[index]
     h, epsilon = exact.hidden, exact.epsilon
-    reference = states[:1]
-    seen = exact.project(index, reference) if projected is None else projected[:1]
+    reference, steps = states[0], range(0, states.shape[1], _ROWS)
+    seen = exact.project(index, states[:1]) if projected is None else projected[:1]
     mixed = exact.attend(seen, layout)
-    summed = reference + weights.attention_out(mixed)
+    summed = reference + weights.attention_out(mixed)[0]
+    own = torch.empty_like(seen) if projected is None else seen
     for n in range(1, len(states)):
-        gap = states[n : n + 1] - reference
-        own = seen + low.query_key_value.linear(gap.bfloat16()) if projected is None else projected[n : n + 1]
-        out = low.attention_out.linear((exact.attend(own, layout) - mixed).bfloat16())
-        torch.add(gap.add_(out), summed, out=states[n : n + 1])
-    states[:1] = summed
-    for begin in range(0, states.shape[1], _ROWS):
-        rows = states[:, begin : begin + _ROWS]
-        base = F.layer_norm(rows[0], (h,), *weights.attention_norm, epsilon)
+        if projected is None:
+            for begin in steps:
+                rows = slice(begin, begin + _ROWS)
+                gap = low.query_key_value.linear((states[n, rows] - reference[rows]).bfloat16())
+                torch.add(seen[0, rows], gap, out=own[0, rows])
+        else:
+            own = projected[n : n + 1]
+        gain = exact.attend(own, layout)[0]
+        for begin in steps:
+            rows = slice(begin, begin + _ROWS)
+            out = low.attention_out.linear(gain[rows].sub_(mixed[0, rows]).bfloat16())
+            states[n, rows] = (states[n, rows] - reference[rows]).add_(out).add_(summed[rows])
+    states[0] = summed
+    for begin in steps:
+        block = states[:, begin : begin + _ROWS]
+        base = F.layer_norm(block[0], (h,), *weights.attention_norm, epsilon)
         wide = weights.up(base)
         active = F.gelu(wide)
         total = base + weights.down(active)
         for n in range(1, len(states)):
-            gap = F.layer_norm(rows[n], (h,), *weights.attention_norm, epsilon).sub_(base)
+            gap = F.layer_norm(block[n], (h,), *weights.attention_norm, epsilon).sub_(base)
             inner = F.gelu(low.up.linear(gap.bfloat16()) + wide)
             gap = gap.add_(low.down.linear(inner.sub_(active).bfloat16())).add_(total)
-            rows[n] = F.layer_norm(gap, (h,), *weights.norm, epsilon)
-        rows[0] = F.layer_norm(total, (h,), *weights.norm, epsilon)
+            block[n] = F.layer_norm(gap, (h,), *weights.norm, epsilon)
+        block[0] = F.layer_norm(total, (h,), *weights.norm, epsilon)
     return states

@@ -29,8 +29,8 @@ def open_oracle(
         prompt: The artifact behind the oracle.
         backbone: Hub id or directory; None for the one the prompts were trained for.
         device: "auto", "cpu" or "cuda".
-        dtype: "auto" (float32), "float32" or "bfloat16".
-        batch_tokens: Tokens at once; None for the device's default.
+        dtype: "auto" (mixed on CPUs with AMX, else float32), "float32", "mixed" or "bfloat16".
+        batch_tokens: Tokens at once; None for the most that is fast and fits into the free memory.
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores.
 
@@ -44,17 +44,21 @@ def open_oracle(
 
     from bbprompt.backends.backbone import load_backbone
     from bbprompt.backends.local import LocalOracle
+    from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
+    from bbprompt.backends.precision import best_precision
 
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
     chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(threads or cores())
+    keep_freed_memory()
+    loaded = load_backbone(backbone or prompt.config.backbone)
     return LocalOracle(
-        load_backbone(backbone or prompt.config.backbone),
+        loaded,
         prompt,
         device=chosen,
-        dtype="float32" if dtype == "auto" else dtype,
-        batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
+        dtype=best_precision(chosen) if dtype == "auto" else dtype,
+        batch_tokens=batch_tokens or batch_tokens_for(loaded.hidden, 4 * loaded.hidden, chosen),
         max_tokens=max_tokens,
     )
 
