@@ -321,7 +321,7 @@ def _grid(rows: Tensor, group: Group) -> Tensor:
     own = rows[:, group.first : group.first + len(group.cells)]
     if not group.even:
         own = _take(own, group.rows.flatten())
-    return own.unflatten(1, group.rows.shape)
+    return own.reshape(len(rows), *group.rows.shape, rows.shape[-1])
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
