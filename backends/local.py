@@ -1,47 +1,51 @@
 """The local oracle: a frozen torch encoder with modular prompts added before its layers.
 
-Exact savings: texts are tokenized and embedded once per batch; the layers below the first one in which the
-candidates differ are computed once for all of them and kept until their prompts change; the last layer is
-computed only at the rows that are read.
+Texts are tokenized and embedded once per batch; `backends.population` has the savings that candidates allow, the
+heads turn last states into scores.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
-from bbprompt.backends.encoder import Encoder, Layout, pack
+from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.fit import check_fit, describe
 from bbprompt.backends.head import Head, Plan
+from bbprompt.backends.memory import is_exhausted
+from bbprompt.backends.population import Place, Runner, Trunk
+from bbprompt.backends.precision import ENOUGH, spread_over_error
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.span_head import SpanHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.embedding import Embeddings
-from bbprompt.errors import ArtifactError
+from bbprompt.errors import ArtifactError, OracleError
 from bbprompt.mrc import Encoded, Frame
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
+from bbprompt.units import Unit, join, plan_units
 
 __all__ = ["LocalOracle"]
 
+log = logging.getLogger("bbprompt")
+
 _KEPT_BATCHES = 4
-
-
-@dataclass(slots=True)
-class _Trunk:
-    """States entering layers 0, 1, … of one candidate, and the points they were computed with."""
-
-    states: list[Tensor]
-    points: NDArray[np.float32] | None = None
+#: Texts that attend together differ by less than so many tokens: less padding, more and smaller steps.
+_SLACK = 4
+#: Tokens at once below which nothing is halved further.
+_LEAST_TOKENS = 64
+#: Candidates from which on a request is worth a float32 reference and a check.
+_POPULATION = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +53,19 @@ class _Chunk:
     """Some sequences of a batch, ready to run.
 
     Attributes:
-        layout: Where their tokens lie.
-        slots: Packed rows of the placeholders, text by text.
-        texts: N, how many sequences these are.
+        place: Where their tokens and prompts lie and what is read.
         plan: How the head reads them.
         trunk: States shared by candidates.
     """
 
-    layout: Layout
-    slots: Tensor
-    texts: int
+    place: Place
     plan: Plan
-    trunk: _Trunk = field(compare=False)
+    trunk: Trunk = field(compare=False)
+
+    @property
+    def tokens(self) -> int:
+        """How many there are in all sequences."""
+        return self.trunk.states[0].shape[1]
 
 
 class LocalOracle:
@@ -70,8 +75,10 @@ class LocalOracle:
         backbone: The stock model with its tokenizer.
         prompt: The artifact behind the oracle.
         device: "cpu" or "cuda".
-        dtype: "float32" or "bfloat16".
-        batch_tokens: Tokens that run through the encoder at once (candidates times texts).
+        dtype: "float32", "bfloat16", or "mixed": populations as bfloat16 deviations from a float32 reference
+            where that is exact enough, everything else in float32.
+        batch_tokens: Tokens that run through the encoder at once (candidates times texts); halved for good
+            where memory runs out.
         max_tokens: Longest sequence; None for the backbone's limit.
 
     Raises:
@@ -90,13 +97,17 @@ class LocalOracle:
     ) -> None:
         config = prompt.config
         check_fit(prompt, backbone)
-        self._encoder = Encoder(backbone.model, getattr(torch, dtype), device, backbone.token_type)
+        mixed = dtype == "mixed"
+        kind = torch.float32 if mixed else getattr(torch, dtype)
+        self._encoder = Encoder(backbone.model, kind, device, backbone.token_type)
+        rough = Encoder(backbone.model, torch.bfloat16, device, backbone.token_type) if mixed else None
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
+        self._runner = Runner(self._encoder, torch.from_numpy(prompt.projection).to(device), rough)
         self._head = _open_head(backbone, prompt, self._frame, self._encoder.device)
-        self._projection = torch.from_numpy(prompt.projection).to(device)
         self._batch_tokens = batch_tokens
+        self._fallbacks = self._populations = 0
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
         self._info = OracleInfo(
             backbone=backbone.id,
@@ -115,8 +126,20 @@ class LocalOracle:
         """What this oracle is."""
         return self._info
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory taken by the states that are kept between calls, for at most four batches of texts."""
+        return sum(chunk.trunk.bytes for chunks in self._kept.values() for chunk in chunks)
+
+    @property
+    def fallbacks(self) -> tuple[int, int]:
+        """With "mixed" precision: populations that had to be scored in float32, and populations in all."""
+        return self._fallbacks, self._populations
+
     def close(self) -> None:
         """Forget the kept batches."""
+        if self._populations:
+            log.info("%d of %d populations needed float32 throughout", self._fallbacks, self._populations)
         self._kept.clear()
 
     def embed(self, texts: Sequence[str]) -> Embeddings:
@@ -134,9 +157,93 @@ class LocalOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
+        score = self._mixed if self._runner.rough is not None and len(checked) >= _POPULATION else self._exact
+        return self._fitting(lambda: score(batch, checked, support, longest_answer))
+
+    def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:
+        """Candidates that run through the model together on these texts: the size of a unit.
+
+        Raises:
+            DataError: A text does not fit the model.
+        """
+        return min(max(self._batch_tokens // chunk.tokens, 1) for chunk in self._chunks(batch, support))
+
+    @torch.inference_mode()
+    def score_unit(
+        self,
+        batch: TextBatch,
+        points: NDArray[np.floating],
+        support: Support,
+        longest_answer: int | None,
+        unit: Unit,
+    ) -> Scores:
+        """Score the candidates of one unit of a request, in one precision throughout.
+
+        Takes the whole request: which layers are shared is decided by all its points, so that a unit's scores are
+        the same bits wherever it is computed.
+        """
+        checked = check_points(points, self._info)
+        return self._fitting(lambda: self._unit(batch, checked, support, longest_answer, unit))
+
+    def _exact(
+        self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
+    ) -> Scores:
+        """Scores in one precision throughout."""
+        units = plan_units(len(points), self.at_once(batch, support))
+        return join([self._unit(batch, points, support, longest_answer, unit) for unit in units])
+
+    def _unit(
+        self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None, unit: Unit
+    ) -> Scores:
         chunks = self._chunks(batch, support)
-        outputs = [self._apply(chunk, checked) for chunk in chunks]
+        outputs = [
+            self._runner.run(chunk.place, chunk.trunk, points, unit, functools.partial(self._head.apply, chunk.plan))
+            for chunk in chunks
+        ]
         return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
+
+    def _mixed(
+        self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
+    ) -> Scores:
+        """Scores as deviations, if the farthest candidate's error is small beside what tells candidates apart."""
+        chunks = self._chunks(batch, support)
+        outputs = [
+            self._runner.run_deviations(
+                chunk.place, chunk.trunk, points, functools.partial(self._head.apply, chunk.plan)
+            )
+            for chunk in chunks
+        ]
+        rough = self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
+        farthest = int(np.square(points - points[:1]).sum(axis=(1, 2)).argmax())
+        exact = self._exact(batch, points[farthest : farthest + 1], support, None)
+        self._populations += 1
+        if spread_over_error(rough, exact, farthest, batch.sizes) >= ENOUGH:
+            return rough
+        self._fallbacks += 1
+        return self._exact(batch, points, support, longest_answer)
+
+    def _fitting(self, score: Callable[[], Scores]) -> Scores:
+        """What `score` returns, with fewer tokens at once where memory runs out."""
+        while True:
+            try:
+                return score()
+            except (RuntimeError, MemoryError) as error:
+                if not is_exhausted(error):
+                    raise
+                self._shrink(error)
+
+    def _shrink(self, error: BaseException) -> None:
+        """Run half as many tokens at once from now on."""
+        if self._batch_tokens <= _LEAST_TOKENS:
+            raise OracleError(
+                f"the model does not fit into memory with {self._batch_tokens} tokens at once; free memory, or set "
+                "--max-tokens"
+            ) from error
+        self._batch_tokens //= 2
+        self._kept.clear()
+        if self._encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        log.warning("memory ran out: %d tokens run at once from now on", self._batch_tokens)
 
     def _chunks(self, batch: TextBatch, support: Support) -> list[_Chunk]:
         key = (batch.digest(), support)
@@ -158,67 +265,14 @@ class LocalOracle:
 
     def _prepare(self, encoded: list[Encoded], support: Support) -> _Chunk:
         device = self._encoder.device
-        layout = pack([len(item.ids) for item in encoded], device)
+        layout = pack([len(item.ids) for item in encoded], device, _SLACK)
         slots = torch.arange(len(self._frame.placeholders), device=device) + self._frame.prompt_start
+        plan = self._head.plan(encoded, layout, support)
         return _Chunk(
-            layout,
-            (layout.starts[:, None] + slots).flatten(),
-            len(encoded),
-            self._head.plan(encoded, layout, support),
-            _Trunk([self._encoder.embed([item.ids for item in encoded], layout)[None]]),
+            Place(layout, (layout.starts[:, None] + slots).flatten(), plan.read),
+            plan,
+            Trunk([self._encoder.embed([item.ids for item in encoded], layout)[None]]),
         )
-
-    def _apply(self, chunk: _Chunk, points: NDArray[np.float32]) -> Tensor:
-        """What the head reads of every candidate."""
-        fork = min(_first_difference(points), len(self._encoder.layers) - 1)
-        trunk = self._grow(chunk, points[0], fork)
-        tokens = trunk.shape[1]
-        size = max(self._batch_tokens // tokens, 1)
-        outputs = [
-            self._branch(chunk, trunk, torch.from_numpy(points[i : i + size]), fork)
-            for i in range(0, len(points), size)
-        ]
-        return torch.cat(outputs)
-
-    def _grow(self, chunk: _Chunk, point: NDArray[np.float32], fork: int) -> Tensor:
-        """States `(1, T, H)` entering layer `fork` of a candidate.
-
-        Computed from the deepest kept layer below which the prompts are the same; always for one candidate
-        alone, so that a reply does not depend on what was scored before.
-        """
-        trunk = chunk.trunk
-        reach = 0
-        if trunk.points is not None:
-            while reach < len(trunk.states) - 1 and reach < fork and self._same(trunk.points, point, reach):
-                reach += 1
-        del trunk.states[reach + 1 :]
-        trunk.points = point.copy()
-        row = torch.from_numpy(point[None])
-        for layer in range(reach, fork):
-            states = self._add(chunk, trunk.states[layer], row, layer)
-            trunk.states.append(self._encoder.layer(layer, states, chunk.layout))
-        return trunk.states[fork]
-
-    def _same(self, one: NDArray[np.float32], other: NDArray[np.float32], layer: int) -> bool:
-        return layer >= len(one) or bool(np.array_equal(one[layer], other[layer]))
-
-    def _branch(self, chunk: _Chunk, trunk: Tensor, points: Tensor, fork: int) -> Tensor:
-        """Head outputs `(n, ...)` of candidates that share everything below layer `fork`."""
-        states = trunk.expand(len(points), -1, -1)
-        last = len(self._encoder.layers) - 1
-        for layer in range(fork, last + 1):
-            states = self._add(chunk, states, points, layer)
-            states = self._encoder.layer(layer, states, chunk.layout, chunk.plan.read if layer == last else None)
-        return self._head.apply(chunk.plan, states)
-
-    def _add(self, chunk: _Chunk, states: Tensor, points: Tensor, layer: int) -> Tensor:
-        """Add the layer's prompts u A to the placeholder rows of every text, where the layer has any."""
-        if layer >= len(self._projection):
-            return states
-        prompts = points[:, layer].to(self._projection.device) @ self._projection[layer]
-        prompts = prompts.view(len(points), 1, -1, self._encoder.hidden).to(states.dtype)
-        added = prompts.expand(-1, chunk.texts, -1, -1).flatten(1, 2)
-        return states.index_add(1, chunk.slots, added)
 
 
 def _open_head(backbone: Backbone, prompt: ModularPrompt, frame: Frame, device: torch.device) -> Head:
@@ -232,9 +286,3 @@ def _open_head(backbone: Backbone, prompt: ModularPrompt, frame: Frame, device: 
             raise ArtifactError(f"backbone {backbone.id}: a verbalizer readout needs its language model head")
         return VerbalizerHead(backbone.head, backbone.tokenizer.mask_token_id, tokenize, frame, device)
     return SpanHead(prompt.head_weight, prompt.head_bias, tokenize, frame, device)
-
-
-def _first_difference(points: NDArray[np.float32]) -> int:
-    """First layer in which the candidates differ; the number of layers if they do not."""
-    differs = (points != points[:1]).any(axis=(0, 2))
-    return int(differs.argmax()) if differs.any() else points.shape[1]

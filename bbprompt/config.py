@@ -295,7 +295,7 @@ class TuneConfig(_Settings):
     workers: _Count = 1
     on_doubt: Literal["resend", "charge"] = "resend"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     batch_tokens: _Count | None = None
     max_tokens: _Count | None = None
     threads: _Count | None = None

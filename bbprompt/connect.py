@@ -41,8 +41,8 @@ def open_oracle(
         prompt: The artifact behind the oracle.
         backbone: Hub id or directory; None for the one the prompts were trained for.
         device: "auto", "cpu" or "cuda".
-        dtype: "auto" (float32), "float32" or "bfloat16".
-        batch_tokens: Tokens at once; None for the device's default.
+        dtype: "auto" (mixed on CPUs with AMX, else float32), "float32", "mixed" or "bfloat16".
+        batch_tokens: Tokens at once; None for the most that is fast and fits into the free memory.
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores.
         workers: Requests to a server at once.
@@ -65,17 +65,23 @@ def open_oracle(
     from bbprompt.backends.backbone import load_backbone
     from bbprompt.backends.causal import CausalOracle
     from bbprompt.backends.local import LocalOracle
+    from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
+    from bbprompt.backends.precision import best_precision
 
     chosen = _device(device)
     torch.set_num_threads(threads or cores())
+    keep_freed_memory()
     model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
-    oracle = CausalOracle if model.head is not None and model.head.causal else LocalOracle
-    return oracle(
+    causal = model.head is not None and model.head.causal
+    if causal and dtype == "mixed":
+        raise UsageError(f"--dtype mixed: not for causal models such as {model.id}; use float32 or bfloat16")
+    precision = dtype if dtype != "auto" else "float32" if causal else best_precision(chosen)
+    return (CausalOracle if causal else LocalOracle)(
         model,
         prompt,
         device=chosen,
-        dtype="float32" if dtype == "auto" else dtype,
-        batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
+        dtype=precision,
+        batch_tokens=batch_tokens or batch_tokens_for(model.hidden, 4 * model.hidden, chosen),
         max_tokens=max_tokens,
     )
 

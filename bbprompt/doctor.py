@@ -90,6 +90,8 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     try:
         import torch
+
+        from bbprompt.backends.precision import best_precision
     except (ImportError, OSError) as error:  # OSError: a shared library of a broken build
         yield Finding("torch", "problem", f"cannot be loaded ({error})", "install torch again")
         return
@@ -109,7 +111,8 @@ def _devices() -> Iterator[Finding]:
         yield Finding("cuda", "note", "a driver is installed, but torch sees no device", fix)
     else:
         yield Finding("cuda", "ok", "none")
-    yield Finding("precision", "ok", "--dtype auto is float32; bfloat16 is faster and may reorder close candidates")
+    auto = best_precision("cuda" if torch.cuda.is_available() else "cpu")
+    yield Finding("precision", "ok", f"--dtype auto is {auto}; bfloat16 is faster and may reorder close candidates")
 
 
 def _cpu_flags() -> frozenset[str]:

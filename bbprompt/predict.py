@@ -242,7 +242,7 @@ def load_prompt(
     run_dir: Path | str,
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    dtype: Literal["auto", "float32", "bfloat16"] | None = None,
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] | None = None,
     batch_tokens: int | None = None,
     threads: int | None = None,
 ) -> TunedPrompt:

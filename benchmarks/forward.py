@@ -1,168 +1,135 @@
-"""Cost of a call: our oracle against a plain loop over stock transformers and against the arithmetic floor.
-
-    python benchmarks/forward.py [--texts 32] [--length 44] [--population 20] [--threads 2] [--rounds 5]
-
-All figures come from one process, interleaved round by round, as medians; the ratios are what to quote. The model
-is a stock BERT of the embedded backbone's shape with random weights, float32. "plain" scores one candidate per padded
-forward through all layers with hooks that add the prompts; "router" is a population that differs in every layer,
-"layer i" one that differs in layer i only (stage II), whose lower layers are shared. The floor is the multiply-adds of
-a call's linear maps at the GEMM rate measured here at the same shapes.
-"""
+"""Cost of a call: against the published protocols, a plain loop and the arithmetic floor; each saving switched off."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.population import Runner
+from benchmarks.released import bbtv2, forward_with_prompts, mp2, padded
+from benchmarks.setting import Setting, interleaved
 
-LAYERS, HIDDEN, FFN, PROMPT, DIM = 12, 384, 1536, 8, 64
+__all__ = ["ablation", "against_published", "scaling"]
 
-
-def main() -> None:
-    """Run the benchmark and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("texts", 32), ("length", 44), ("population", 20), ("threads", 2), ("rounds", 5)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    with torch.inference_mode():
-        rows = measure(options)
-    print(f"\n{options.texts} texts of about {options.length} tokens, {options.threads} threads, float32\n")
-    print("| what | ms a call | plain / this | floor / this |")
-    print("|---|---|---|---|")
-    plain = rows["plain loop"][0]
-    for name, (seconds, floor) in rows.items():
-        print(f"| {name} | {1e3 * seconds:.1f} | {plain / seconds:.2f} | {floor / seconds:.2f} |")
+#: Changed layers that stand for a sweep over all: the cost is linear in the layer, and these have its mean.
+SWEEP = (2, 9)
 
 
-def measure(options: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """Median seconds a call and floor seconds a call of each way."""
-    config = BertConfig(
-        vocab_size=1000,
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=12,
-        intermediate_size=FFN,
-    )
-    model = BertModel(config, add_pooling_layer=False).eval()
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(int(0.8 * options.length), int(1.2 * options.length) + 1, options.texts).tolist()
-    ids = [rng.integers(0, 1000, size).tolist() for size in lengths]
-    projection = torch.randn(LAYERS, DIM, PROMPT * HIDDEN) * 0.05 / 8
-    points = torch.randn(options.population, LAYERS, DIM)
-    encoder = Encoder(model)
-    layout = pack(lengths)
-    slots = (layout.starts[:, None] + torch.arange(PROMPT) + 1).flatten()
-    read = layout.starts[:, None] + torch.tensor([[30, 31, 33, 34]])
-    embedded = encoder.embed(ids, layout)[None]
+def runners(setting: Setting, model: Any) -> tuple[Runner, Runner]:
+    """Ours in float32 (and mixed), and in bfloat16 throughout."""
+    exact, low = setting.encoder(model), setting.encoder(model, torch.bfloat16)
+    projection = setting.projection()
+    return Runner(exact, projection, low), Runner(low, projection)
 
-    def add(states: Tensor, layer: int, some: Tensor) -> Tensor:
-        prompts = (some[:, layer] @ projection[layer]).view(len(some), 1, PROMPT, HIDDEN)
-        return states.index_add(1, slots, prompts.expand(-1, options.texts, -1, -1).flatten(1, 2))
 
-    def ours(fork: int, some: Tensor, trunk: Tensor) -> Tensor:
-        outputs = []
-        size = max(4096 // sum(lengths), 1)
-        for begin in range(0, len(some), size):
-            part = some[begin : begin + size]
-            states = trunk.expand(len(part), -1, -1)
-            for layer in range(fork, LAYERS):
-                states = encoder.layer(layer, add(states, layer, part), layout, read if layer == LAYERS - 1 else None)
-            outputs.append(states)
-        return torch.cat(outputs)
+def sweep(setting: Setting, runner: Runner, **how: Any) -> Callable[[], Any]:
+    """Populations in the layers that stand for a sweep."""
+    visits = [setting.scorer(runner, layer, **how) for layer in SWEEP]
+    return lambda: [visit() for visit in visits]
 
-    plain = plain_loop(model, ids, projection, points[:2])
-    trunks = {0: embedded}
-    for layer in range(LAYERS - 1):
-        trunks[layer + 1] = encoder.layer(layer, add(trunks[layer], layer, points[:1]), layout)
-    ways: dict[str, tuple[Callable[[], Any], int, float]] = {
-        "plain loop": (plain, 2, floor_flops(lengths, 0, LAYERS)),
-        "router": (lambda: ours(0, points, trunks[0]), len(points), floor_flops(lengths, 0, LAYERS)),
+
+def against_published(rounds: int, threads: int, small: bool) -> list[str]:
+    """Seconds a candidate at the papers' sizes, and what of the floor is reached."""
+    paper = Setting(prompt=50, shortest=114, longest=114, population=8, read=1, vocabulary=50265, dim=500)
+    if small:
+        paper = paper.but(texts=8)
+    model = paper.model()
+    exact, low = runners(paper, model)
+    prompts = [torch.zeros(paper.prompt, paper.hidden)] * paper.layers
+    batch = padded(paper)
+    calls = len(SWEEP) * paper.population
+    ways: dict[str, tuple[Callable[[], Any], int]] = {
+        "BBTv2 as released": (bbtv2(paper, model), 1),
+        "MP2 as released": (mp2(paper.but(dim=300), model), 1),
+        "plain `model(**batch)`": (lambda: forward_with_prompts(model, batch, prompts), 1),
+        "ours, float32": (sweep(paper, exact), calls),
+        "ours, mixed": (sweep(paper, exact, deviations=True), calls),
+        "ours, bfloat16": (sweep(paper, low), calls),
     }
-    for layer in (0, 4, 8, 11):
-        same = points[:1].repeat(len(points), 1, 1)
-        same[:, layer] = points[:, layer]
-        ways[f"layer {layer}"] = (
-            lambda layer=layer, same=same: ours(layer, same, trunks[layer]),
-            len(points),
-            floor_flops(lengths, layer, LAYERS),
+    taken = interleaved({name: work for name, (work, _) in ways.items()}, rounds, threads)
+    each = {name: taken[name] / count for name, (_, count) in ways.items()}
+    needed = sum(paper.flops(layer) for layer in SWEEP) / len(SWEEP)
+    rates = {kind: gemm_rate(paper, kind, threads) for kind in (torch.float32, torch.bfloat16)}
+    lines = [
+        f"{paper.texts} texts of {paper.longest} tokens, {paper.prompt} of them prompt; populations of "
+        f"{paper.population}. Products run at {rates[torch.float32] / 1e12:.3f} TFLOP/s in float32 and "
+        f"{rates[torch.bfloat16] / 1e12:.3f} in bfloat16 at these shapes.",
+        "",
+        "| what | ms a candidate | BBTv2 / this | MP2 / this | plain / this | of float32 floor | of bfloat16 floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, seconds in each.items():
+        ratios = [each[other] / seconds for other in list(each)[:3]]
+        floors = [needed / rate / seconds for rate in rates.values()]
+        lines.append(
+            f"| {name} | {1e3 * seconds:.0f} | "
+            + " | ".join(f"{ratio:.1f}" for ratio in ratios)
+            + " | "
+            + " | ".join(f"{floor:.0%}" for floor in floors)
+            + " |"
         )
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    rates = []
-    for _ in range(options.rounds + 1):
-        rates.append(gemm_rate(sum(lengths)))
-        for name, (work, calls, _) in ways.items():
-            began = time.perf_counter()
-            work()
-            taken[name].append((time.perf_counter() - began) / calls)
-    rate = statistics.median(rates[1:])
-    print(f"GEMM rate {rate / 1e12:.3f} TFLOP/s")
-    return {name: (statistics.median(taken[name][1:]), flops / rate) for name, (_, _, flops) in ways.items()}
+    return lines
 
 
-def plain_loop(model: BertModel, ids: list[list[int]], projection: Tensor, points: Tensor) -> Callable[[], None]:
-    """One candidate per padded forward through a stock model, prompts added by hooks."""
-    width = max(map(len, ids))
-    padded = torch.zeros(len(ids), width, dtype=torch.long)
-    mask = torch.zeros_like(padded)
-    for row, text in enumerate(ids):
-        padded[row, : len(text)] = torch.as_tensor(text)
-        mask[row, : len(text)] = 1
-
-    def run() -> None:
-        for point in points:
-            handles = []
-            for index, layer in enumerate(model.encoder.layer):
-                prompt = (point[index] @ projection[index]).view(PROMPT, HIDDEN)
-
-                def hook(module: nn.Module, args: tuple[Tensor, ...], prompt: Tensor = prompt) -> tuple[Tensor, ...]:
-                    states = args[0].clone()
-                    states[:, 1 : 1 + PROMPT] += prompt
-                    return (states, *args[1:])
-
-                handles.append(layer.register_forward_pre_hook(hook))
-            model(input_ids=padded, attention_mask=mask)
-            for handle in handles:
-                handle.remove()
-
-    return run
+def ablation(rounds: int, threads: int, small: bool) -> list[str]:
+    """Each saving switched off, at the shape of the bundled model and LCQMC."""
+    setting = Setting(population=6, texts=8 if small else 32)
+    model = setting.model()
+    exact, low = runners(setting, model)
+    alone = Runner(exact.encoder, setting.projection())
+    alone._shared = lambda *_: None  # type: ignore[assignment, method-assign, misc, return-value]
+    unpacked = Runner(setting.encoder(model, prepack=False), setting.projection())
+    calls = len(SWEEP) * setting.population
+    ways = {
+        "all savings, float32": sweep(setting, exact),
+        "lower layers not shared": lambda: [visit() for visit in [setting.scorer(exact, None)] * len(SWEEP)],
+        "changed layer's projections not shared": sweep(setting, alone),
+        "last layer at all rows": sweep(setting, exact, read=False),
+        "padded texts": sweep(setting, exact, padded=True),
+        "attention padded to one length": sweep(setting, exact, slack=1000),
+        "weights not pre-packed": sweep(setting, unpacked),
+        "mixed": sweep(setting, exact, deviations=True),
+        "bfloat16": sweep(setting, low),
+    }
+    taken = interleaved(ways, rounds, threads)
+    full = taken["all savings, float32"]
+    lines = ["| what | ms a candidate | cost against all savings |", "|---|---|---|"]
+    return lines + [f"| {name} | {1e3 * t / calls:.1f} | {t / full:.2f} |" for name, t in taken.items()]
 
 
-def floor_flops(lengths: list[int], fork: int, layers: int) -> float:
-    """Multiply-adds (times two) of the linear maps above `fork`: the last layer's keys and values only."""
-    tokens = sum(lengths)
-    whole = 2 * (4 * HIDDEN**2 + 2 * HIDDEN * FFN)
-    last = 2 * 2 * HIDDEN**2
-    return tokens * (whole * (layers - 1 - fork) + last)
+def scaling(rounds: int, threads: int, small: bool) -> list[str]:
+    """Cost of a candidate as one size changes."""
+    base = Setting(population=4, texts=8, layers=6)
+    ways, calls = {}, {}
+    cases = [base, base.but(population=2), base.but(population=16), base.but(texts=32), base.but(layers=12)]
+    cases.append(base.but(shortest=82, longest=110))
+    names = ["8 texts of 41 to 55 tokens, 6 layers, population 4", "population 2", "population 16", "32 texts"]
+    names += ["12 layers", "texts twice as long"]
+    for name, case in zip(names, cases, strict=True):
+        ways[name] = case.scorer(runners(case, case.model())[0], 0)
+        calls[name] = case.population
+    taken = interleaved(ways, rounds, threads)
+    first = taken[names[0]] / calls[names[0]]
+    lines = ["| what | ms a candidate | ratio |", "|---|---|---|"]
+    for name, seconds in taken.items():
+        each = seconds / calls[name]
+        lines.append(f"| {name} | {1e3 * each:.1f} | {each / first:.2f} |")
+    return lines
 
 
-def gemm_rate(rows: int) -> float:
-    """Floating-point operations a second of the feed-forward pair at these shapes, pre-packed weights."""
-    up, down = torch.randn(FFN, HIDDEN), torch.randn(HIDDEN, FFN)
-    states = torch.randn(rows, HIDDEN)
-    packed = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in (up, down)]
-
-    def once() -> None:
+def gemm_rate(setting: Setting, dtype: torch.dtype, threads: int) -> float:
+    """Operations a second of the feed-forward pair at these shapes, weights pre-packed; the best of some."""
+    clock = time.process_time if threads == 1 else time.perf_counter
+    rows = sum(setting.lengths)
+    up, down = torch.randn(setting.inner, setting.hidden), torch.randn(setting.hidden, setting.inner)
+    packed = [torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype)) for weight in (up, down)]
+    states, best = torch.randn(rows, setting.hidden).to(dtype), float("inf")
+    for _ in range(6):
+        began = clock()
         inner = torch.ops.mkldnn._linear_pointwise(states, packed[0], None, "none", [], "")
         torch.ops.mkldnn._linear_pointwise(inner, packed[1], None, "none", [], "")
-
-    once()
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < 0.5:
-        once()
-        count += 1
-    return 4 * rows * HIDDEN * FFN * count / (time.perf_counter() - began)
-
-
-if __name__ == "__main__":
-    main()
+        best = min(best, clock() - began)
+    return 4 * rows * setting.hidden * setting.inner / best

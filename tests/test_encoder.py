@@ -126,6 +126,22 @@ def test_read_rows_equal_those_of_the_whole_layer(models: dict[str, Any], kind: 
     assert (rows - whole[:, read]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_rows_equal_those_of_the_whole_layer(models: dict[str, Any], count: int) -> None:
+    ids = texts()
+    layout = pack([len(text) for text in ids], slack=4)
+    encoder = Encoder(models["bert"])
+    read = layout.starts[:, None] + torch.tensor([[len(text) - 1] for text in ids])
+    assert 2 * read.shape[1] * encoder.heads <= encoder.hidden, "keys and values must be absorbed"
+    with torch.inference_mode():
+        states = torch.randn(count, sum(LENGTHS), tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
+        whole = encoder.layer(1, states, layout)
+        rows = encoder.layer(1, states, layout, read)
+        known = encoder.layer(1, states, layout, read, encoder.project(1, states, keys_only=True))
+    assert (rows - whole[:, read]).abs().max() < 1e-5
+    assert (known - whole[:, read]).abs().max() < 1e-5
+
+
 def test_candidates_run_side_by_side(models: dict[str, Any]) -> None:
     ids = texts()
     layout = pack([len(text) for text in ids])

@@ -21,8 +21,10 @@ Device = Annotated[
     typer.Option("--device", show_default=False, help="Where the model runs; auto takes CUDA if there is one."),
 ]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16"] | None,
-    typer.Option("--dtype", show_default=False, help="Precision of the model; auto is float32."),
+    Literal["auto", "float32", "mixed", "bfloat16"] | None,
+    typer.Option(
+        "--dtype", show_default=False, help="Precision of the model; auto is mixed on CPUs with AMX, else float32."
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", show_default=False, min=1, help="CPU threads [default: all cores].")

@@ -1,0 +1,229 @@
+"""Candidates through the encoder: what they share is computed once.
+
+Exact savings: the layers below the first one in which the candidates differ are computed once for all of them and
+kept until their prompts change; in that layer queries, keys and values differ at the placeholder rows only; the
+last layer is computed only at the rows that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bbprompt.backends.deviation import deviate
+from bbprompt.backends.encoder import Encoder, Layout
+from bbprompt.units import Unit
+
+__all__ = ["Place", "Runner", "Trunk"]
+
+#: Tokens of a population whose states are held at once while it runs as deviations.
+_HELD_TOKENS = 65536
+
+
+@dataclass(slots=True)
+class Trunk:
+    """What candidates share.
+
+    Attributes:
+        states: States entering layers 0, 1, … of one candidate.
+        points: The points they were computed with.
+        shared: A layer and its projections of the states that enter it, without prompts.
+    """
+
+    states: list[Tensor]
+    points: NDArray[np.float32] | None = None
+    shared: tuple[int, Tensor] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(state.nbytes for state in self.states) + (self.shared[1].nbytes if self.shared else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where prompts go and what is read in some packed texts.
+
+    Attributes:
+        layout: Where the tokens lie.
+        slots: Packed rows of the placeholders, text by text.
+        read: `(N, R)` packed rows that are read; None for all.
+    """
+
+    layout: Layout
+    slots: Tensor
+    read: Tensor | None
+
+    @property
+    def texts(self) -> int:
+        """How many texts these are."""
+        return len(self.layout.order)
+
+
+class Runner:
+    """Runs candidates through a frozen encoder.
+
+    Args:
+        encoder: The encoder.
+        projection: A, `(L, d, P * H)`: prompts are u A, added before the first L layers.
+        rough: The same encoder in bfloat16, for `run_deviations`; None without.
+    """
+
+    def __init__(self, encoder: Encoder, projection: Tensor, rough: Encoder | None = None) -> None:
+        self.encoder, self.rough, self._projection = encoder, rough, projection
+
+    def run(
+        self,
+        place: Place,
+        trunk: Trunk,
+        points: NDArray[np.float32],
+        unit: Unit,
+        finish: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Run a unit of candidates, all at once.
+
+        Args:
+            place: The texts.
+            trunk: Their trunk; changed, without effect on any result.
+            points: `(n, L, d)`, all candidates of the request: what is shared follows from all of them, so that the
+                scores of a unit do not depend on who computes the others.
+            unit: Which of them to run.
+            finish: What becomes of the last states, `(m, N, R, H)` or `(m, T, H)`.
+
+        Returns:
+            What `finish` gave for the m candidates of the unit.
+        """
+        fork = self._fork(points)
+        states = self._grow(place, trunk, points[0], fork)
+        shared = self._shared(place, trunk, fork, len(points))
+        return self._branch(place, states, shared, torch.from_numpy(points[unit.first : unit.last]), fork, finish)
+
+    def run_deviations(
+        self, place: Place, trunk: Trunk, points: NDArray[np.float32], finish: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Run all candidates, all but the first as deviations from it in bfloat16; see `run`."""
+        fork = self._fork(points)
+        states = self._grow(place, trunk, points[0], fork)
+        shared = self._shared(place, trunk, fork, len(points))
+        size = max(_HELD_TOKENS // states.shape[1], 8)
+        firsts = range(1, len(points), size)
+        # The first candidate leads every piece, so that a score does not depend on how it was cut.
+        pieces = [torch.from_numpy(np.concatenate((points[:1], points[i : i + size]))) for i in firsts]
+        done = [self._deviate(place, states, shared, piece, fork, finish) for piece in pieces]
+        return torch.cat([done[0], *(piece[1:] for piece in done[1:])])
+
+    def _fork(self, points: NDArray[np.float32]) -> int:
+        return min(_first_difference(points), len(self.encoder.layers) - 1)
+
+    def _grow(self, place: Place, trunk: Trunk, point: NDArray[np.float32], fork: int) -> Tensor:
+        """States `(1, T, H)` entering layer `fork` of a candidate.
+
+        Computed from the deepest kept layer below which the prompts are the same; always for one candidate
+        alone, so that a reply does not depend on what was scored before.
+        """
+        reach = 0
+        if trunk.points is not None:
+            while reach < len(trunk.states) - 1 and reach < fork and _same(trunk.points, point, reach):
+                reach += 1
+        if reach < fork:
+            trunk.shared = None
+        del trunk.states[reach + 1 :]
+        trunk.points = point.copy()
+        row = torch.from_numpy(point[None])
+        for layer in range(reach, fork):
+            states = self._add(place, trunk.states[layer], row, layer)
+            trunk.states.append(self.encoder.layer(layer, states, place.layout))
+        return trunk.states[fork]
+
+    def _shared(self, place: Place, trunk: Trunk, fork: int, count: int) -> Tensor | None:
+        """The projections of layer `fork` without its prompts `(1, T, ...)`; None for one candidate."""
+        if count == 1 or fork >= len(self._projection):
+            return None
+        if trunk.shared is None or trunk.shared[0] != fork:
+            trunk.shared = (fork, self.encoder.project(fork, trunk.states[fork], self._keys_only(place, fork)))
+        return trunk.shared[1]
+
+    def _keys_only(self, place: Place, layer: int) -> bool:
+        return layer == len(self.encoder.layers) - 1 and place.read is not None
+
+    def _branch(
+        self,
+        place: Place,
+        trunk: Tensor,
+        shared: Tensor | None,
+        points: Tensor,
+        fork: int,
+        finish: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Candidates that share everything below layer `fork`."""
+        states = trunk.expand(len(points), -1, -1)
+        last = len(self.encoder.layers) - 1
+        for layer in range(fork, last + 1):
+            projected = self._projected(place, shared, points, layer) if layer == fork else None
+            states = self._add(place, states, points, layer)
+            states = self.encoder.layer(layer, states, place.layout, place.read if layer == last else None, projected)
+        return finish(states)
+
+    def _deviate(
+        self,
+        place: Place,
+        trunk: Tensor,
+        shared: Tensor | None,
+        points: Tensor,
+        fork: int,
+        finish: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """The same with all but the first candidate as deviations from it; the last layer is float32 throughout."""
+        if self.rough is None:
+            raise ValueError("deviations need a bfloat16 encoder")
+        states = trunk.expand(len(points), -1, -1)
+        last = len(self.encoder.layers) - 1
+        for layer in range(fork, last):
+            projected = self._projected(place, shared, points, layer) if layer == fork else None
+            states = self._add(place, states, points, layer).contiguous()
+            states = deviate(self.encoder, self.rough, layer, states, place.layout, projected)
+        done = []
+        for n in range(len(points)):
+            point = points[n : n + 1]
+            projected = self._projected(place, shared, point, last) if last == fork else None
+            own = self._add(place, states[n : n + 1], point, last)
+            done.append(finish(self.encoder.layer(last, own, place.layout, place.read, projected)))
+        return torch.cat(done)
+
+    def _prompts(self, points: Tensor, layer: int) -> Tensor:
+        """Prompts u A of a layer, `(n, P, H)`."""
+        prompts = points[:, layer].to(self._projection.device) @ self._projection[layer]
+        return prompts.view(len(points), -1, self.encoder.hidden).to(self.encoder.dtype)
+
+    def _projected(self, place: Place, shared: Tensor | None, points: Tensor, layer: int) -> Tensor | None:
+        """Projections of the layer for each candidate: the shared ones, changed at the placeholder rows."""
+        if shared is None:
+            return None
+        gain = self.encoder.shift(layer, self._prompts(points, layer), self._keys_only(place, layer))
+        return _added(shared.expand(len(points), -1, -1), place, gain)
+
+    def _add(self, place: Place, states: Tensor, points: Tensor, layer: int) -> Tensor:
+        """Add the layer's prompts to the placeholder rows of every text, where the layer has any."""
+        if layer >= len(self._projection):
+            return states
+        return _added(states, place, self._prompts(points, layer))
+
+
+def _added(rows: Tensor, place: Place, gain: Tensor) -> Tensor:
+    """`rows` `(n, T, C)` with `gain` `(n, P, C)` added at the placeholders of every text."""
+    return rows.index_add(1, place.slots, gain[:, None].expand(-1, place.texts, -1, -1).flatten(1, 2))
+
+
+def _same(one: NDArray[np.float32], other: NDArray[np.float32], layer: int) -> bool:
+    return layer >= len(one) or bool(np.array_equal(one[layer], other[layer]))
+
+
+def _first_difference(points: NDArray[np.float32]) -> int:
+    """First layer in which the candidates differ; the number of layers if they do not."""
+    differs = (points != points[:1]).any(axis=(0, 2))
+    return int(differs.argmax()) if differs.any() else points.shape[1]

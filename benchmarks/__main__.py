@@ -1,0 +1,62 @@
+"""All speed benchmarks in one process, interleaved, as Markdown.
+
+python -m benchmarks [--threads 1] [--rounds 2] [--only published,ablation,...] [--small] [--out FILE.md]
+
+Run from the root of a clone. The ratios are what to quote: absolute times move with the machine and its load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Run them and print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", default="published,ablation,scaling,optimizers,start-up")
+    parser.add_argument("--small", action="store_true", help="8 texts instead of 32")
+    parser.add_argument("--call-ms", type=float, default=250.0, help="cost of a call for the optimizers' share")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+
+    import torch
+
+    from bbprompt.backends.memory import keep_freed_memory
+    from benchmarks import forward, overhead
+
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    sizes = (options.rounds, options.threads, options.small)
+    tables: dict[str, tuple[str, Callable[[], list[str]]]] = {
+        "published": ("Against the published protocols", lambda: forward.against_published(*sizes)),
+        "ablation": ("Each saving switched off", lambda: forward.ablation(*sizes)),
+        "scaling": ("Cost as one size changes", lambda: forward.scaling(*sizes)),
+        "optimizers": ("Optimizers", lambda: overhead.optimizers(options.call_ms)),
+        "start-up": ("Start-up", overhead.start_up),
+    }
+    clock = "CPU time" if options.threads == 1 else "wall time"
+    lines = [f"torch {torch.__version__}, {options.threads} threads, {clock}, the least of {options.rounds} rounds."]
+    print(lines[0], flush=True)
+    for name in options.only.split(","):
+        if name not in tables:
+            sys.exit(f"--only {name}: there are {', '.join(tables)}")
+        title, work = tables[name]
+        # The optimizers of stage I fit by gradients.
+        with torch.inference_mode(name in ("published", "ablation", "scaling")):
+            section = ["", f"### {title}", "", *work()]
+        lines += section
+        print("\n".join(section), flush=True)
+    if options.out:
+        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
