@@ -22,6 +22,7 @@ from bbprompt.errors import ArtifactError, DataError
 from bbprompt.mrc import Encoded, encode
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
+from bbprompt.units import Section, Unit, join, plan_units
 
 __all__ = ["LocalOracle"]
 
@@ -133,14 +134,40 @@ class LocalOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
-        parts = [self._score(chunk, checked, longest_answer) for chunk in self._chunks(batch, support)]
-        best = [part.best for part in parts if part.best is not None]
-        return Scores(
-            np.concatenate([part.logits for part in parts], axis=1),
-            np.concatenate([part.normalizer for part in parts], axis=1),
-            np.concatenate(best, axis=1) if best else None,
-            sum(part.cut for part in parts),
+        units = plan_units(self.sections(batch, support), len(checked))
+        return join([self.score_unit(batch, checked, support, longest_answer, unit) for unit in units], units)
+
+    def sections(self, batch: TextBatch, support: Support = "candidates") -> tuple[Section, ...]:
+        """How the texts of a batch are divided, in their order; it depends on the batch alone.
+
+        Raises:
+            DataError: A text does not fit the model.
+        """
+        return tuple(
+            Section(len(chunk.encoded), max(self._batch_tokens // chunk.trunk.states[0].shape[1], 1))
+            for chunk in self._chunks(batch, support)
         )
+
+    @torch.inference_mode()
+    def score_unit(
+        self,
+        batch: TextBatch,
+        points: NDArray[np.floating],
+        support: Support,
+        longest_answer: int | None,
+        unit: Unit,
+    ) -> Scores:
+        """Score the candidates and texts of one unit of a request.
+
+        Takes the whole request: which layers are shared is decided by all its points, so that a unit's scores are
+        the same bits wherever it is computed.
+        """
+        checked = check_points(points, self._info)
+        chunk = self._chunks(batch, support)[unit.section]
+        fork = min(_first_difference(checked), len(self._encoder.layers) - 1)
+        trunk = self._grow(chunk, checked[0], fork)
+        some = torch.from_numpy(checked[unit.first : unit.last])
+        return self._read(chunk, self._branch(chunk, trunk, some, fork), longest_answer)
 
     def _chunks(self, batch: TextBatch, support: Support) -> list[_Chunk]:
         key = (batch.digest(), support)
@@ -206,17 +233,6 @@ class LocalOracle:
             tuple(encoded),
             _Trunk([self._encoder.embed([item.ids for item in encoded], layout)[None]]),
         )
-
-    def _score(self, chunk: _Chunk, points: NDArray[np.float32], longest_answer: int | None) -> Scores:
-        fork = min(_first_difference(points), len(self._encoder.layers) - 1)
-        trunk = self._grow(chunk, points[0], fork)
-        tokens = trunk.shape[1]
-        size = max(self._batch_tokens // tokens, 1)
-        logits = [
-            self._branch(chunk, trunk, torch.from_numpy(points[i : i + size]), fork)
-            for i in range(0, len(points), size)
-        ]
-        return self._read(chunk, torch.cat(logits), longest_answer)
 
     def _grow(self, chunk: _Chunk, point: NDArray[np.float32], fork: int) -> Tensor:
         """States `(1, T, H)` entering layer `fork` of a candidate.

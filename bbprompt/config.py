@@ -171,7 +171,9 @@ class TuneConfig(_Settings):
         dtype: Precision; "auto" is float32 for now.
         batch_tokens: Tokens that run through the model at once; None for the device's default.
         max_tokens: Longest sequence; None for the backbone's limit.
-        threads: CPU threads; None for all cores.
+        threads: CPU threads; None for all cores, or 1 for each worker on Ray.
+        ray: "local", "auto" or HOST:PORT of a Ray cluster that shares the work; None for this process alone.
+        workers: Actors on it; None for one for each GPU or as many as the CPUs hold.
         test_limit: Score at most so many test examples (the first ones in a seeded order); None for all.
         set: Changes to the method, dotted key to value.
     """
@@ -190,8 +192,14 @@ class TuneConfig(_Settings):
     batch_tokens: _Count | None = None
     max_tokens: _Count | None = None
     threads: _Count | None = None
+    ray: str | None = None
+    workers: _Count | None = None
     test_limit: _Count | None = None
     set: Mapping[str, Any] = Field(default_factory=dict)
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result, as JSON; where it is computed does not."""
+        return self.model_dump(mode="json", exclude={"ray", "workers"})
 
 
 def method_names() -> list[str]:

@@ -21,6 +21,8 @@ def open_oracle(
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
+    ray: str | None = None,
+    workers: int | None = None,
 ) -> Oracle:
     """Open a frozen model.
 
@@ -32,7 +34,9 @@ def open_oracle(
         dtype: "auto" (float32), "float32" or "bfloat16".
         batch_tokens: Tokens at once; None for the device's default.
         max_tokens: Longest sequence; None for the backbone's limit.
-        threads: CPU threads; None for all cores.
+        threads: CPU threads; None for all cores, or 1 for each worker on Ray.
+        ray: "local", "auto" or HOST:PORT: share the work out over actors of a Ray cluster; None: do not.
+        workers: How many actors; None for one for each GPU or as many as the CPUs hold.
 
     Raises:
         UsageError: A backend or device that is not there.
@@ -40,6 +44,23 @@ def open_oracle(
     """
     if backend != "local":
         raise UsageError(f"--backend '{backend}': only 'local' is supported by this version")
+    if ray is not None:
+        from bbprompt.backends.rayoracle import open_ray
+
+        return open_ray(
+            ray,
+            prompt,
+            workers=workers,
+            backbone=backbone,
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            max_tokens=max_tokens,
+            threads=threads,
+            cores=cores(),
+        )
+    if workers is not None:
+        raise UsageError("--workers: there is one model here; give --ray local, auto or HOST:PORT as well")
     import torch
 
     from bbprompt.backends.backbone import load_backbone

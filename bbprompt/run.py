@@ -94,7 +94,7 @@ class Prepared:
         """Everything that decides the result: settings, digests, versions, threads."""
         info = self.oracle.info
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": self.config.deciding(),
             "method": self.method.model_dump(mode="json"),
             "task": self.task.model_dump(mode="json"),
             "data": {
@@ -141,6 +141,9 @@ def prepare(config: TuneConfig) -> Prepared:
     test = limited(data.split("test"), config.test_limit, config.seed)
     prompt = ModularPrompt.load(resolve_prompts(config.prompts or method.prompts))
     _warn_of_seen_examples(config, task, prompt)
+    # Written into the manifest, so that a run goes on with the threads it began with, wherever that is.
+    threads = config.threads or (cores() if config.ray is None else 1)
+    config = config.model_copy(update={"threads": threads})
     oracle = open_oracle(
         config.backend,
         prompt,
@@ -149,9 +152,10 @@ def prepare(config: TuneConfig) -> Prepared:
         dtype=config.dtype,
         batch_tokens=config.batch_tokens,
         max_tokens=config.max_tokens,
-        threads=config.threads,
+        threads=threads,
+        ray=config.ray,
+        workers=config.workers,
     )
-    threads = config.threads or cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
 
 
