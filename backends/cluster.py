@@ -9,6 +9,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import warnings
@@ -27,8 +28,16 @@ _STORE = 100 * 2**20  # smallest sensible object store
 _SOCKET_ROOM = 40  # longest folder under which Ray's socket paths still fit
 _REACH = 10.0  # seconds to wait for a cluster's port
 
-#: No reports to Ray's makers; no warning about GPUs that are left alone.
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+#: No reports to Ray's makers; nothing printed of dead workers, which is for us to say (Ray prints it to standard
+#: output, where results go); no warning about GPUs that are left alone.
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+#: The token of this process's own clusters, once there was one: Ray keeps to the first.
+_OWN_TOKEN: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +179,14 @@ def _quiet(local: bool) -> tuple[str, ...]:
     """Set the variables that Ray reads when it is loaded, started and called; the names of those that were not set.
 
     What a local one starts inherits them. It gets a token of its own, so that no other user of the machine can
-    reach it and no token is written to the home directory.
+    reach it and no token is written to the home directory. Ray decides on tokens when it is loaded: where others
+    have loaded it before, their choice stands.
     """
     wanted = dict(_QUIET)
-    if local:
-        wanted |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if local and ("ray" not in sys.modules or _OWN_TOKEN):
+        if not _OWN_TOKEN:
+            _OWN_TOKEN.append(secrets.token_hex(32))
+        wanted |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _OWN_TOKEN[0]}
     new = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(new)
     return tuple(new)

@@ -157,9 +157,10 @@ class _RayCarrier:
         if (greeting.info, greeting.versions) != ours:
             theirs = (greeting.info, greeting.versions)
             raise OracleError(
-                f"the workers on {first.node} and {greeting.node} differ: {_difference(ours, theirs)}; install the same "
-                "versions and the same weights on all machines"
+                f"the workers on {first.node} and {greeting.node} differ: {_difference(ours, theirs)}; install "
+                "the same versions and the same weights on all machines"
             )
+        _log.info("worker %d: process %d on %s", len(self.greetings), greeting.process, greeting.node)
         if greeting.processor != first.processor:
             _log.warning(
                 "workers run on different processors (%s: %s; %s: %s): scores may differ in their last digits, and "
@@ -190,8 +191,8 @@ class _RayCarrier:
             text = " ".join(str(error).split())
             if "ModuleNotFoundError" in text or "ImportError" in text:
                 raise OracleError(
-                    f"a machine of the cluster cannot import what is needed; install bbprompt {__version__} there, with "
-                    f"the same libraries ({text[-200:]})"
+                    f"a machine of the cluster cannot import what is needed; install bbprompt {__version__} there, "
+                    f"with the same libraries ({text[-200:]})"
                 ) from error
             raise WorkerLost(f"{type(error).__name__}: {text[:200]}") from error
         if isinstance(value, Failure):
@@ -211,8 +212,7 @@ class _Actor:
     """A `Worker` as Ray runs it."""
 
     def __init__(self) -> None:
-        import ray
-
+        ray = _ray()
         self._worker = Worker(ray.get)
         self._node = ray.util.get_node_ip_address()
 
@@ -221,6 +221,12 @@ class _Actor:
 
     def answer(self, request: Request, references: list[Any]) -> Any:
         return self._worker.answer(request, *references)
+
+
+def _ray() -> Any:
+    import ray
+
+    return ray
 
 
 def _difference(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> str:

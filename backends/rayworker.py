@@ -100,11 +100,13 @@ class Worker:
 
     def open(self, model: Model, prompt: Any, node: str) -> Greeting | Failure:
         """Open the model, with the artifact behind the reference `prompt`."""
-        return _reported(lambda: self._open(model, prompt, node))
+        greeting: Greeting | Failure = _reported(lambda: self._open(model, prompt, node))
+        return greeting
 
     def answer(self, request: Request, texts: Any, points: Any) -> Scores | tuple[Section, ...] | Failure:
         """Compute a unit, or say how texts are divided; `texts` and `points` are references."""
-        return _reported(lambda: self._answer(request, texts, points))
+        value: Scores | tuple[Section, ...] | Failure = _reported(lambda: self._answer(request, texts, points))
+        return value
 
     def _open(self, model: Model, prompt: Any, node: str) -> Greeting:
         import os
