@@ -164,6 +164,11 @@ def _reason(error: Exception) -> str:
         return f"{text[:300]}; install the cluster's versions of Ray and Python here"
     if "auth" in lower or "token" in lower:
         return f"the cluster refuses the token ({text[:200]}); set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the head's"
+    if "failed to connect to ray cluster" in lower:
+        return (
+            "the head answers but does not let this process in; RAY_AUTH_MODE and the token in RAY_AUTH_TOKEN must be "
+            "the head's, and so must the version of Ray"
+        )
     if "could not find any running" in lower:
         return "no cluster runs on this machine; use --ray local, or start one with `ray start --head`"
     return text[:300] or type(error).__name__

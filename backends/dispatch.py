@@ -37,14 +37,14 @@ class Carrier(Protocol):
     def greet(self, worker: Any, greeting: Any) -> None:
         """Accept a started worker, or raise if it does not fit the others."""
 
-    def send(self, worker: Any, task: Any) -> Any:
-        """Send a task; its ticket."""
+    def send(self, worker: Any, tasks: Sequence[Any]) -> Any:
+        """Send tasks in one message; its ticket."""
 
     def wait(self, tickets: Sequence[Any], seconds: float) -> Sequence[Any]:
         """Tickets that are settled, after at most so many seconds; none if time ran out."""
 
     def result(self, ticket: Any) -> Any:
-        """What a settled ticket brought.
+        """What a settled ticket brought: for tasks a list, a result for each.
 
         Raises:
             WorkerLost: Nothing; the worker is gone.
@@ -63,13 +63,15 @@ class Limits:
         answer: Seconds that a worker may take for one task.
         start: Seconds until a worker must have started, where no other works.
         tries: How often one task is sent before it is held to be what kills the workers.
-        ahead: Tasks that a worker holds, so that it need not wait for the next.
+        ahead: Messages that a worker holds, so that it need not wait for the next.
+        message: Seconds of work that go into one message where tasks are short, so that sending costs little of them.
     """
 
     answer: float = 300.0
     start: float = 600.0
     tries: int = 4
     ahead: int = 2
+    message: float = 0.25
 
 
 @dataclass(slots=True)
@@ -79,14 +81,14 @@ class _Worker:
     Attributes:
         handle: As the carrier knows it.
         greeting: Ticket of its greeting while it starts, then None.
-        since: When it started, or began with the oldest task it holds.
-        held: Its tasks, oldest first: ticket and number.
+        since: When it started, or began with the oldest message it holds.
+        held: Its messages, oldest first: ticket and numbers of the tasks.
     """
 
     handle: Any
     greeting: Any
     since: float
-    held: deque[tuple[Any, int]] = field(default_factory=deque)
+    held: deque[tuple[Any, list[int]]] = field(default_factory=deque)
 
 
 class Dispatcher(Generic[Task_, Reply]):
@@ -109,6 +111,7 @@ class Dispatcher(Generic[Task_, Reply]):
         self._limits = limits or Limits()
         self._workers: list[_Worker] = []
         self._last_loss = ""
+        self._pace: float | None = None  # seconds a task, lately
         self.lost = 0
         self.sent = 0
 
@@ -138,7 +141,7 @@ class Dispatcher(Generic[Task_, Reply]):
         try:
             while len(results) < len(tasks):
                 self._refill()
-                self._feed(tasks, todo)
+                self._feed(tasks, todo, tries)
                 self._step(tasks, results, todo, tries)
         except BaseException:
             # Whoever still works on this batch would answer into the next one.
@@ -157,19 +160,31 @@ class Dispatcher(Generic[Task_, Reply]):
             handle, greeting = self._carrier.start()
             self._workers.append(_Worker(handle, greeting, self._clock()))
 
-    def _feed(self, tasks: Sequence[Task_], todo: deque[int]) -> None:
-        """Hand out tasks: one for each worker first; more ahead only where enough are left for all."""
+    def _feed(self, tasks: Sequence[Task_], todo: deque[int], tries: list[int]) -> None:
+        """Hand out tasks: a message for each worker first; one ahead only where enough is left for all."""
         ready = [worker for worker in self._workers if worker.greeting is None]
         for depth in range(self._limits.ahead):
             if depth and len(todo) < len(ready):
                 return
+            most = self._message(len(todo), len(ready) * (self._limits.ahead - depth))
             for worker in ready:
-                if todo and len(worker.held) <= depth:
-                    number = todo.popleft()
-                    if not worker.held:
-                        worker.since = self._clock()
-                    worker.held.append((self._carrier.send(worker.handle, tasks[number]), number))
-                    self.sent += 1
+                if not todo or len(worker.held) > depth:
+                    continue
+                numbers = [todo.popleft()]
+                # What was tried before goes alone, so that it is known who kills whom.
+                while todo and len(numbers) < most and not tries[numbers[0]] and not tries[todo[0]]:
+                    numbers.append(todo.popleft())
+                if not worker.held:
+                    worker.since = self._clock()
+                ticket = self._carrier.send(worker.handle, [tasks[number] for number in numbers])
+                worker.held.append((ticket, numbers))
+                self.sent += len(numbers)
+
+    def _message(self, tasks: int, free: int) -> int:
+        """How many tasks go into one message: never more than the even share of the `free` messages."""
+        if not self._pace or not free:
+            return 1
+        return max(min(round(self._limits.message / self._pace), tasks // free), 1)
 
     def _step(self, tasks: Sequence[Task_], results: dict[int, Reply], todo: deque[int], tries: list[int]) -> None:
         """Wait until something happens, and deal with it."""
@@ -197,10 +212,13 @@ class Dispatcher(Generic[Task_, Reply]):
                 self._carrier.greet(worker.handle, value)
                 worker.greeting = None
                 continue
-            number = next(number for held, number in worker.held if held == ticket)
-            worker.held.remove((ticket, number))
-            worker.since = self._clock()
-            results[number] = value
+            numbers = next(numbers for held, numbers in worker.held if held == ticket)
+            worker.held.remove((ticket, numbers))
+            now = self._clock()
+            pace = (now - worker.since) / len(numbers)
+            self._pace = pace if self._pace is None else 0.8 * self._pace + 0.2 * pace
+            worker.since = now
+            results.update(zip(numbers, value, strict=True))
         if not settled:
             self._overdue(todo, tries)
 
@@ -220,18 +238,19 @@ class Dispatcher(Generic[Task_, Reply]):
                 worker.since = now
 
     def _lose(self, worker: _Worker, reason: str, todo: deque[int], tries: list[int]) -> None:
-        """Give a worker up and its tasks back, the one it was working on counted as tried."""
+        """Give a worker up and its tasks back, those of its oldest message counted as tried."""
         self.lost += 1
         self._last_loss = reason
         if worker.greeting is not None and self.lost > self._limits.tries * self._size:
             raise OracleError(f"workers die as they start: {reason}")
-        numbers = [number for _, number in worker.held]
+        first = worker.held[0][1] if worker.held else []
+        numbers = [number for _, numbers in worker.held for number in numbers]
         self._end(worker)
         _log.warning("a worker was lost (%s); it is replaced and its work sent to another", reason)
-        if numbers:
-            tries[numbers[0]] += 1
-            if tries[numbers[0]] >= self._limits.tries:
-                raise OracleError(f"{tries[numbers[0]]} workers in a row were lost over the same work: {reason}")
+        for number in first:
+            tries[number] += 1
+            if tries[number] >= self._limits.tries:
+                raise OracleError(f"{tries[number]} workers in a row were lost over the same work: {reason}")
         todo.extendleft(reversed(numbers))
 
     def _end(self, worker: _Worker) -> None:

@@ -19,13 +19,16 @@ from bbprompt.backends.rayworker import Failure, Greeting, Model, Request, Worke
 from bbprompt.errors import OracleError, UsageError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
-from bbprompt.units import Section, join, plan_units
+from bbprompt.units import Section, Unit, join, plan_units
 
 __all__ = ["RayOracle", "open_ray"]
 
 _log = logging.getLogger("bbprompt")
 
 _KEPT_BATCHES = 8
+
+#: A request, the references of its texts and points, and the unit; None asks how the texts are divided.
+_Task = tuple[Request, Any, Any, Unit | None]
 
 
 class RayOracle:
@@ -59,7 +62,7 @@ class RayOracle:
     ) -> None:
         self._cluster = cluster
         self._carrier = _RayCarrier(cluster.ray, model, prompt, gpus)
-        self._dispatcher: Dispatcher[tuple[Request, Any, Any], Any] = Dispatcher(self._carrier, workers, limits)
+        self._dispatcher: Dispatcher[_Task, Any] = Dispatcher(self._carrier, workers, limits)
         self._texts: OrderedDict[str, Any] = OrderedDict()
         self._sections: dict[tuple[str, Support], tuple[Section, ...]] = {}
         self._requests = 0
@@ -101,12 +104,12 @@ class RayOracle:
         self._requests += 1
         number = self._requests
         if (digest, support) not in self._sections:
-            question = Request(number, digest, support, longest_answer, None)
-            [self._sections[digest, support]] = self._dispatcher.run([(question, texts, None)])
+            question = Request(number, digest, support, longest_answer)
+            [self._sections[digest, support]] = self._dispatcher.run([(question, texts, None, None)])
         units = plan_units(self._sections[digest, support], len(checked))
         reference = self._cluster.ray.put(checked)
-        tasks = [(Request(number, digest, support, longest_answer, unit), texts, reference) for unit in units]
-        return join(self._dispatcher.run(tasks), units)
+        request = Request(number, digest, support, longest_answer)
+        return join(self._dispatcher.run([(request, texts, reference, unit) for unit in units]), units)
 
     def close(self) -> None:
         """End the workers and leave the cluster; safe to call twice."""
@@ -171,9 +174,9 @@ class _RayCarrier:
                 greeting.processor,
             )
 
-    def send(self, worker: Any, task: tuple[Request, Any, Any]) -> Any:
-        request, texts, points = task
-        return worker.answer.remote(request, [texts, points])
+    def send(self, worker: Any, tasks: Sequence[_Task]) -> Any:
+        request, texts, points, _ = tasks[0]  # the tasks of a run are of one request
+        return worker.answer.remote(request, [texts, points], [unit for *_, unit in tasks])
 
     def wait(self, tickets: Sequence[Any], seconds: float) -> Sequence[Any]:
         done, rest = self._ray.wait(list(tickets), num_returns=1, timeout=seconds)
@@ -219,8 +222,8 @@ class _Actor:
     def open(self, model: Model, references: list[Any]) -> Any:
         return self._worker.open(model, references[0], self._node)
 
-    def answer(self, request: Request, references: list[Any]) -> Any:
-        return self._worker.answer(request, *references)
+    def answer(self, request: Request, references: list[Any], units: list[Unit | None]) -> Any:
+        return self._worker.answer(request, *references, units)
 
 
 def _ray() -> Any:

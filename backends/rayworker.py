@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,14 +75,12 @@ class Request:
         digest: Names the texts.
         support: See `Oracle.score`.
         longest_answer: See `Oracle.score`.
-        unit: What to compute; None asks how the texts are divided.
     """
 
     number: int
     digest: str
     support: Support
     longest_answer: int | None
-    unit: Unit | None
 
 
 class Worker:
@@ -103,10 +101,10 @@ class Worker:
         greeting: Greeting | Failure = _reported(lambda: self._open(model, prompt, node))
         return greeting
 
-    def answer(self, request: Request, texts: Any, points: Any) -> Scores | tuple[Section, ...] | Failure:
-        """Compute a unit, or say how texts are divided; `texts` and `points` are references."""
-        value: Scores | tuple[Section, ...] | Failure = _reported(lambda: self._answer(request, texts, points))
-        return value
+    def answer(self, request: Request, texts: Any, points: Any, units: Sequence[Unit | None]) -> list[Any] | Failure:
+        """Compute units, or for None say how the texts are divided; `texts` and `points` are references."""
+        values: list[Any] | Failure = _reported(lambda: [self._answer(request, texts, points, unit) for unit in units])
+        return values
 
     def _open(self, model: Model, prompt: Any, node: str) -> Greeting:
         import os
@@ -130,20 +128,18 @@ class Worker:
             os.getpid(),
         )
 
-    def _answer(self, request: Request, texts: Any, points: Any) -> Scores | tuple[Section, ...]:
+    def _answer(self, request: Request, texts: Any, points: Any, unit: Unit | None) -> Scores | tuple[Section, ...]:
         batch = self._texts.get(request.digest)
         if batch is None:
             batch = self._texts[request.digest] = self._fetch(texts)
             if len(self._texts) > _KEPT_TEXTS:
                 del self._texts[next(iter(self._texts))]
-        if request.unit is None:
+        if unit is None:
             sections: tuple[Section, ...] = self._oracle.sections(batch, request.support)
             return sections
         if self._points is None or self._points[0] != request.number:
             self._points = (request.number, self._fetch(points))
-        scores: Scores = self._oracle.score_unit(
-            batch, self._points[1], request.support, request.longest_answer, request.unit
-        )
+        scores: Scores = self._oracle.score_unit(batch, self._points[1], request.support, request.longest_answer, unit)
         return scores
 
 

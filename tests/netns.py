@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PORT = 6379
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,20 @@ def ray_on(head: Machine, other: Machine, logs: Path) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="bbns-", dir="/tmp"))  # short, for the sake of socket names
     address = f"{head.address}:{PORT}"
     common = ["--num-cpus=1", f"--object-store-memory={100 * 2**20}", "--block"]
+    started = []
     try:
-        node = ["ray", "start", "--head", f"--node-ip-address={head.address}", f"--port={PORT}", f"--temp-dir={folder}"]
-        head.start(*node, "--include-dashboard=false", *common, log=logs / "head.log")
+        node = [*RAY, "start", "--head", f"--node-ip-address={head.address}", f"--port={PORT}", f"--temp-dir={folder}"]
+        started.append(head.start(*node, "--include-dashboard=false", *common, log=logs / "head.log"))
         wait_for(logs / "head.log", "Ray runtime started")
-        node = ["ray", "start", f"--address={address}", f"--node-ip-address={other.address}"]
-        other.start(*node, *common, log=logs / "other.log")
+        node = [*RAY, "start", f"--address={address}", f"--node-ip-address={other.address}"]
+        started.append(other.start(*node, *common, log=logs / "other.log"))
         wait_for(logs / "other.log", "Ray runtime started")
         yield address
     finally:
         head.kill()
         other.kill()
+        for process in started:
+            process.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
 
