@@ -223,7 +223,7 @@ class _Actor:
         return self._worker.open(model, references[0], self._node)
 
     def answer(self, request: Request, references: list[Any], units: list[Unit | None]) -> Any:
-        return self._worker.answer(request, *references, units)
+        return self._worker.answer(request, references[0], references[1], units)
 
 
 def _ray() -> Any:
