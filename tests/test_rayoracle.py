@@ -37,6 +37,7 @@ from bbprompt.testing import OracleContract
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.xdist_group("ray"),
+    pytest.mark.timeout(600),  # waits for the other tests of Ray, too
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'bbprompt[ray]'"),
 ]
 
