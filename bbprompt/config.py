@@ -263,21 +263,23 @@ class TuneConfig(_Settings):
         data: "auto", "hub", "sample" or a path.
         method: Name of a bundled method or path of a method YAML.
         backbone: Hub id or directory of the frozen model; None for the one the prompts were trained for.
-        prompts: Artifact directory, bundled name, hub id, or "none" for the `space` of the method; None for the
+        prompts: Artifact directory, bundled name, hub id, or "none" for the `projection` of the method; None for the
             method's.
         budget: Most train and dev calls together.
         seed: Of the few-shot split and the search.
         shots: Examples per label; None for the papers' rule.
         backend: "local", or the URL of a `bbprompt serve`.
-        workers: Requests to a server at once; decides nothing but time.
         on_doubt: What becomes of calls that were sent before a crash and whose answer is unknown. "resend" makes them
             again as the same calls; a local model and `bbprompt serve` lose nothing by that. "charge" counts them as
             spent, for a server that charges for every request.
         device: "auto" takes CUDA where there is one.
-        dtype: Precision; "auto" is float32 for now.
+        dtype: Precision; "auto" is "mixed" on CPUs with AMX, else float32.
         batch_tokens: Tokens that run through the model at once; None for the device's default.
         max_tokens: Longest sequence; None for the backbone's limit.
-        threads: CPU threads; None for all cores.
+        threads: CPU threads; None for all cores, or 1 for each worker on Ray.
+        ray: "local", "auto" or HOST:PORT of a Ray cluster that shares the work; None for this process alone.
+        workers: Models on it, None for as many as it holds; or requests to a server at once, None for one. Decides
+            nothing but time.
         test_limit: Score at most so many test examples (the first ones in a seeded order); None for all.
         baselines: After a search, show what the cheap methods without prompts give on the same test examples.
         set: Changes to the method, dotted key to value.
@@ -292,16 +294,21 @@ class TuneConfig(_Settings):
     seed: Annotated[int, Field(ge=0, strict=True)] = 42
     shots: _Count | None = None
     backend: str = "local"
-    workers: _Count = 1
     on_doubt: Literal["resend", "charge"] = "resend"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     batch_tokens: _Count | None = None
     max_tokens: _Count | None = None
     threads: _Count | None = None
+    ray: str | None = None
+    workers: _Count | None = None
     test_limit: _Count | None = None
     baselines: Annotated[bool, Field(strict=True)] = True
     set: Mapping[str, Any] = Field(default_factory=dict)
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result, as JSON; where it is computed does not."""
+        return self.model_dump(mode="json", exclude={"ray", "workers"})
 
 
 def method_names() -> list[str]:

@@ -32,7 +32,8 @@ def open_oracle(
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
-    workers: int = 1,
+    ray: str | None = None,
+    workers: int | None = None,
 ) -> Oracle:
     """Open a frozen model.
 
@@ -44,8 +45,10 @@ def open_oracle(
         dtype: "auto" (mixed on CPUs with AMX, else float32), "float32", "mixed" or "bfloat16".
         batch_tokens: Tokens at once; None for the most that is fast and fits into the free memory.
         max_tokens: Longest sequence; None for the backbone's limit.
-        threads: CPU threads; None for all cores.
-        workers: Requests to a server at once.
+        threads: CPU threads; None for all cores, or 1 for each worker on Ray.
+        ray: "local", "auto" or HOST:PORT: share the work out over actors of a Ray cluster; None: do not.
+        workers: How many actors on Ray, None for one for each GPU or as many as the CPUs hold; or how many requests
+            to a server at once, None for one.
 
     Raises:
         UsageError: A backend or device that is not there, or a setting that is the server's.
@@ -53,13 +56,32 @@ def open_oracle(
         OracleError: The server cannot be reached or holds another model.
     """
     if backend.startswith(("http://", "https://")):
+        if ray is not None:
+            raise UsageError("--ray: a server shares its work out itself; leave out --ray or --backend")
         if device != "auto" or batch_tokens is not None or backbone is not None:
             raise UsageError(
                 f"--backend {backend}: --backbone, --device and --batch-tokens are set where the server is started"
             )
-        return _open_server(backend, prompt, dtype, max_tokens, threads, workers)
+        return _open_server(backend, prompt, dtype, max_tokens, threads, workers or 1)
     if backend != "local":
         raise UsageError(f"--backend '{backend}': expected local, http://HOST:PORT or https://HOST:PORT")
+    if ray is not None:
+        from bbprompt.backends.rayoracle import open_ray
+
+        return open_ray(
+            ray,
+            prompt,
+            workers=workers,
+            backbone=backbone,
+            device=device,
+            dtype=dtype,
+            batch_tokens=batch_tokens,
+            max_tokens=max_tokens,
+            threads=threads,
+            cores=cores(),
+        )
+    if workers is not None:
+        raise UsageError("--workers: there is one model here; give --ray local, auto or HOST:PORT, or a --backend URL")
     import torch
 
     from bbprompt.backends.backbone import load_backbone

@@ -23,7 +23,7 @@ def manifest_of(run: Prepared | PreparedBaseline) -> dict[str, Any]:
     """Settings, digests, versions and threads of a run."""
     info = run.model
     return {
-        "config": run.config.model_dump(mode="json"),
+        "config": run.config.deciding(),
         "method": run.method.model_dump(mode="json"),
         "task": run.task.model_dump(mode="json"),
         "data": {

@@ -105,6 +105,10 @@ class Prepared:
         """Everything that decides the result: settings, digests, versions, threads."""
         return manifest_of(self)
 
+    def close(self) -> None:
+        """Let go of the model."""
+        self.oracle.close()
+
 
 def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
     """Open task, data, prompts and model; nothing is written and no call is made.
@@ -133,6 +137,9 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         return prepare_baseline(config, method, task, data, few, test, began)
     prompt = _prompt(config, method, task, few)
     _warn_of_seen_examples(config, task, prompt)
+    # Written into the manifest, so that a run goes on with the threads it began with, wherever that is.
+    threads = config.threads or (cores() if config.ray is None else 1)
+    config = config.model_copy(update={"threads": threads})
     oracle = open_oracle(
         config.backend,
         prompt,
@@ -141,10 +148,10 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         dtype=config.dtype,
         batch_tokens=config.batch_tokens,
         max_tokens=config.max_tokens,
-        threads=config.threads,
+        threads=threads,
+        ray=config.ray,
         workers=config.workers,
     )
-    threads = config.threads or cores()
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,5 +44,8 @@ def tune(
     if config is not None and settings:
         raise UsageError(f"tune: give a TuneConfig or settings by name, not both ({', '.join(settings)})")
     run = prepare(config if config is not None else validate(TuneConfig, settings, "tune"))
-    with RunDirectory.create(run_dir or default_directory(run), run.manifest()) as directory:
+    with (
+        closing(run),
+        RunDirectory.create(run_dir or default_directory(run), run.manifest()) as directory,
+    ):
         return tune_in(run, directory, watcher)

@@ -276,7 +276,7 @@ def test_a_population_of_one_layer_equals_the_plain_forward(
 @pytest.mark.parametrize("tokens", [60, 10_000])
 @pytest.mark.parametrize("layer", range(tiny.LAYERS))
 def test_mixed_precision_ranks_as_float32(layer: int, tokens: int, deep: ModularPrompt, backbone: Backbone) -> None:
-    batch, readout = batch_of("pair"), SpanReadout()
+    batch, readout = batch_of("pair"), Readout()
     points = population(deep, layer, 1e-2)
     oracle = LocalOracle(backbone, deep, dtype="mixed", batch_tokens=tokens)
     mixed, exact = oracle.score(batch, points), LocalOracle(backbone, deep).score(batch, points)

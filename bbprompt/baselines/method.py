@@ -75,6 +75,11 @@ class PreparedBaseline:
         """Everything that decides the result."""
         return manifest_of(self)
 
+    def close(self) -> None:
+        """Let go of the model, if one is open."""
+        if self.embedder is not None:
+            self.embedder.close()
+
 
 def open_model(config: TuneConfig, rule: str, **use: Any) -> Embedder | None:
     """The model a rule reads with; None for the majority rule, which reads nothing."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Debug", "Device", "Dtype", "Json", "Quiet", "RunDir", "Threads"]
+__all__ = ["Debug", "Device", "Dtype", "Json", "Quiet", "Ray", "RunDir", "Threads", "Workers"]
 
 Json = Annotated[
     bool,
@@ -28,4 +28,22 @@ Dtype = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", show_default=False, min=1, help="CPU threads [default: all cores].")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="local|auto|HOST:PORT",
+        show_default=False,
+        help="Share the work out over a Ray cluster; local starts one here.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        show_default=False,
+        min=1,
+        help="Models on the Ray cluster [default: what it holds], or requests to a server at once [default: 1].",
+    ),
 ]

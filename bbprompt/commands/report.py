@@ -103,7 +103,7 @@ def _run(
     limit: int | None,
     most: int,
     device: Literal["auto", "cpu", "cuda"],
-    dtype: Literal["auto", "float32", "bfloat16"] | None,
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] | None,
     threads: int | None,
     quiet: bool,
 ) -> str:
@@ -124,7 +124,7 @@ def _judged(
     folder: Path,
     limit: int | None,
     device: Literal["auto", "cpu", "cuda"],
-    dtype: Literal["auto", "float32", "bfloat16"] | None,
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] | None,
     threads: int | None,
     quiet: bool,
 ) -> list[Judged]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, RunDir, Threads
+from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Ray, RunDir, Threads, Workers
 from bbprompt.commands.output import command, write, write_json
 from bbprompt.commands.stop import Stop
 from bbprompt.errors import UsageError
@@ -74,9 +75,6 @@ def tune(
             help="Where the model answers: here, or at the http(s) URL of a `bbprompt serve` [default: local].",
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(show_default=False, help="Requests to a server at once [default: 1].")
-    ] = None,
     on_doubt: Annotated[
         Literal["resend", "charge"] | None,
         typer.Option(
@@ -93,6 +91,8 @@ def tune(
         int | None, typer.Option(show_default=False, help="Longest sequence [default: the model's limit].")
     ] = None,
     threads: Threads = None,
+    ray: Ray = None,
+    workers: Workers = None,
     test_limit: Annotated[
         int | None, typer.Option(show_default=False, help="Score at most so many test examples.")
     ] = None,
@@ -136,13 +136,14 @@ def tune(
         "seed": seed,
         "shots": shots,
         "backend": backend,
-        "workers": workers,
         "on_doubt": on_doubt,
         "device": device,
         "dtype": dtype,
         "batch_tokens": batch_tokens,
         "max_tokens": max_tokens,
         "threads": threads,
+        "ray": ray,
+        "workers": workers,
         "test_limit": test_limit,
         "baselines": baselines,
         "run_dir": str(run_dir) if run_dir is not None else None,
@@ -152,9 +153,16 @@ def tune(
     _run(settings, folder, quiet=silent, json=json)
 
 
-def resume(run_dir: RunDir, quiet: Quiet = False, json: Json = False, debug: Debug = False) -> None:
-    """Go on with a stopped or killed run, to the identical result."""
-    _run(None, run_dir, quiet=quiet, json=json)
+def resume(
+    run_dir: RunDir,
+    ray: Ray = None,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a stopped or killed run, to the identical result; where it is computed may change."""
+    _run(None, run_dir, quiet=quiet, json=json, where={"ray": ray, "workers": workers})
 
 
 def _merged(file: Path | None, flags: Mapping[str, Any], changes: list[str]) -> tuple[TuneConfig, Path | None, bool]:
@@ -187,20 +195,29 @@ def _merged(file: Path | None, flags: Mapping[str, Any], changes: list[str]) -> 
     return settings, Path(folder) if folder is not None else None, quiet
 
 
-def _run(config: TuneConfig | None, folder: Path | None, *, quiet: bool, json: bool) -> None:
-    """Begin a run with `config`, or go on with the one in `folder`."""
+def _run(
+    config: TuneConfig | None,
+    folder: Path | None,
+    *,
+    quiet: bool,
+    json: bool,
+    where: Mapping[str, Any] | None = None,
+) -> None:
+    """Begin a run with `config`, or go on with the one in `folder`, with the settings `where` it is computed."""
     from bbprompt.predict import read_result
     from bbprompt.run import prepare, reopen, tune
     from bbprompt.terminal import Terminal, logging_to, open_console
 
     console = open_console(quiet)
-    with Stop() as stop, logging_to(console), Terminal(console, stop.check) as terminal:
+    with Stop() as stop, logging_to(console), Terminal(console, stop.check) as terminal, ExitStack() as opened:
         run = None
         if config is None:
             directory, config = reopen(folder or Path(), writable=True)
+            config = config.model_copy(update=dict(where or {}))
         else:
             terminal.loading()
             run = prepare(config)
+            opened.callback(run.close)
             directory = _claimed(run, folder)
         with directory:
             stop.advice = f"go on with: {command('resume', directory.path)}"
@@ -211,6 +228,7 @@ def _run(config: TuneConfig | None, folder: Path | None, *, quiet: bool, json: b
                 if run is None:
                     terminal.loading()
                     run = prepare(config)
+                    opened.callback(run.close)
                 terminal.directory, terminal.replayed = directory.path, _calls_before(directory)
                 result = tune(run, directory, terminal)
     _show(result, directory.path, json)

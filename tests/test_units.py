@@ -1,0 +1,62 @@
+"""Requests cut into units and put together again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_prompt
+from hypothesis import given
+from hypothesis import strategies as st
+from test_local_oracle import batch_of
+
+from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.local import LocalOracle
+from bbprompt.oracle import Scores
+from bbprompt.units import join, plan_units
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.booleans())
+def test_units_cover_a_request_once_and_are_put_back_in_order(count: int, at_once: int, best: bool) -> None:
+    whole = Scores(
+        np.arange(count * 6, dtype=np.float32).reshape(count, 3, 2),
+        -np.arange(count * 6, dtype=np.float32).reshape(count, 3, 2),
+        np.arange(count * 6).reshape(count, 3, 2) if best else None,
+        cut=4,
+    )
+    pieces = []
+    for unit in plan_units(count, at_once):
+        rows = slice(unit.first, unit.last)
+        assert 0 < unit.last - unit.first <= at_once
+        cut = whole.best[rows] if whole.best is not None else None
+        pieces.append(Scores(whole.logits[rows], whole.normalizer[rows], cut, whole.cut))
+    again = join(pieces)
+    assert np.array_equal(again.logits, whole.logits)
+    assert np.array_equal(again.normalizer, whole.normalizer)
+    assert (again.best is None) == (whole.best is None)
+    assert whole.best is None or np.array_equal(again.best, whole.best)
+    assert again.cut == whole.cut
+
+
+@pytest.mark.parametrize("kind", ["pair", "extract"])
+def test_a_unit_computed_elsewhere_is_the_same_bits(tiny_bert_dir: Path, kind: str) -> None:
+    backbone = load_backbone(str(tiny_bert_dir))
+    prompt = tiny_prompt.artifact(tiny_bert_dir, backbone.digest)
+    # Room for two candidates on a part of the texts: several units, each on several parts.
+    whole, other = (LocalOracle(backbone, prompt, batch_tokens=150) for _ in range(2))
+    batch, longest = batch_of(kind), 3 if kind == "extract" else None
+    points = np.repeat(np.random.default_rng(0).normal(size=(1, 3, 4)), 7, axis=0)
+    points[:, 1:] += np.random.default_rng(1).normal(size=(7, 2, 4))
+    points[2:4] = points[2]  # candidates that share more among themselves than with the others
+    units = plan_units(len(points), other.at_once(batch))
+    assert len(units) > 1
+    order = np.random.default_rng(2).permutation(len(units))
+    parts = {i: other.score_unit(batch, points, "candidates", longest, units[i]) for i in order}
+    joined, expected = (
+        join([parts[i] for i in range(len(units))]),
+        whole.score(batch, points, "candidates", longest),
+    )
+    assert np.array_equal(joined.logits, expected.logits)
+    assert np.array_equal(joined.normalizer, expected.normalizer)
+    assert longest is None or np.array_equal(joined.best, expected.best)
