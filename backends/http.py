@@ -6,7 +6,7 @@ import json
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bbprompt.backends.calls import Answer, Caller, Policy, plain
 from bbprompt.errors import BBPromptError, DataError, OracleError, UsageError
-from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points, check_scores
+from bbprompt.oracle import OracleInfo, ReadoutKind, Scores, Support, TextBatch, check_points, check_scores
 from bbprompt.wire import (
     CONTENT_TYPE,
     PROTOCOL,
@@ -228,6 +228,8 @@ def _checked(url: str) -> str:
 
 
 def _typed(value: Any, kind: str) -> Any:
+    if kind == "ReadoutKind" and value in get_args(ReadoutKind):
+        return value
     if type(value).__name__ != kind or (kind == "int" and value < 1) or (kind == "str" and not value.isprintable()):
         raise ValueError
     return value

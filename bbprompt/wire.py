@@ -169,7 +169,10 @@ def decode_reply(body: bytes) -> tuple[str, Scores]:
 
 def encode_batch(batch: TextBatch) -> bytes:
     """Write texts: a list of forms and a list of answers, as JSON in a tensor of bytes."""
-    forms = [[[[p.text, p.cut] for p in form.parts], list(form.options), form.context] for form in batch.forms]
+    forms = [
+        [[[p.text, p.cut] for p in form.parts], list(form.options), form.context, form.second, form.same, form.gap]
+        for form in batch.forms
+    ]
     answers = [None if answer is None else [answer.text, answer.start] for answer in batch.answers]
     text = json.dumps([forms, answers], separators=(",", ":"), ensure_ascii=True)
     return _write("batch", {}, {"texts": np.frombuffer(text.encode("ascii"), dtype=np.uint8)})
@@ -204,12 +207,16 @@ def decode_batch(body: bytes, *, most: int) -> TextBatch:
 
 
 def _form(value: Any) -> Form:
-    parts, options, context = value
+    parts, options, context, second, same, gap = value
     form = Form(
         tuple(Part(_is(str, text), _is(bool, cut)) for text, cut in parts),
         tuple(_is(str, option) for option in options),
-        _is(int, context),
+        *(_is(int, number) for number in (context, second, same, gap)),
     )
+    if not (-1 <= form.second < len(form.parts) and -1 <= form.same < len(form.options)):
+        raise WireError("a text is compared with a part or an option that it has not")
+    if not -1 <= form.gap <= len(form.parts):
+        raise WireError("a text has its gap outside")
     if not -1 <= form.context < len(form.parts) or (form.context < 0) != bool(form.options):
         raise WireError("a text has neither options nor a context, or both")
     return form

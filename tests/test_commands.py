@@ -132,9 +132,9 @@ def test_wrong_settings_in_a_file(content: str, said: str, tmp_path: Path, capsy
     assert said in err
 
 
-def test_other_backends_come_later(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run([*flags, "--backend", "http://localhost:1"]) == 2
-    assert "only 'local' is supported" in capsys.readouterr().err
+def test_an_unknown_backend_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*flags, "--backend", "ftp://localhost:1"]) == 2
+    assert "expected local, http://HOST:PORT" in capsys.readouterr().err
 
 
 def test_a_signal_stops_a_run_that_can_be_resumed(flags: list[str], tmp_path: Path) -> None:

@@ -161,7 +161,10 @@ def resume(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a stopped or killed run, to the identical result; where it is computed may change."""
+    """Go on with a stopped or killed run, to the identical result.
+
+    Where it is computed may change: --ray and --workers are free.
+    """
     _run(None, run_dir, quiet=quiet, json=json, where={"ray": ray, "workers": workers})
 
 
