@@ -25,6 +25,7 @@ from bbprompt.errors import ArtifactError
 from bbprompt.mrc import Encoded, Frame
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
+from bbprompt.units import Unit, join, plan_units
 
 __all__ = ["CausalOracle"]
 
@@ -71,6 +72,7 @@ class CausalOracle:
         self._head = VerbalizerHead(backbone.head, -1, tokenize, self._frame, self._device)
         self._projection = torch.from_numpy(prompt.projection).to(self._device)
         self._batch_tokens = batch_tokens
+        self._kept: dict[str, list[list[Encoded]]] = {}  # the groups of the last texts: a request has many units
         self._info = OracleInfo(
             backbone=backbone.id,
             backbone_digest=backbone.digest,
@@ -89,9 +91,9 @@ class CausalOracle:
         return self._info
 
     def close(self) -> None:
-        """Nothing is kept between calls."""
+        """Forget the kept texts."""
+        self._kept = {}
 
-    @torch.inference_mode()
     def score(
         self,
         batch: TextBatch,
@@ -100,26 +102,51 @@ class CausalOracle:
         longest_answer: int | None = None,
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
-        checked = torch.from_numpy(check_points(points, self._info)).to(self._device)
+        checked = check_points(points, self._info)
+        units = plan_units(len(checked), self.at_once(batch, support))
+        return join([self.score_unit(batch, checked, support, longest_answer, unit) for unit in units])
+
+    def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:
+        """Candidates that run through the model together on these texts: the size of a unit.
+
+        Raises:
+            DataError: A text does not fit the model.
+        """
+        return min(max(self._batch_tokens // _padded(some), 1) for some in self._groups(batch))
+
+    @torch.inference_mode()
+    def score_unit(
+        self,
+        batch: TextBatch,
+        points: NDArray[np.floating],
+        support: Support,
+        longest_answer: int | None,
+        unit: Unit,
+    ) -> Scores:
+        """Score the candidates of one unit of a request; the same bits wherever it is computed."""
+        checked = torch.from_numpy(check_points(points, self._info)[unit.first : unit.last]).to(self._device)
         prompts = torch.einsum("nld,ldx->nlx", checked, self._projection)
         prompts = prompts.view(*prompts.shape[:2], len(self._frame.placeholders), -1)
-        sequences = self._head.sequences(batch)
-        plans, outputs, begin = [], [], 0
-        while begin < len(sequences):
-            end, width = begin, 0
-            while end < len(sequences):
-                width = max(width, len(sequences[end].ids))
-                if end > begin and (end + 1 - begin) * width > self._batch_tokens:
-                    break
-                end += 1
-            some = sequences[begin:end]
+        plans, outputs = [], []
+        for some in self._groups(batch):
             plan = self._head.plan(some, pack([len(item.ids) for item in some]), support)
             plans.append(plan)
-            rows = max(self._batch_tokens // (len(some) * max(len(item.ids) for item in some)), 1)
-            states = torch.cat([self._last(some, part) for part in torch.split(prompts, rows)])
-            outputs.append(self._head.apply(plan, states))
-            begin = end
+            outputs.append(self._head.apply(plan, self._last(some, prompts)))
         return self._head.scores(batch, plans, outputs, longest_answer)
+
+    def _groups(self, batch: TextBatch) -> list[list[Encoded]]:
+        """The texts in groups that fit into the model at once under one candidate, padding included."""
+        key = batch.digest()
+        if key in self._kept:
+            return self._kept[key]
+        groups: list[list[Encoded]] = []
+        for item in self._head.sequences(batch):
+            if groups and _padded([*groups[-1], item]) <= self._batch_tokens:
+                groups[-1].append(item)
+            else:
+                groups.append([item])
+        self._kept = {key: groups}
+        return groups
 
     def _last(self, sequences: list[Encoded], prompts: Tensor) -> Tensor:
         """State `(n, N, 1, H)` of the last token of each text under the prompts `(n, L, P, H)`."""
@@ -159,3 +186,8 @@ class CausalOracle:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _padded(sequences: list[Encoded]) -> int:
+    """Tokens of sequences that are padded to the longest of them."""
+    return len(sequences) * max(len(item.ids) for item in sequences)

@@ -135,7 +135,9 @@ class HttpOracle:
             if call_id != request.call_id:
                 raise WireError("it belongs to another request")
             try:
-                return check_scores(scores, batch, len(points), answers=longest_answer is not None)
+                return check_scores(
+                    scores, batch, len(points), channels=self.info.channels, answers=longest_answer is not None
+                )
             except OracleError as error:
                 raise WireError(str(error)) from error
 

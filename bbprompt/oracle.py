@@ -161,15 +161,15 @@ def check_points(points: NDArray[np.floating], info: OracleInfo) -> NDArray[np.f
     return array
 
 
-def check_scores(scores: Scores, batch: TextBatch, candidates: int, answers: bool = False, channels: int = 2) -> Scores:
+def check_scores(scores: Scores, batch: TextBatch, candidates: int, *, channels: int, answers: bool = False) -> Scores:
     """Return `scores` if they answer the request.
 
     Args:
         scores: The reply.
         batch: The texts that were sent.
         candidates: How many points were sent.
-        answers: Whether best answers were asked for of texts that have them.
         channels: C, as the oracle says of itself.
+        answers: Whether best answers were asked for of texts that have them.
 
     Raises:
         OracleError: A shape is wrong, a value is not finite, or an answer lies outside its context.

@@ -74,7 +74,7 @@ def test_equals_the_plain_forward(kind: str, support: Support, prompt: ModularPr
     oracle = LocalOracle(backbone, prompt)
     batch, points = batch_of(kind), points_of(prompt, 3)
     longest = 3 if kind == "extract" else None
-    scores = check_scores(oracle.score(batch, points, support, longest), batch, 3, answers=kind == "extract")
+    scores = check_scores(oracle.score(batch, points, support, longest), batch, 3, channels=2, answers=kind == "extract")
     assert scores.logits.dtype == scores.normalizer.dtype == np.float32
     compare(scores, PlainOracle(backbone, prompt), batch, points, support)
 
@@ -107,7 +107,7 @@ def test_answers_need_not_be_known(deep: ModularPrompt, backbone: Backbone) -> N
     known = batch_of("extract")
     unknown = TextBatch(known.forms, (None,) * len(known.forms))
     oracle, points = LocalOracle(backbone, deep), points_of(deep, 2)
-    blind = check_scores(oracle.score(unknown, points, longest_answer=3), unknown, 2, answers=True)
+    blind = check_scores(oracle.score(unknown, points, longest_answer=3), unknown, 2, channels=2, answers=True)
     assert blind.logits.shape == (2, 0, 2)
     np.testing.assert_array_equal(blind.best, oracle.score(known, points, longest_answer=3).best)
 

@@ -146,6 +146,6 @@ def test_the_product_rule_needs_start_and_end() -> None:
 
 def test_the_number_of_channels_is_checked() -> None:
     with pytest.raises(OracleError, match=r"logits of shape \(5, 9, 1\), expected \(5, 9, 2\)"):
-        check_scores(one_channel(), BATCH, 5)
+        check_scores(one_channel(), BATCH, 5, channels=2)
     with pytest.raises(OracleError, match=r"logits of shape \(5, 9, 2\), expected \(5, 9, 1\)"):
         check_scores(random_scores(), BATCH, 5, channels=1)

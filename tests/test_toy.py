@@ -80,7 +80,7 @@ def test_the_toy_landscape_is_smooth_and_can_be_tuned(support: str) -> None:
     oracle, readout = ToyOracle(), Readout(support=support)  # type: ignore[arg-type]
 
     def loss(points: np.ndarray) -> np.ndarray:
-        scores = check_scores(oracle.score(data.batch, points, readout.support), data.batch, len(points))
+        scores = check_scores(oracle.score(data.batch, points, readout.support), data.batch, len(points), channels=2)
         return readout.losses(scores, data.batch, data.gold).mean(1)
 
     rng = np.random.default_rng(0)
@@ -109,8 +109,8 @@ def test_a_faulty_oracle_fails_once() -> None:
     for fault, message in (("nan", "NaN or infinity"), ("shape", "of shape")):
         oracle = FaultyOracle(ToyOracle(), 1, fault)  # type: ignore[arg-type]
         with pytest.raises(OracleError, match=message):
-            check_scores(oracle.score(batch, points), batch, 2)
-        check_scores(oracle.score(batch, points), batch, 2)
+            check_scores(oracle.score(batch, points), batch, 2, channels=2)
+        check_scores(oracle.score(batch, points), batch, 2, channels=2)
         assert oracle.info == ToyOracle().info
         oracle.close()
 

@@ -23,7 +23,8 @@ from bbprompt.wire import ScoreRequest, encode_reply
 __all__ = ["OtherRequest", "Scorer"]
 
 _FRESH = 2.0  # seconds in which a forward that worked proves that the model works
-_PROBE = TextBatch((Form((Part("?", cut=True),), ("a", "b"), -1),))
+#: A text that every readout can be asked about: two options, and a gap for one of them.
+_PROBE = TextBatch((Form((Part("?", cut=True),), ("a", "b"), -1, gap=1),))
 
 
 class OtherRequest(ValueError):
@@ -84,7 +85,7 @@ class Scorer:
         info = self._oracle.info
         points = np.zeros((1, info.layers, info.dim), dtype=np.float32)
         try:
-            check_scores(self._oracle.score(_PROBE, points), _PROBE, 1)
+            check_scores(self._oracle.score(_PROBE, points), _PROBE, 1, channels=info.channels)
         except Exception:  # whatever it is: the model does not answer
             self._metrics.failed.inc()
             return False
@@ -95,7 +96,7 @@ class Scorer:
         began = time.monotonic()
         points, longest = request.points, request.longest_answer
         scores = self._oracle.score(batch, points, request.support, longest)
-        check_scores(scores, batch, len(points), answers=longest is not None)
+        check_scores(scores, batch, len(points), channels=self._oracle.info.channels, answers=longest is not None)
         self._worked = time.monotonic()
         self._metrics.seconds.observe(self._worked - began)
         self._metrics.candidates.observe(len(points))
