@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bbprompt.backends.calls import Answer, Caller, Policy, plain
 from bbprompt.errors import BBPromptError, DataError, OracleError, UsageError
 from bbprompt.oracle import OracleInfo, ReadoutKind, Scores, Support, TextBatch, check_points, check_scores
+from bbprompt.units import join
 from bbprompt.wire import (
     CONTENT_TYPE,
     PROTOCOL,
@@ -247,12 +248,6 @@ def _refusal(body: bytes) -> tuple[str, str]:
 
 
 def _joined(parts: list[Scores]) -> Scores:
-    best = [part.best for part in parts if part.best is not None]
     if any(part.cut != parts[0].cut for part in parts):
         raise OracleError("the server cut the same texts differently for different candidates")
-    return Scores(
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.normalizer for part in parts]),
-        np.concatenate(best) if best else None,
-        parts[0].cut,
-    )
+    return join(parts)

@@ -74,7 +74,9 @@ def test_equals_the_plain_forward(kind: str, support: Support, prompt: ModularPr
     oracle = LocalOracle(backbone, prompt)
     batch, points = batch_of(kind), points_of(prompt, 3)
     longest = 3 if kind == "extract" else None
-    scores = check_scores(oracle.score(batch, points, support, longest), batch, 3, channels=2, answers=kind == "extract")
+    scores = check_scores(
+        oracle.score(batch, points, support, longest), batch, 3, channels=2, answers=kind == "extract"
+    )
     assert scores.logits.dtype == scores.normalizer.dtype == np.float32
     compare(scores, PlainOracle(backbone, prompt), batch, points, support)
 
