@@ -16,11 +16,12 @@ from fakeruns import fake_run
 from tiny_run import finished
 
 from bbprompt import cli
+from bbprompt.config import TuneConfig
 from bbprompt.prompts import ModularPrompt, bundled_prompts
 from bbprompt.report.artifact import task_groups
 from bbprompt.report.examples import Judged, confusion, worst
 from bbprompt.report.page import Html, escaped, heat, table
-from bbprompt.report.run import leaves
+from bbprompt.report.run import leaves, reproduce
 
 EVIL = '<script>alert("1")</script><img src=http://x.y onerror=alert(2)>&amp;\' {$z$} \x00\x1b'
 VOID = {"meta", "img", "br", "link", "input"}
@@ -254,3 +255,12 @@ def test_confusions_and_the_worst() -> None:
 def test_leaves() -> None:
     value: Mapping[str, Any] = {"a": {"b": 1, "c": []}, "d": ["x", "y"], "e": [{"f": None}], "g": {}}
     assert dict(leaves(value)) == {"a.b": "1", "a.c": "[]", "d": '["x", "y"]', "e.0.f": "null", "g": "{}"}
+
+
+def test_the_command_that_makes_a_run_again() -> None:
+    config = TuneConfig(task="lcqmc", baselines=False, on_doubt="charge", set={"prompt.sigma": 0.1})
+    command = reproduce(config, {"threads": 2}).splitlines()[0]
+    assert command == (
+        "bbprompt tune --task lcqmc --method mp2-deep --budget 8000 --seed 42 --on-doubt charge --threads 2 "
+        "--no-baselines --set prompt.sigma=0.1"
+    )

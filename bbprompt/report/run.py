@@ -175,7 +175,11 @@ def reproduce(config: TuneConfig, manifest: Mapping[str, Any]) -> str:
         default = TuneConfig.model_fields[key].default
         if key == "set" or value is None or (value == default and key not in ("method", "budget", "seed")):
             continue
-        words += [f"--{key.replace('_', '-')}", str(value)]
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
     for key, value in config.set.items():
         words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     versions = manifest.get("versions", {})
