@@ -94,7 +94,11 @@ def start_local(cell: Cell, out: Path) -> LocalJob:
     settings = out / "settings" / f"{cell.name}.json"
     values = {key: value for key, value in cell.config.model_dump(mode="json").items() if value is not None}
     put(settings, values)
-    words = ["resume", str(run)] if begun(run) else ["tune", "--config", str(settings), "--run-dir", str(run)]
+    words = ["tune", "--config", str(settings), "--run-dir", str(run)]
+    if begun(run):
+        # Its manifest has the settings, but not where it is computed.
+        where = {"--ray": cell.config.ray, "--workers": cell.config.workers}
+        words = ["resume", str(run), *(word for key, value in where.items() if value for word in (key, str(value)))]
     environment = dict(os.environ)
     if cell.config.threads is not None:
         environment |= dict.fromkeys(_THREADS, str(cell.config.threads))

@@ -227,3 +227,16 @@ def test_progress_is_the_last_whole_row(tmp_path: Path) -> None:
     assert job.progress(tmp_path) == job.Progress(2, "start", "0.25")
     curve.write_text("calls,stage,train_loss,best_dev,seconds\n")
     assert job.progress(tmp_path) == job.Progress(0, "", "")
+
+
+def test_a_run_that_goes_on_is_told_again_where_it_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(job.subprocess, "Popen", lambda words, **keys: started.append(words[3:]))
+    [cell] = experiment(tasks=["lcqmc"], seeds=[1], ray="auto", workers=3).cells()
+    job.start_local(cell, tmp_path)
+    (tmp_path / cell.name).mkdir(exist_ok=True)
+    (tmp_path / cell.name / "manifest.json").write_text("{}")
+    job.start_local(cell, tmp_path)
+    fresh, resumed = started
+    assert fresh[0] == "tune"
+    assert resumed == ["resume", str(tmp_path / cell.name), "--ray", "auto", "--workers", "3"]
