@@ -101,6 +101,18 @@ class Stopper(Watcher):
             raise Interrupted("stopped")
 
 
+def test_threads_are_part_of_the_manifest(tiny_pair_data: Path, tiny_bert_dir: Path) -> None:
+    run = prepare(config(tiny_pair_data, tiny_bert_dir, "majority", threads=None))
+    assert run.manifest()["config"]["threads"] == run.manifest()["threads"] >= 1
+
+
+def test_what_shares_work_out_is_said_to_do_nothing(
+    tiny_pair_data: Path, tiny_bert_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepare(config(tiny_pair_data, tiny_bert_dir, "majority", ray="local", workers=2)).close()
+    assert "--ray and --workers do nothing here" in caplog.text
+
+
 def test_it_can_be_stopped_and_resumed(tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path: Path) -> None:
     settings = config(tiny_pair_data, tiny_bert_dir, "logistic")
     whole = begin(settings, tmp_path / "whole")

@@ -7,6 +7,7 @@ like any other. Fitting on what was read takes no further forward and so no call
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ from bbprompt.rundir import PROMPT, RESULT, RunDirectory
 from bbprompt.task import Task
 
 __all__ = ["NO_MODEL", "PreparedBaseline", "open_model", "prepare_baseline", "tune_baseline"]
+
+_log = logging.getLogger("bbprompt")
 
 NO_MODEL = OracleInfo(NO_PROMPTS, "", "", 0, 0, NO_PROMPTS, NO_PROMPTS, 0)
 """What stands for the model where none is read."""
@@ -111,8 +114,11 @@ def prepare_baseline(
     variants(rule, task)
     gold = [example.label for example in data.split("train")] if rule == "majority" else []
     counts = tuple(np.bincount(gold, minlength=len(task.options)).tolist()) if gold else ()
-    embedder = open_model(config, rule)
+    if config.ray is not None or config.workers is not None:
+        _log.warning("--ray and --workers do nothing here: the method %s reads each text once, itself", method.name)
     threads = config.threads or cores()
+    config = config.model_copy(update={"threads": threads})  # so that it is resumed with as many, wherever that is
+    embedder = open_model(config, rule)
     return PreparedBaseline(config, method, task, data, few, test, embedder, counts, threads, time.monotonic() - began)
 
 
