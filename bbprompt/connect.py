@@ -14,7 +14,7 @@ from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import BackboneFacts
 
-__all__ = ["TOKEN_VARIABLE", "cores", "measure_backbone", "open_embedder", "open_oracle", "read_token"]
+__all__ = ["TOKEN_VARIABLE", "ask_server", "cores", "measure_backbone", "open_embedder", "open_oracle", "read_token"]
 
 #: Environment variable that holds the token of a server, for the server and for its clients.
 TOKEN_VARIABLE = "BBPROMPT_TOKEN"  # noqa: S105
@@ -194,6 +194,21 @@ def read_token(environ: Mapping[str, str]) -> str | None:
     return token or None
 
 
+def ask_server(url: str, workers: int = 1) -> Oracle:
+    """The oracle at a URL, whatever model and prompts it holds, asked with the token of the environment.
+
+    Raises:
+        UsageError: What is no URL, or no token.
+        OracleError: It cannot be reached or speaks another language.
+    """
+    from bbprompt.backends.http import HttpOracle
+
+    token = read_token(os.environ)
+    if token is not None and url.startswith("http://") and not url.startswith(("http://127.", "http://localhost")):
+        _log.warning("--backend %s: the token travels in the clear; use https://", url)
+    return HttpOracle(url, token, workers=workers)
+
+
 def _open_server(
     url: str,
     prompt: ModularPrompt,
@@ -205,13 +220,8 @@ def _open_server(
     """A server's oracle, if the server holds this artifact, its backbone and what else was asked for."""
     import torch
 
-    from bbprompt.backends.http import HttpOracle
-
-    token = read_token(os.environ)
-    if token is not None and url.startswith("http://") and not url.startswith(("http://127.", "http://localhost")):
-        _log.warning("--backend %s: the token travels in the clear; use https://", url)
     torch.set_num_threads(threads or cores())  # for the optimizers, so that a search does not depend on the backend
-    oracle = HttpOracle(url, token, workers=workers)
+    oracle = ask_server(url, workers)
     info, problem = oracle.info, None
     if info.prompts_digest != prompt.digest:
         problem = (

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from bbprompt.backends.cache import cache_root
 from bbprompt.config import load_method
-from bbprompt.connect import open_oracle
+from bbprompt.connect import ask_server, open_oracle
 from bbprompt.data import DATA_VARIABLE
 from bbprompt.errors import BBPromptError
 from bbprompt.prompts import ModularPrompt, bundled_prompts
@@ -49,7 +49,7 @@ def examine(backend: str | None = None, env: Mapping[str, str] | None = None) ->
     """Look at the machine, one finding after the other.
 
     Args:
-        backend: Also open the default model there, which may take a minute the first time.
+        backend: Also open the default model there, which may take a minute the first time, or ask this server.
         env: Environment; None: that of the process.
     """
     environ = os.environ if env is None else env
@@ -183,12 +183,18 @@ def _backend(backend: str) -> Finding:
     if method.prompts not in bundled:
         return Finding("backend", "problem", f"{backend}: not tried without the default prompts")
     try:
-        oracle = open_oracle(backend, ModularPrompt.load(bundled[method.prompts]))
+        prompt = ModularPrompt.load(bundled[method.prompts])
+        served = backend.startswith(("http://", "https://"))
+        oracle = ask_server(backend) if served else open_oracle(backend, prompt)
     except BBPromptError as error:
         return Finding("backend", "problem", str(error), "see the message")
     info = oracle.info
     oracle.close()
-    return Finding("backend", "ok", f"{backend}: {info.backbone}, {info.precision} on {info.device}")
+    found = f"{backend}: {info.backbone}, {info.precision} on {info.device}"
+    if info.prompts_digest != prompt.digest:
+        fix = "give `bbprompt tune` the --prompts that the server was started with"
+        return Finding("backend", "note", f"{found}; holds other prompts than {method.prompts}", fix)
+    return Finding("backend", "ok", found)
 
 
 def _used(folder: Path) -> int:

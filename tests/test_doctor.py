@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny_prompt
+from servers import serving
 
 from bbprompt import doctor, prompts
+from bbprompt.connect import open_oracle
 from bbprompt.doctor import Finding, examine
+from bbprompt.prompts import ModularPrompt
+from bbprompt.testing import ToyOracle
 
 
 def found(**env: str) -> dict[str, Finding]:
@@ -65,3 +69,19 @@ def test_a_backend_is_opened_only_on_request(
     assert (local.state, local.value) == ("ok", f"local: {tiny_bert_dir}, float32 on {local.value.split(' on ')[1]}")
     (remote,) = (f for f in examine("http://localhost:1", {}) if f.name == "backend")
     assert remote.state == "problem"
+
+
+def test_a_server_may_hold_other_prompts(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_bert_dir: Path
+) -> None:
+    monkeypatch.setattr(prompts, "_BUNDLED", tmp_path)
+    monkeypatch.delenv("BBPROMPT_TOKEN", raising=False)
+    ours = tiny_prompt.artifact_dir(tmp_path / "e5-small-mp2-deep", tiny_bert_dir, "mp2-deep")
+    with serving(open_oracle("local", ModularPrompt.load(ours), threads=1)) as url:
+        (same,) = (f for f in examine(url, {}) if f.name == "backend")
+    with serving(ToyOracle()) as url:
+        (other,) = (f for f in examine(url, {}) if f.name == "backend")
+    assert (same.state, same.fix) == ("ok", "")
+    assert other.state == "note"
+    assert "other prompts" in other.value
+    assert "--prompts" in other.fix
