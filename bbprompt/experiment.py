@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bbprompt.config import TuneConfig, load_method, method_with
+from bbprompt.config import NO_PROMPTS, TuneConfig, load_method, method_with
 from bbprompt.errors import UsageError
 from bbprompt.run import located
 from bbprompt.task import load_task
@@ -79,10 +79,13 @@ class Experiment(BaseModel):
         """
         cells: dict[str, Cell] = {}
         variants = self.variants or {"": {}}
+        bare = self._without_prompts()
         for seed, task, method, label in itertools.product(self.seeds, self.tasks, self.methods, variants):
             changes = variants[label]
             values = {**self.settings, **changes, "task": task, "method": method, "seed": seed}
             values["set"] = {**(self.settings.get("set") or {}), **(changes.get("set") or {})}
+            if method in bare and "prompts" not in changes:
+                values["prompts"] = None  # the prompts of the experiment are for the methods that take some
             config = located(validate(TuneConfig, values, f"variant {label}" if label else "experiment"))
             name = "-".join(part for part in (_stem(task), _stem(method), label, str(seed)) if part)
             if name in cells:
@@ -90,6 +93,10 @@ class Experiment(BaseModel):
             cells[name] = Cell(name, row_name(_stem(method), label), config)
         self._check_names()
         return tuple(cells.values())
+
+    def _without_prompts(self) -> frozenset[str]:
+        """Methods that take no prompt artifact: baselines and random projections."""
+        return frozenset(method for method in self.methods if load_method(method).prompts == NO_PROMPTS)
 
     def _check_names(self) -> None:
         """Wrong names are an error now, not after the hours that the runs before them take."""

@@ -55,6 +55,12 @@ def test_flags_win_over_the_file_and_sets_are_merged(tmp_path: Path) -> None:
     assert few.config.set == {"select": "dev-loss", "router.calls": 11, "prompt.sigma": 0.5}
 
 
+def test_prompts_are_for_the_methods_that_take_some() -> None:
+    grid = GRID | {"methods": ["mp2-deep", "threshold", "proto-deep"], "seeds": [1]}
+    cells = experiment_from(None, grid, {"prompts": "mine/artifact"}).cells()
+    assert [cell.config.prompts for cell in cells] == ["mine/artifact", None, None]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

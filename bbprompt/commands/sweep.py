@@ -49,7 +49,10 @@ def sweep(
         str | None, typer.Option(metavar="ID_OR_DIR", show_default=False, help="As `tune --backbone`.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(metavar="ID_OR_DIR", show_default=False, help="As `tune --prompts`.")
+        str | None,
+        typer.Option(
+            metavar="ID_OR_DIR", show_default=False, help="As `tune --prompts`, for the methods that take prompts."
+        ),
     ] = None,
     budget: Annotated[int | None, typer.Option(show_default=False, help="Most calls of a run [default: 8000].")] = None,
     shots: Annotated[int | None, typer.Option(show_default=False, help="As `tune --shots`.")] = None,
