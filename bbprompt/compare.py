@@ -19,7 +19,7 @@ from bbprompt.yamlfile import closest
 
 __all__ = ["AnytimeRow", "Comparison", "CostRow", "DifferenceRow", "Row", "Spread", "compare"]
 
-MAJORITY = "majority"
+MAJORITY = "most frequent label"  # on test; the method `majority` counts labels in the training split
 BEFORE = "before"
 #: Tracks that get an average of their own, in the papers' order.
 _TRACKS = ("seen", "unseen", "unseen-relative", "upstream", "")

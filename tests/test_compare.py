@@ -55,7 +55,7 @@ def test_the_table(folder: Path) -> None:
     assert found.tasks == ("thucnews", "lcqmc", "tnews")
     assert found.groups == {"seen": ("thucnews",), "unseen": ("lcqmc", "tnews")}
     assert [each.name for each in found.rows] == [
-        "majority",
+        "most frequent label",
         "before (mp2-deep)",
         "before (mp2-shallow)",
         *METHODS,
@@ -73,7 +73,7 @@ def test_the_table(folder: Path) -> None:
 def test_methods_with_the_same_start_share_a_row(tmp_path: Path) -> None:
     for method in METHODS:
         fake_run(tmp_path, "lcqmc", method, 1, 0.6)
-    assert [each.name for each in compared(tmp_path).rows] == ["majority", "before", *METHODS]
+    assert [each.name for each in compared(tmp_path).rows] == ["most frequent label", "before", *METHODS]
 
 
 def test_stages_are_rows(folder: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_sweep_knows_what_there_should_be(tmp_path: Path) -> None:
     fake_run(out, "lcqmc", "mp2-deep", 1, 0.7, named="lcqmc-mp2-deep-few-1", split="another")
     fake_run(out, "tnews", "mp2-deep", 1, None, named="tnews-mp2-deep-full-1")
     found = compared(out)
-    assert [each.name for each in found.rows] == ["majority", "before", "mp2-deep full", "mp2-deep few"]
+    assert [each.name for each in found.rows] == ["most frequent label", "before", "mp2-deep full", "mp2-deep few"]
     assert [(run.name, run.state) for run in found.missing] == [
         ("tnews-mp2-deep-full-1", "stopped"),
         ("tnews-mp2-deep-few-1", "not begun"),
