@@ -26,7 +26,6 @@ from bbprompt.pretrain.ppt_examples import (
     CHOICE,
     Caps,
     choice,
-    fit_pair,
     pair,
     pseudo_labelled,
     unified_caps,
@@ -151,16 +150,6 @@ def test_pairs_of_very_different_length_are_left_out() -> None:
     rng = np.random.default_rng(0)
     found = [pair(("甲", "乙" * 101), [("丙",)], len, rng) for _ in range(200)]
     assert {example.fields["text_b"] for example in found if example} == {"丙"}
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 80))
-def test_pairs_are_cut_in_proportion_away_from_the_mask(one: int, two: int, room: int) -> None:
-    first, second = fit_pair(range(one), range(two), room)
-    assert len(first) + len(second) == min(one + two, room)
-    assert min(len(first), len(second)) >= 1
-    assert list(first) == list(range(one))[one - len(first) :]
-    assert list(second) == list(range(two))[: len(second)]
-    assert abs(len(first) / len(second) - one / two) * len(second) <= 1 + one / two or min(len(first), len(second)) == 1
 
 
 def test_the_schedule_of_the_unified_format() -> None:

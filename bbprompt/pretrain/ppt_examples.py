@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bbprompt.example import Example, input_uid
 from bbprompt.pretrain.ppt_corpus import Document
 
-__all__ = ["CHOICE", "Caps", "choice", "fit_pair", "pair", "pseudo_labelled", "unified_caps"]
+__all__ = ["CHOICE", "Caps", "choice", "pair", "pseudo_labelled", "unified_caps"]
 
 #: Labels of a pair.
 OTHER, SAME, ADJACENT = 0, 1, 2
@@ -87,18 +87,6 @@ def pair(
         return None
     fields = {"text_a": document[at], "text_b": second}
     return Example(fields, (), label, (), input_uid(fields))
-
-
-def fit_pair(first: Sequence[int], second: Sequence[int], room: int) -> tuple[Sequence[int], Sequence[int]]:
-    """Shorten two token sequences to `room` in proportion to their lengths, at the ends away from each other.
-
-    What is next to the mask between them stays.
-    """
-    total = len(first) + len(second)
-    if total <= room:
-        return first, second
-    left = min(max(round(room * len(first) / total), 1), room - 1)
-    return first[len(first) - left :], second[: room - left]
 
 
 def choice(
