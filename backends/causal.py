@@ -22,9 +22,9 @@ from bbprompt.backends.fit import check_fit, describe
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import ArtifactError
-from bbprompt.mrc import Encoded, Frame
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
+from bbprompt.texts.mrc import Encoded, Frame
 from bbprompt.units import Unit, join, plan_units
 
 __all__ = ["CausalOracle"]

@@ -17,8 +17,8 @@ from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.embedding import Embeddings
-from bbprompt.mrc import Frame, Offsets
 from bbprompt.oracle import OracleInfo
+from bbprompt.texts.mrc import Frame, Offsets
 
 __all__ = ["LocalEmbedder", "embed_texts", "marker_for"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bbprompt.backends.encoder import Layout
 from bbprompt.errors import DataError
-from bbprompt.mrc import Encoded
 from bbprompt.oracle import Scores, Support, TextBatch
+from bbprompt.texts.mrc import Encoded
 
 __all__ = ["Head", "Plan", "each"]
 

@@ -30,9 +30,9 @@ from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.embedding import Embeddings
 from bbprompt.errors import ArtifactError, OracleError
-from bbprompt.mrc import Encoded, Frame
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
+from bbprompt.texts.mrc import Encoded, Frame
 from bbprompt.units import Unit, join, plan_units
 
 __all__ = ["LocalOracle"]

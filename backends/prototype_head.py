@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each
 from bbprompt.errors import DataError
-from bbprompt.example import Form, Part
-from bbprompt.mrc import Encoded, Frame, Offsets, encode
 from bbprompt.oracle import Scores, Support, TextBatch
+from bbprompt.tasks.example import Form, Part
+from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
 __all__ = ["PrototypeHead", "PrototypePlan"]
 

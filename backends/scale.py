@@ -10,9 +10,9 @@ import torch
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
-from bbprompt.example import Form
-from bbprompt.mrc import encode
 from bbprompt.random_projection import BackboneFacts, clipped_std, placeholders_for
+from bbprompt.tasks.example import Form
+from bbprompt.texts.mrc import encode
 
 __all__ = ["facts_of", "measure"]
 

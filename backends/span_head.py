@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each
-from bbprompt.mrc import Encoded, Frame, Offsets, encode
 from bbprompt.oracle import Scores, Support, TextBatch
+from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
 __all__ = ["SpanHead", "SpanPlan"]
 
@@ -60,7 +60,7 @@ class SpanHead:
         self._tokenize, self._frame, self._device = tokenize, frame, device
 
     def sequences(self, batch: TextBatch) -> list[Encoded]:
-        """One sequence a text, its options behind it; see `bbprompt.mrc`."""
+        """One sequence a text, its options behind it; see `bbprompt.texts.mrc`."""
         answers = batch.answers or (None,) * len(batch.forms)
 
         def write(number: int) -> Encoded:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bbprompt.errors import ArtifactError
-from bbprompt.mrc import Frame, Offsets
+from bbprompt.texts.mrc import Frame, Offsets
 
 __all__ = ["frame_for", "tokenize_with"]
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each
 from bbprompt.backends.lm_head import LanguageHead
-from bbprompt.cloze import encode_cloze, word_tokens
 from bbprompt.errors import DataError
-from bbprompt.example import Form
-from bbprompt.mrc import Encoded, Frame, Offsets
 from bbprompt.oracle import Scores, Support, TextBatch
+from bbprompt.tasks.example import Form
+from bbprompt.texts.cloze import encode_cloze, word_tokens
+from bbprompt.texts.mrc import Encoded, Frame, Offsets
 
 __all__ = ["VerbalizerHead", "VerbalizerPlan"]
 

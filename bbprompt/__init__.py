@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bbprompt.predict import load_prompt
     from bbprompt.prompts import ModularPrompt, PromptSpace
     from bbprompt.result import Result
-    from bbprompt.task import Task
+    from bbprompt.tasks.task import Task
     from bbprompt.tuning import tune
 
 __all__ = [
@@ -60,7 +60,7 @@ _HOMES = {
     "Oracle": "oracle",
     "PromptSpace": "prompts",
     "Result": "result",
-    "Task": "task",
+    "Task": "tasks.task",
     "TuneConfig": "config",
     "load_prompt": "predict",
     "open_oracle": "connect",

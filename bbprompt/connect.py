@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from bbprompt.config import ProjectionConfig
 from bbprompt.embedding import Embedder
 from bbprompt.errors import OracleError, UsageError
-from bbprompt.example import Form
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import BackboneFacts
+from bbprompt.tasks.example import Form
 
 __all__ = ["TOKEN_VARIABLE", "ask_server", "cores", "measure_backbone", "open_embedder", "open_oracle", "read_token"]
 

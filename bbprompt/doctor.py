@@ -17,10 +17,10 @@ from packaging.requirements import Requirement
 from bbprompt.backends.cache import cache_root
 from bbprompt.config import load_method
 from bbprompt.connect import ask_server, open_oracle
-from bbprompt.data import DATA_VARIABLE
 from bbprompt.errors import BBPromptError
 from bbprompt.prompts import ModularPrompt, bundled_prompts
-from bbprompt.task import load_task, task_names
+from bbprompt.tasks.data import DATA_VARIABLE
+from bbprompt.tasks.task import load_task, task_names
 
 __all__ = ["Finding", "examine"]
 

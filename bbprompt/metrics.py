@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.example import Answer
+from bbprompt.tasks.example import Answer
 
 __all__ = ["accuracy", "answer_f1", "majority", "standard_error"]
 

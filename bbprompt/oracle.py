@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.errors import OracleError
-from bbprompt.example import Answer, Form
+from bbprompt.tasks.example import Answer, Form
 
 __all__ = ["Oracle", "OracleInfo", "ReadoutKind", "Scores", "Support", "TextBatch", "check_points", "check_scores"]
 

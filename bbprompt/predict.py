@@ -19,9 +19,7 @@ from bbprompt.baselines.method import open_model
 from bbprompt.baselines.use import FittedBaseline, load_baseline
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.connect import open_oracle
-from bbprompt.data import SplitName, data_digest, open_data
 from bbprompt.errors import ArtifactError, DataError, DiskError, UsageError
-from bbprompt.example import Example
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
@@ -29,9 +27,11 @@ from bbprompt.random_projection import frozen_prompt
 from bbprompt.readout import Readout
 from bbprompt.result import Result
 from bbprompt.run import limited, reopen
-from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import labelled, score_split
-from bbprompt.task import Task
+from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.tasks.data import SplitName, data_digest, open_data
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task
 from bbprompt.yamlfile import validate
 
 __all__ = ["Evaluation", "Prediction", "TunedPrompt", "load_prompt", "read_result"]

@@ -20,26 +20,26 @@ from safetensors.numpy import save
 
 from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, measure_backbone, open_oracle
-from bbprompt.curve import CurveClock
-from bbprompt.data import DataSource, open_data
 from bbprompt.embedding import can_embed
 from bbprompt.errors import ResumeMismatch, UsageError
-from bbprompt.evaluate import Evaluator
-from bbprompt.example import Example
-from bbprompt.fewshot import FewShot, sample
-from bbprompt.forms import write
-from bbprompt.ledger import Ledger
-from bbprompt.manifest import manifest_of
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import frozen_tensors, random_prompt
 from bbprompt.readout import Readout
 from bbprompt.result import BaselineScore, Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
-from bbprompt.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import SplitScore, labelled, score_split
-from bbprompt.task import Task, load_task
-from bbprompt.tuner import Found, Status, search
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.search.tuner import Found, Status, search
+from bbprompt.store.curve import CurveClock
+from bbprompt.store.ledger import Ledger
+from bbprompt.store.manifest import manifest_of
+from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.tasks.data import DataSource, open_data
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.fewshot import FewShot, sample
+from bbprompt.tasks.task import Task, load_task
+from bbprompt.texts.forms import write
 from bbprompt.yamlfile import validate
 
 if TYPE_CHECKING:
@@ -370,6 +370,6 @@ def _tensors(run: Prepared, found: Found, readout: Readout) -> dict[str, NDArray
 
 def run_digest(value: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON value in canonical form."""
-    from bbprompt.journal import canonical_json
+    from bbprompt.store.journal import canonical_json
 
     return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.example import Answer, Example
-from bbprompt.forms import write
 from bbprompt.metrics import accuracy, answer_f1
 from bbprompt.oracle import Oracle, ReadoutKind, Scores, TextBatch, check_scores
 from bbprompt.readout import Readout
-from bbprompt.task import Task
+from bbprompt.tasks.example import Answer, Example
+from bbprompt.tasks.task import Task
+from bbprompt.texts.forms import write
 
 __all__ = ["Labelled", "SplitScore", "labelled", "metric_values", "score_split"]
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bbprompt.run import Prepared, Watcher
-from bbprompt.tuner import Status
+from bbprompt.search.tuner import Status
 
 if TYPE_CHECKING:
     from bbprompt.baselines.method import PreparedBaseline

@@ -11,7 +11,7 @@ from bbprompt.errors import UsageError
 from bbprompt.result import Result
 from bbprompt.run import Watcher, default_directory, prepare
 from bbprompt.run import tune as tune_in
-from bbprompt.rundir import RunDirectory
+from bbprompt.store.rundir import RunDirectory
 from bbprompt.yamlfile import validate
 
 __all__ = ["tune"]

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from bbprompt.errors import OracleError
-from bbprompt.example import Answer, Form, Part
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch
+from bbprompt.tasks.example import Answer, Form, Part
 
 __all__ = [
     "CONTENT_TYPE",

@@ -26,13 +26,13 @@ from bbprompt.backends.dispatch import Dispatcher, Limits
 from bbprompt.backends.rayoracle import RayOracle, open_ray
 from bbprompt.config import PromptStageConfig, RouterStageConfig
 from bbprompt.connect import open_oracle
-from bbprompt.data import open_data
-from bbprompt.fewshot import sample
 from bbprompt.oracle import TextBatch
 from bbprompt.prompts import ModularPrompt, bundled_prompts
 from bbprompt.scoring import labelled
-from bbprompt.stages import Incumbent, prompt_stage, router_stage
-from bbprompt.task import load_task
+from bbprompt.search.stages import Incumbent, prompt_stage, router_stage
+from bbprompt.tasks.data import open_data
+from bbprompt.tasks.fewshot import sample
+from bbprompt.tasks.task import load_task
 
 SECONDS = 0.05
 

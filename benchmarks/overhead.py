@@ -10,7 +10,7 @@ import numpy as np
 
 from bbprompt.config import load_method
 from bbprompt.prompts import ModularPrompt, resolve_prompts
-from bbprompt.stages import Incumbent, prompt_stage, router_stage
+from bbprompt.search.stages import Incumbent, prompt_stage, router_stage
 
 __all__ = ["optimizers", "start_up"]
 

@@ -28,7 +28,7 @@ from bbprompt.connect import open_oracle
 from bbprompt.oracle import Oracle, TextBatch
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.scoring import labelled
-from bbprompt.task import load_task
+from bbprompt.tasks.task import load_task
 
 
 def main() -> None:

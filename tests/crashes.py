@@ -21,11 +21,11 @@ from audit import Execution, doubtful, paid
 from faultdisk import IMAGES, Crash, FaultDisk, Image
 
 from bbprompt.errors import DiskError
-from bbprompt.journal import Journal
 from bbprompt.oracle import OracleInfo, Scores, TextBatch
 from bbprompt.run import Prepared
-from bbprompt.rundir import CURVE, JOURNAL, MANIFEST
 from bbprompt.scoring import labelled
+from bbprompt.store.journal import Journal
+from bbprompt.store.rundir import CURVE, JOURNAL, MANIFEST
 
 RUN = Path("/runs/run")
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)

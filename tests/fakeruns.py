@@ -10,8 +10,8 @@ from safetensors.numpy import save
 
 from bbprompt.config import TuneConfig, load_method
 from bbprompt.result import Result
-from bbprompt.rundir import PROMPT, RESULT, RunDirectory
-from bbprompt.task import load_task
+from bbprompt.store.rundir import PROMPT, RESULT, RunDirectory
+from bbprompt.tasks.task import load_task
 
 
 def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> Result:

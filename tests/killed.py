@@ -17,7 +17,7 @@ from typing import Any
 
 from bbprompt.config import TuneConfig
 from bbprompt.run import Prepared, Watcher, prepare, reopen, tune
-from bbprompt.rundir import RESULT, RunDirectory
+from bbprompt.store.rundir import RESULT, RunDirectory
 
 
 def die() -> None:

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bbprompt.disk import RealDisk
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
 from bbprompt.prompts import ModularPrompt
+from bbprompt.store.disk import RealDisk
 
 FILES = ("checkpoint.safetensors", "best.safetensors", "artifact/model.safetensors", "artifact/config.json")
 

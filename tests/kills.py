@@ -30,8 +30,8 @@ from audit import Audit, Execution, audit, paid, settled
 
 from bbprompt.oracle import Oracle, OracleInfo, Scores, TextBatch
 from bbprompt.run import Prepared
-from bbprompt.rundir import JOURNAL, RESULT
 from bbprompt.scoring import labelled
+from bbprompt.store.rundir import JOURNAL, RESULT
 
 _REQUEST = struct.Struct("<32sI")
 _REPLY = struct.Struct("<IIIi")

@@ -15,8 +15,8 @@ from typing import Any
 from faultdisk import IMAGES, Crash, FaultDisk
 
 from bbprompt.errors import DiskError
-from bbprompt.journal import Journal
-from bbprompt.ledger import BudgetExhausted, Ledger, LedgerError
+from bbprompt.store.journal import Journal
+from bbprompt.store.ledger import BudgetExhausted, Ledger, LedgerError
 
 PATH = Path("/journal.log")
 LOSSES = (0.1, 1 / 3, -0.0, 5e-324, float("nan"), float("inf"))

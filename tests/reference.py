@@ -10,9 +10,9 @@ import torch
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.tokens import frame_for, tokenize_with
-from bbprompt.mrc import Encoded, encode
 from bbprompt.oracle import Support, TextBatch
 from bbprompt.prompts import ModularPrompt
+from bbprompt.texts.mrc import Encoded, encode
 
 
 def plain_states(

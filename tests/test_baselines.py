@@ -21,9 +21,9 @@ from bbprompt.errors import DiskError, Interrupted, ResumeMismatch, UsageError
 from bbprompt.predict import load_prompt
 from bbprompt.result import Result
 from bbprompt.run import Watcher, default_directory, prepare, reopen, tune
-from bbprompt.rundir import RunDirectory
+from bbprompt.store.rundir import RunDirectory
 from bbprompt.summary import notes, result_table
-from bbprompt.task import load_task
+from bbprompt.tasks.task import load_task
 
 RULES = ("majority", "zero-shot", "nearest-mean", "logistic", "threshold")
 

@@ -14,12 +14,12 @@ import scipy.stats
 from fakeruns import fake_run
 
 from bbprompt import cli
-from bbprompt.compare import Comparison, Row, compare
-from bbprompt.comparetext import as_json, csv_files, markdown
+from bbprompt.compare.comparison import Comparison, Row, compare
+from bbprompt.compare.runs import read_runs
+from bbprompt.compare.text import as_json, csv_files, markdown
 from bbprompt.errors import DiskError, UsageError
-from bbprompt.experiment import experiment_from
-from bbprompt.runs import read_runs
-from bbprompt.sweep import write_sweep
+from bbprompt.sweep.experiment import experiment_from
+from bbprompt.sweep.runner import write_sweep
 
 #: Deep and shallow test scores by task and seed; thucnews is seen, lcqmc and tnews are unseen, drcd (F1) too.
 SCORES = {

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bbprompt import data, recordfile
-from bbprompt.data import open_data
 from bbprompt.errors import DataError, UsageError
-from bbprompt.recordfile import read_records
-from bbprompt.task import Task, load_task, task_names
+from bbprompt.tasks import data, recordfile
+from bbprompt.tasks.data import open_data
+from bbprompt.tasks.recordfile import read_records
+from bbprompt.tasks.task import Task, load_task, task_names
 
 RECORDS = [{"text_a": f"问{i}", "text_b": "答", "label": str(i % 2)} for i in range(4)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bbprompt.disk import RealDisk, disk_error
 from bbprompt.errors import DiskError, RunLocked
+from bbprompt.store.disk import RealDisk, disk_error
 
 disk = RealDisk()
 

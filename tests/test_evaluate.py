@@ -11,11 +11,11 @@ import toyruns
 from faultdisk import FaultDisk
 
 from bbprompt.errors import DiskError, OracleError
-from bbprompt.evaluate import Evaluator
-from bbprompt.journal import Journal
-from bbprompt.ledger import Ledger
 from bbprompt.oracle import Oracle, Scores
 from bbprompt.readout import Readout
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.store.journal import Journal
+from bbprompt.store.ledger import Ledger
 from bbprompt.testing import FaultyOracle, ToyOracle
 
 PATH = Path("/journal.log")

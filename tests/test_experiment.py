@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from bbprompt.errors import UsageError
-from bbprompt.experiment import experiment_from, experiment_names
+from bbprompt.sweep.experiment import experiment_from, experiment_names
 
 GRID = {"tasks": ["lcqmc"], "methods": ["mp2-deep"], "seeds": [10, 20]}
 

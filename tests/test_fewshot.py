@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbprompt.errors import DataError, UsageError
-from bbprompt.example import Example
-from bbprompt.fewshot import pool_uids, sample, sizes
-from bbprompt.task import Task
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.fewshot import pool_uids, sample, sizes
+from bbprompt.tasks.task import Task
 
 
 def labelled(n_labels: int, **keys: Any) -> Task:

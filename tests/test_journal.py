@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbprompt.errors import DiskError, JournalCorrupt
-from bbprompt.journal import Journal, canonical_json
+from bbprompt.store.journal import Journal, canonical_json
 
 RUN = "0123456789abcdef"
 RECORDS: list[dict[str, Any]] = [

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from bbprompt.errors import DiskError, JournalCorrupt, ResumeMismatch
-from bbprompt.journal import Journal
-from bbprompt.ledger import BudgetExhausted, Kind, Ledger, LedgerError
+from bbprompt.store.journal import Journal
+from bbprompt.store.ledger import BudgetExhausted, Kind, Ledger, LedgerError
 
 PATH = Path("/journal.log")
 RUN = "0123456789abcdef"

@@ -15,12 +15,12 @@ from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.local import LocalOracle
 from bbprompt.errors import ArtifactError, DataError, OracleError
-from bbprompt.example import Answer, Form, Part
 from bbprompt.oracle import Oracle, Scores, Support, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.scoring import labelled
-from bbprompt.task import Task
+from bbprompt.tasks.example import Answer, Form, Part
+from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
 
 SUPPORTS: tuple[Support, ...] = ("candidates", "sequence")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bbprompt.example import Answer
 from bbprompt.metrics import accuracy, answer_f1, majority, standard_error
+from bbprompt.tasks.example import Answer
 
 
 def f1(given_text: str, *right: str) -> float:

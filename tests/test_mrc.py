@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bbprompt.errors import DataError
-from bbprompt.example import Answer, Form, Part
-from bbprompt.mrc import SEPARATOR, Encoded, Frame, encode
+from bbprompt.tasks.example import Answer, Form, Part
+from bbprompt.texts.mrc import SEPARATOR, Encoded, Frame, encode
 
 FRAME = Frame(first=(1,), placeholders=(7, 8), last=(2,), limit=64)
 

@@ -9,12 +9,12 @@ import pytest
 from toyruns import METHODS, TASK, Recorder, data, space
 
 from bbprompt.errors import OracleError
-from bbprompt.evaluate import Evaluator
-from bbprompt.journal import Journal
-from bbprompt.ledger import Ledger
 from bbprompt.readout import Readout
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.search.tuner import Found, search
+from bbprompt.store.journal import Journal
+from bbprompt.store.ledger import Ledger
 from bbprompt.testing import FaultyOracle, ToyOracle
-from bbprompt.tuner import Found, search
 
 BUDGET = 50
 

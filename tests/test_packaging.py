@@ -94,7 +94,7 @@ def test_an_installed_wheel_works_away_from_the_sources(built: tuple[Path, Path]
     zipfile.ZipFile(built[0]).extractall(site)
     code = (
         "import bbprompt, pathlib; from bbprompt.config import load_method, method_names;"
-        "from bbprompt.task import load_task, task_names; from bbprompt.data import open_data;"
+        "from bbprompt.tasks.task import load_task, task_names; from bbprompt.tasks.data import open_data;"
         "print(pathlib.Path(bbprompt.__file__).parent.parent);"
         "[load_method(name) for name in method_names()];"
         "[load_task(name) for name in task_names()];"

@@ -25,10 +25,7 @@ from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import ArtifactError, DataError, ResumeMismatch, UsageError
-from bbprompt.example import Example
-from bbprompt.fewshot import pool_uids
 from bbprompt.metrics import accuracy
-from bbprompt.mrc import Encoded
 from bbprompt.pretrain.mixture import Mixture, Upstream, thin_options
 from bbprompt.pretrain.model import Gates, ModularPrompts, collate, relaxed_bernoulli, span_loss
 from bbprompt.pretrain.mp2 import Progress
@@ -39,7 +36,10 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.router import CODE
 from bbprompt.scoring import labelled
-from bbprompt.task import load_task
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.fewshot import pool_uids
+from bbprompt.tasks.task import load_task
+from bbprompt.texts.mrc import Encoded
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 

@@ -15,13 +15,13 @@ import tinytrain
 import torch
 from faultdisk import IMAGES, ROOT, Crash, FaultDisk
 
-from bbprompt.disk import RealDisk
 from bbprompt.errors import ArtifactError, DataError, DiskError, ResumeMismatch, RunLocked, UsageError
 from bbprompt.pretrain.checkpoint import load_checkpoint, save_checkpoint, write_atomic
 from bbprompt.pretrain.model import ModularPrompts
 from bbprompt.pretrain.mp2 import Trainer
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
+from bbprompt.store.disk import RealDisk
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -123,7 +123,7 @@ def test_a_file_size_limit_of_the_system(tmp_path: Path) -> None:
     code = f"""
 import resource, signal, sys, torch
 from pathlib import Path
-from bbprompt.disk import RealDisk
+from bbprompt.store.disk import RealDisk
 from bbprompt.errors import DiskError
 from bbprompt.pretrain.checkpoint import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import ArtifactError, UsageError
-from bbprompt.mrc import Encoded
 from bbprompt.pretrain import upstream
 from bbprompt.pretrain.mixture import Mixture
 from bbprompt.pretrain.recipe import PretrainConfig
@@ -25,6 +24,7 @@ from bbprompt.pretrain.schedule import epoch_order, positions, visits
 from bbprompt.pretrain.speed import gemm_rate, step_flops
 from bbprompt.pretrain.tokens import stored
 from bbprompt.pretrain.upstream import data_beside, load_upstream, upstream_tasks
+from bbprompt.texts.mrc import Encoded
 
 
 @given(st.integers(1, 60), st.integers(1, 7), st.integers(1, 5), st.integers(0, 3))

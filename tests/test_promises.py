@@ -94,7 +94,7 @@ def scene() -> tuple[list[dict[str, Any]], list[Execution]]:
 
 
 def written(records: list[dict[str, Any]]) -> bytes:
-    from bbprompt.journal import Journal
+    from bbprompt.store.journal import Journal
 
     path, disk = Path("/journal.log"), FaultDisk()
     journal = Journal(path, "run", disk)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bbprompt.errors import DataError
-from bbprompt.example import Form, Part
-from bbprompt.fewshot import sample
-from bbprompt.mrc import Frame, encode
 from bbprompt.optimizers.cmaes import CMAES
 from bbprompt.oracle import Scores, TextBatch
 from bbprompt.readout import Readout
-from bbprompt.task import Task
+from bbprompt.tasks.example import Form, Part
+from bbprompt.tasks.fewshot import sample
+from bbprompt.tasks.task import Task
+from bbprompt.texts.mrc import Frame, encode
 
 SIZES = (2, 3, 4)
 BATCH = TextBatch(tuple(Form((Part("t", True),), tuple("abcd"[:n]), -1) for n in SIZES))

@@ -20,14 +20,14 @@ from bbprompt.backends.scale import facts_of
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError, DataError, UsageError
-from bbprompt.forms import write
 from bbprompt.oracle import Oracle, Scores, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt, Pooling
 from bbprompt.random_projection import random_prompt
 from bbprompt.readout import Readout, fitted_threshold
 from bbprompt.scoring import Labelled, labelled
-from bbprompt.task import Task
+from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
+from bbprompt.texts.forms import write
 
 SAME = tiny_prompt.PAIR | {"same": "1"}
 

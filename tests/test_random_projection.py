@@ -16,7 +16,6 @@ from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.scale import measure
 from bbprompt.config import ProjectionConfig, TuneConfig, load_method
 from bbprompt.errors import ArtifactError, UsageError
-from bbprompt.example import Form, Part
 from bbprompt.predict import load_prompt
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import (
@@ -30,7 +29,8 @@ from bbprompt.random_projection import (
 )
 from bbprompt.result import Result
 from bbprompt.run import prepare, reopen, tune
-from bbprompt.rundir import RunDirectory
+from bbprompt.store.rundir import RunDirectory
+from bbprompt.tasks.example import Form, Part
 
 FACTS = BackboneFacts("model", "d" * 64, 32, 5000, 3, (0.04, 0.8, 1.2))
 

@@ -30,7 +30,7 @@ from bbprompt.connect import open_oracle
 from bbprompt.errors import DataError, OracleError, UsageError
 from bbprompt.oracle import Oracle
 from bbprompt.run import Prepared, prepare, tune
-from bbprompt.rundir import RunDirectory
+from bbprompt.store.rundir import RunDirectory
 from bbprompt.testing import OracleContract
 
 # Not imported here: Ray decides on tokens when it is loaded.

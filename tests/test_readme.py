@@ -14,7 +14,7 @@ import yaml
 import bbprompt
 from bbprompt import cli
 from bbprompt.config import load_method, method_with, parse_set
-from bbprompt.task import Task
+from bbprompt.tasks.task import Task
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from bbprompt.errors import OracleError, UsageError
-from bbprompt.example import Answer, Form, Part
 from bbprompt.oracle import Scores, TextBatch, check_scores
 from bbprompt.readout import Readout
+from bbprompt.tasks.example import Answer, Form, Part
 
 SIZES = (2, 4, 3)
 BATCH = TextBatch(tuple(Form((Part(f"t{n}", True),), tuple("abcd"[:n]), -1) for n in SIZES))

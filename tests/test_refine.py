@@ -9,8 +9,8 @@ import pytest
 import toyruns
 
 from bbprompt.config import RefineStageConfig, load_method, method_with
-from bbprompt.refine import RefineStage, refine_stage
-from bbprompt.stages import Incumbent
+from bbprompt.search.refine import RefineStage, refine_stage
+from bbprompt.search.stages import Incumbent
 
 TARGET = np.random.default_rng(7).normal(size=(3, 4))
 

@@ -15,7 +15,7 @@ from bbprompt.config import TuneConfig
 from bbprompt.errors import OracleError
 from bbprompt.result import Result
 from bbprompt.run import Prepared, Watcher, prepare, reopen, tune
-from bbprompt.rundir import RESULT, RunDirectory
+from bbprompt.store.rundir import RESULT, RunDirectory
 
 pytestmark = pytest.mark.slow
 

@@ -20,8 +20,8 @@ from bbprompt.config import TuneConfig
 from bbprompt.errors import ArtifactError, DataError, Interrupted, ResumeMismatch, UsageError
 from bbprompt.result import Result
 from bbprompt.run import Prepared, Watcher, default_directory, prepare, reopen, tune
-from bbprompt.rundir import RunDirectory
-from bbprompt.tuner import Status
+from bbprompt.search.tuner import Status
+from bbprompt.store.rundir import RunDirectory
 
 FAST: dict[str, Any] = {"router": None, "prompt.popsize": 8, "prompt.dev_every": 16}
 

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from faultdisk import IMAGES, Crash, FaultDisk, Image
 
-from bbprompt.disk import Disk, File, RealDisk
 from bbprompt.errors import DiskError, JournalCorrupt, ResumeMismatch, RunLocked, UsageError
-from bbprompt.journal import canonical_json
-from bbprompt.ledger import Kind, Ledger
-from bbprompt.rundir import CURVE, JOURNAL, LOCK, MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.store.disk import Disk, File, RealDisk
+from bbprompt.store.journal import canonical_json
+from bbprompt.store.ledger import Kind, Ledger
+from bbprompt.store.rundir import CURVE, JOURNAL, LOCK, MANIFEST, PROMPT, RESULT, RunDirectory
 
 RUN = Path("/runs/run")
 BUDGET = 40
@@ -494,7 +494,7 @@ def test_a_reader_takes_no_lock_and_cannot_write(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from bbprompt.rundir import RunDirectory
+from bbprompt.store.rundir import RunDirectory
 run = RunDirectory.open(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()
@@ -519,8 +519,8 @@ def test_a_second_process_is_locked_out_until_the_first_is_gone(tmp_path: Path) 
 LIMITED = """
 import resource, sys
 from bbprompt.errors import DiskError
-from bbprompt.ledger import Ledger
-from bbprompt.rundir import RunDirectory
+from bbprompt.store.ledger import Ledger
+from bbprompt.store.rundir import RunDirectory
 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 with RunDirectory.open(sys.argv[1]) as run:
     ledger = Ledger(run.journal(), 400)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bbprompt
-from bbprompt.task import load_task
+from bbprompt.tasks.task import load_task
 
 SAMPLE = Path(bbprompt.__file__).parent / "bundled" / "samples" / "lcqmc"
 SIZES = {"train": 64, "dev": 64, "test": 320}

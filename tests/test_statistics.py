@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bbprompt.statistics import holm, interval, mean_sd, paired, signed_rank, step_values
+from bbprompt.compare.statistics import holm, interval, mean_sd, paired, signed_rank, step_values
 
 
 def test_mean_and_sd() -> None:

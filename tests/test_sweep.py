@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from bbprompt import job, sweep
 from bbprompt.errors import DiskError, Interrupted, UsageError
-from bbprompt.experiment import Cell, Experiment, experiment_from
-from bbprompt.sweep import Failure, Sweep, read_sweep, run_sweep, with_threads, write_sweep
+from bbprompt.sweep import job
+from bbprompt.sweep import runner as sweep
+from bbprompt.sweep.experiment import Cell, Experiment, experiment_from
+from bbprompt.sweep.runner import Failure, Sweep, read_sweep, run_sweep, with_threads, write_sweep
 
 
 def experiment(**changes: Any) -> Experiment:

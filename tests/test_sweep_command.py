@@ -20,9 +20,9 @@ from rich.console import Console
 import bbprompt
 from bbprompt import cli
 from bbprompt.commands.sweepview import SweepView
-from bbprompt.experiment import experiment_from
-from bbprompt.job import locked
-from bbprompt.sweep import Failure, Sweep
+from bbprompt.sweep.experiment import experiment_from
+from bbprompt.sweep.job import locked
+from bbprompt.sweep.runner import Failure, Sweep
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bbprompt.errors import DataError, UsageError
-from bbprompt.example import Answer, input_uid
-from bbprompt.task import Task, load_task, parse_template, task_names
+from bbprompt.tasks.example import Answer, input_uid
+from bbprompt.tasks.task import Task, load_task, parse_template, task_names
 from bbprompt.yamlfile import validate
 
 SEEN = {"cmrc2018", "ccpm", "cmnli", "cote_mfw", "waimai", "bq_corpus", "thucnews"}

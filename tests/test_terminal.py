@@ -13,8 +13,8 @@ from rich.console import Console
 from bbprompt.config import TuneConfig
 from bbprompt.errors import Interrupted
 from bbprompt.run import Prepared, prepare
+from bbprompt.search.tuner import Status
 from bbprompt.terminal import Meter, Terminal, duration, facts, logging_to
-from bbprompt.tuner import Status
 
 
 class Clock:

@@ -11,11 +11,11 @@ import pytest
 import tiny_prompt
 
 from bbprompt.errors import OracleError
-from bbprompt.example import Form, Part
 from bbprompt.oracle import Oracle, TextBatch, check_scores
 from bbprompt.readout import Readout
 from bbprompt.scoring import labelled
-from bbprompt.task import Task
+from bbprompt.tasks.example import Form, Part
+from bbprompt.tasks.task import Task
 from bbprompt.testing import FaultyOracle, OracleContract, ToyOracle
 
 TESTS = [name for name in dir(OracleContract) if name.startswith("test_")]

@@ -13,8 +13,8 @@ from toyruns import METHODS
 
 from bbprompt.config import method_with
 from bbprompt.errors import OracleError, ResumeMismatch
+from bbprompt.search.tuner import Found, Look, Status
 from bbprompt.testing import FaultyOracle, ToyOracle
-from bbprompt.tuner import Found, Look, Status
 
 
 def looks_of(found: Found) -> list[Look]:
@@ -76,7 +76,7 @@ def test_only_train_and_dev_are_looked_at(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("select", ["dev-loss", "pooled-loss", "dev-metric"])
 def test_the_choice_follows_the_rule(select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bbprompt import tuner
+    from bbprompt.search import tuner
 
     seen: list[Look] = []
     original = tuner._Search.look
@@ -105,8 +105,8 @@ def test_the_choice_follows_the_rule(select: str, tmp_path: Path, monkeypatch: p
 
 
 def test_a_searched_prompt_must_lower_both_losses(tmp_path: Path) -> None:
-    from bbprompt import tuner
-    from bbprompt.stages import Incumbent
+    from bbprompt.search import tuner
+    from bbprompt.search.stages import Incumbent
 
     point = np.zeros((3, 4))
     run = tuner._Search(method_with(METHODS["both"], {"select": "both-losses"}), None, lambda status: None)  # type: ignore[arg-type]
@@ -236,10 +236,10 @@ def test_a_search_that_takes_another_way_is_noticed(tmp_path: Path) -> None:
 
 
 def test_cut_tokens_are_known_after_a_replay(tmp_path: Path) -> None:
-    from bbprompt.evaluate import Evaluator
-    from bbprompt.journal import Journal
-    from bbprompt.ledger import Ledger
     from bbprompt.readout import Readout
+    from bbprompt.search.evaluate import Evaluator
+    from bbprompt.store.journal import Journal
+    from bbprompt.store.ledger import Ledger
 
     points = toyruns.space().even()[None]
     cuts = []

@@ -11,7 +11,7 @@ from tiny_run import finished
 import bbprompt
 from bbprompt.errors import Interrupted, UsageError
 from bbprompt.run import Watcher
-from bbprompt.tuner import Status
+from bbprompt.search.tuner import Status
 
 
 def test_settings_by_name_and_as_a_value_are_the_same(

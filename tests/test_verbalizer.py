@@ -31,16 +31,16 @@ from bbprompt.backends.causal import CausalOracle
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.tokens import tokenize_with
-from bbprompt.cloze import word_tokens
 from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError, DataError
-from bbprompt.forms import write
 from bbprompt.oracle import Oracle, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import random_prompt
 from bbprompt.scoring import labelled
-from bbprompt.task import Task
+from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
+from bbprompt.texts.cloze import word_tokens
+from bbprompt.texts.forms import write
 
 MASKED, CAUSAL = ("bert", "roberta"), ("gpt2", "llama", "qwen2")
 KINDS = {

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbprompt import wire
-from bbprompt.example import Answer, Form, Part
 from bbprompt.oracle import OracleInfo, Scores, TextBatch
+from bbprompt.tasks.example import Answer, Form, Part
 from bbprompt.wire import ScoreRequest, WireError
 
 INFO = OracleInfo("toy", "a" * 64, "b" * 64, 3, 4, "float32", "numpy", 64)

@@ -11,22 +11,22 @@ import numpy as np
 import tiny_prompt
 
 from bbprompt.config import MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.data import DataSource, data_digest
-from bbprompt.disk import Disk, RealDisk
-from bbprompt.evaluate import Evaluator
-from bbprompt.fewshot import FewShot
-from bbprompt.journal import Journal, canonical_json
-from bbprompt.ledger import Ledger
 from bbprompt.oracle import Oracle, Scores
 from bbprompt.prompts import PromptSpace
 from bbprompt.readout import Readout
 from bbprompt.result import Result
 from bbprompt.run import Prepared, Watcher, tune
-from bbprompt.rundir import CURVE, JOURNAL, MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.scoring import Labelled, labelled
-from bbprompt.task import Task
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.search.tuner import Found, search
+from bbprompt.store.disk import Disk, RealDisk
+from bbprompt.store.journal import Journal, canonical_json
+from bbprompt.store.ledger import Ledger
+from bbprompt.store.rundir import CURVE, JOURNAL, MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.tasks.data import DataSource, data_digest
+from bbprompt.tasks.fewshot import FewShot
+from bbprompt.tasks.task import Task
 from bbprompt.testing import ToyOracle
-from bbprompt.tuner import Found, search
 
 TASK = Task.model_validate(tiny_prompt.PAIR)
 

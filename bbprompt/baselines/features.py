@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.embedding import Embedder
-from bbprompt.example import Example
-from bbprompt.task import Task, parse_template
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task, parse_template
 
 __all__ = ["VIEWS", "Matrix", "Reader", "View", "features", "wordings"]
 

@@ -20,20 +20,20 @@ from bbprompt.baselines.heads import frequencies
 from bbprompt.baselines.rules import Fitted, Variant, fit, scores, variants
 from bbprompt.config import NO_PROMPTS, BaselineConfig, MethodConfig, TuneConfig
 from bbprompt.connect import cores, open_embedder
-from bbprompt.curve import CurveClock
-from bbprompt.data import DataSource
 from bbprompt.embedding import Embedder
 from bbprompt.errors import ResumeMismatch, UsageError
-from bbprompt.example import Example
-from bbprompt.fewshot import FewShot
-from bbprompt.ledger import Kind, Ledger
-from bbprompt.manifest import manifest_of
 from bbprompt.metrics import accuracy, majority, standard_error
 from bbprompt.oracle import OracleInfo
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
 from bbprompt.run import Watcher, run_digest
-from bbprompt.rundir import PROMPT, RESULT, RunDirectory
-from bbprompt.task import Task
+from bbprompt.store.curve import CurveClock
+from bbprompt.store.ledger import Kind, Ledger
+from bbprompt.store.manifest import manifest_of
+from bbprompt.store.rundir import PROMPT, RESULT, RunDirectory
+from bbprompt.tasks.data import DataSource
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.fewshot import FewShot
+from bbprompt.tasks.task import Task
 
 __all__ = ["NO_MODEL", "PreparedBaseline", "open_model", "prepare_baseline", "tune_baseline"]
 

@@ -9,11 +9,11 @@ from bbprompt.baselines.features import Reader
 from bbprompt.baselines.rules import applies, fit, scores, variants
 from bbprompt.config import BaselineRule
 from bbprompt.embedding import Embedder
-from bbprompt.example import Example
-from bbprompt.fewshot import FewShot
 from bbprompt.metrics import accuracy, standard_error
 from bbprompt.result import BaselineScore
-from bbprompt.task import Task
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.fewshot import FewShot
+from bbprompt.tasks.task import Task
 
 __all__ = ["compare"]
 

@@ -25,8 +25,8 @@ from bbprompt.baselines.heads import (
 )
 from bbprompt.config import BaselineRule
 from bbprompt.errors import UsageError
-from bbprompt.example import Example
-from bbprompt.task import Task
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task
 
 __all__ = ["Fitted", "Variant", "applies", "fit", "scores", "variants"]
 

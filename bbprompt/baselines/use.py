@@ -14,10 +14,10 @@ from bbprompt.baselines.heads import LinearHead, softmax
 from bbprompt.baselines.rules import scores
 from bbprompt.embedding import Embedder
 from bbprompt.errors import DiskError
-from bbprompt.example import Example
 from bbprompt.metrics import accuracy
-from bbprompt.rundir import PROMPT, RunDirectory
-from bbprompt.task import Task
+from bbprompt.store.rundir import PROMPT, RunDirectory
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task
 
 __all__ = ["FittedBaseline", "load_baseline"]
 

@@ -45,9 +45,9 @@ def compare(
 
     Markdown in percent on standard output; CSV and JSON hold fractions. Runs that are missing are named.
     """
-    from bbprompt.compare import compare as compared
-    from bbprompt.comparetext import as_json, csv_files, markdown
-    from bbprompt.runs import read_runs
+    from bbprompt.compare.comparison import compare as compared
+    from bbprompt.compare.runs import read_runs
+    from bbprompt.compare.text import as_json, csv_files, markdown
     from bbprompt.terminal import logging_to, open_console
 
     with logging_to(open_console()):

@@ -10,7 +10,7 @@ from bbprompt.commands.flags import Debug, Json
 from bbprompt.commands.output import write, write_json
 
 if TYPE_CHECKING:
-    from bbprompt.task import Task
+    from bbprompt.tasks.task import Task
 
 __all__ = ["methods", "tasks"]
 
@@ -19,7 +19,7 @@ _Name = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=Fals
 
 def tasks(name: _Name = None, json: Json = False, debug: Debug = False) -> None:
     """List the tasks, or show one with template, labels and sources."""
-    from bbprompt.task import load_task, task_names
+    from bbprompt.tasks.task import load_task, task_names
 
     if name is not None:
         task = load_task(name)

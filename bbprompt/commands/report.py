@@ -86,7 +86,7 @@ def report(
 
 
 def _kind(folder: Path) -> Literal["run", "sweep", "prompts"]:
-    from bbprompt.rundir import MANIFEST
+    from bbprompt.store.rundir import MANIFEST
 
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such directory")
@@ -109,7 +109,7 @@ def _run(
 ) -> str:
     from bbprompt.predict import read_result
     from bbprompt.report.run import run_page
-    from bbprompt.rundir import RunDirectory
+    from bbprompt.store.rundir import RunDirectory
     from bbprompt.summary import notes
 
     with RunDirectory.open(folder, writable=False) as directory:

@@ -13,7 +13,7 @@ from bbprompt.commands.stop import Stop
 from bbprompt.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
-    from bbprompt.sweep import Sweep
+    from bbprompt.sweep.runner import Sweep
 
 __all__ = ["sweep"]
 
@@ -95,7 +95,7 @@ def sweep(
     state = _opened(out, config, grid, settings, changes or [], workers)
 
     from bbprompt.commands.sweepview import SweepView
-    from bbprompt.sweep import run_sweep
+    from bbprompt.sweep.runner import run_sweep
     from bbprompt.terminal import logging_to, open_console
 
     console = open_console(quiet)
@@ -120,8 +120,8 @@ def _opened(
     """The grid of the directory: as it was begun, or as the file and the flags say."""
     from bbprompt.config import parse_set
     from bbprompt.connect import cores
-    from bbprompt.experiment import experiment_from
-    from bbprompt.sweep import Sweep, read_sweep, with_threads, write_sweep
+    from bbprompt.sweep.experiment import experiment_from
+    from bbprompt.sweep.runner import Sweep, read_sweep, with_threads, write_sweep
 
     before = read_sweep(out)
     flags = {**settings, "set": parse_set(changes) or None}

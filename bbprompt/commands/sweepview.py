@@ -13,8 +13,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from bbprompt.job import progress
-from bbprompt.sweep import Sweep
+from bbprompt.sweep.job import progress
+from bbprompt.sweep.runner import Sweep
 from bbprompt.terminal import duration
 
 __all__ = ["SweepView", "counts_line"]

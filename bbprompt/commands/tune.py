@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bbprompt.config import TuneConfig
     from bbprompt.result import Result
     from bbprompt.run import Prepared
-    from bbprompt.rundir import RunDirectory
+    from bbprompt.store.rundir import RunDirectory
 
 __all__ = ["resume", "tune"]
 
@@ -243,7 +243,7 @@ def _claimed(run: Prepared | PreparedBaseline, folder: Path | None) -> RunDirect
     The default name holds a digest of all that decides the result, so what lies there is this very run.
     """
     from bbprompt.run import default_directory
-    from bbprompt.rundir import MANIFEST, RunDirectory
+    from bbprompt.store.rundir import MANIFEST, RunDirectory
 
     path = folder or default_directory(run)
     if folder is None and (path / MANIFEST).is_file():
@@ -254,7 +254,7 @@ def _claimed(run: Prepared | PreparedBaseline, folder: Path | None) -> RunDirect
 
 def _calls_before(directory: RunDirectory) -> int:
     """Calls in the last whole row of the curve: those that a resumed run does not make again."""
-    from bbprompt.rundir import CURVE
+    from bbprompt.store.rundir import CURVE
 
     if not (directory.path / CURVE).is_file():
         return 0

@@ -147,7 +147,7 @@ def _labelled(
 
 
 def _inputs(file: Path) -> Iterator[tuple[int, str | Mapping[str, Any]]]:
-    from bbprompt.recordfile import read_records, read_texts
+    from bbprompt.tasks.recordfile import read_records, read_texts
 
     return read_texts(file) if file.name.lower().endswith(".txt") else read_records(file)
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from bbprompt.disk import Disk, disk_error
 from bbprompt.errors import ArtifactError, DiskError
+from bbprompt.store.disk import Disk, disk_error
 
 __all__ = ["load_checkpoint", "pretrain_disk_error", "save_checkpoint", "write_atomic"]
 
@@ -47,7 +47,7 @@ def write_atomic(disk: Disk, file: Path, data: bytes) -> None:
 
 
 def pretrain_disk_error(error: OSError, doing: str, file: Path) -> DiskError:
-    """As `bbprompt.disk.disk_error`, with the flags of `pretrain`."""
+    """As `bbprompt.store.disk.disk_error`, with the flags of `pretrain`."""
     return DiskError(_advised(disk_error(error, doing, file)))
 
 

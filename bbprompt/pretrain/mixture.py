@@ -10,14 +10,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.data import data_digest
 from bbprompt.errors import DataError
-from bbprompt.example import Example
-from bbprompt.mrc import Encoded, Frame, Offsets, encode
 from bbprompt.pretrain.model import SpanBatch, collate
 from bbprompt.pretrain.schedule import positions, visits
 from bbprompt.pretrain.tokens import TokenStore
-from bbprompt.task import Task
+from bbprompt.tasks.data import data_digest
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task
+from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
 __all__ = ["Batches", "Mixture", "Upstream", "is_fixed", "thin_options"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bbprompt.backends.encoder import Encoder, pack
-from bbprompt.mrc import Encoded, Frame
+from bbprompt.texts.mrc import Encoded, Frame
 
 __all__ = ["Gates", "ModularPrompts", "SpanBatch", "collate", "relaxed_bernoulli", "span_loss"]
 

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from bbprompt.backends.encoder import Encoder
-from bbprompt.disk import Disk, RealDisk
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
-from bbprompt.mrc import Frame
 from bbprompt.pretrain.ahead import Ahead
 from bbprompt.pretrain.checkpoint import load_checkpoint, pretrain_disk_error, save_checkpoint, write_atomic
 from bbprompt.pretrain.mixture import Batches
@@ -29,6 +27,8 @@ from bbprompt.pretrain.model import Gates, ModularPrompts, SpanBatch, span_loss
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.speed import gemm_rate, step_flops
 from bbprompt.pretrain.team import ALONE, Team
+from bbprompt.store.disk import Disk, RealDisk
+from bbprompt.texts.mrc import Frame
 
 __all__ = ["PretrainConfig", "Progress", "Trainer"]
 

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from bbprompt.backends.cache import file_digest
 from bbprompt.errors import DataError, UsageError
-from bbprompt.example import Example
-from bbprompt.mrc import Encoded, Frame, Offsets, encode
 from bbprompt.pretrain.model import SpanBatch, collate
 from bbprompt.pretrain.ppt_corpus import Document, documents, sentences, usable, windows
 from bbprompt.pretrain.ppt_examples import CHOICE, choice, pair, pseudo_labelled, unified_caps
@@ -24,7 +22,9 @@ from bbprompt.pretrain.ppt_forms import Format, span_task
 from bbprompt.pretrain.recipe import PptSettings
 from bbprompt.pretrain.schedule import positions, visits
 from bbprompt.pretrain.tokens import FORMAT, TokenStore, stored
-from bbprompt.task import Task
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task
+from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
 __all__ = ["Annotator", "PptBatches", "open_ppt"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bbprompt.errors import DataError
-from bbprompt.recordfile import read_lines
+from bbprompt.tasks.recordfile import read_lines
 
 __all__ = ["Document", "documents", "sentences", "usable", "windows"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.example import Example, input_uid
 from bbprompt.pretrain.ppt_corpus import Document
+from bbprompt.tasks.example import Example, input_uid
 
 __all__ = ["CHOICE", "Caps", "choice", "pair", "pseudo_labelled", "unified_caps"]
 

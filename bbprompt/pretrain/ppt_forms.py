@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from bbprompt.task import Task
+from bbprompt.tasks.task import Task
 
 __all__ = ["MASK", "PROMPT", "Format", "Language", "label_words", "pattern_text", "span_task"]
 

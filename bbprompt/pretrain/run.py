@@ -17,9 +17,7 @@ from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.tokens import frame_for, tokenize_with
-from bbprompt.disk import RealDisk
 from bbprompt.errors import ResumeMismatch, UsageError
-from bbprompt.mrc import Frame
 from bbprompt.pretrain.artifact import artifact
 from bbprompt.pretrain.card import model_card
 from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
@@ -30,7 +28,9 @@ from bbprompt.pretrain.ppt_batches import PptBatches, open_ppt
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.team import Team, join, leave
 from bbprompt.pretrain.upstream import data_beside, load_upstream, upstream_tasks
-from bbprompt.task import Task
+from bbprompt.store.disk import RealDisk
+from bbprompt.tasks.task import Task
+from bbprompt.texts.mrc import Frame
 from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = ["pretrain"]

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save
 
 from bbprompt.backends.cache import check_sealed, publish
 from bbprompt.errors import ArtifactError
-from bbprompt.mrc import Encoded
+from bbprompt.texts.mrc import Encoded
 
 __all__ = ["FORMAT", "TokenStore", "stored"]
 

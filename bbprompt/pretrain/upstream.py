@@ -11,15 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from bbprompt.data import DATA_VARIABLE, DataSource, data_digest, open_data
 from bbprompt.errors import DataError, UsageError
-from bbprompt.example import Example
-from bbprompt.fewshot import pool_uids
-from bbprompt.mrc import Encoded, Frame, Offsets, encode
 from bbprompt.pretrain.mixture import Upstream, is_fixed
 from bbprompt.pretrain.tokens import FORMAT, stored
-from bbprompt.recordfile import FORMATS
-from bbprompt.task import Task, load_task, task_names
+from bbprompt.tasks.data import DATA_VARIABLE, DataSource, data_digest, open_data
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.fewshot import pool_uids
+from bbprompt.tasks.recordfile import FORMATS
+from bbprompt.tasks.task import Task, load_task, task_names
+from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
 __all__ = ["data_beside", "evaluation_inputs", "load_upstream", "upstream_tasks"]
 

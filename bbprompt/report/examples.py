@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bbprompt.data import open_data
-from bbprompt.example import Example
 from bbprompt.metrics import answer_f1
 from bbprompt.predict import Prediction, TunedPrompt
 from bbprompt.run import limited
-from bbprompt.task import Task
+from bbprompt.tasks.data import open_data
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task
 
 __all__ = ["Judged", "confusion", "judge", "worst"]
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bbprompt.compare.runs import Curve
+from bbprompt.compare.statistics import step_values
 from bbprompt.errors import UsageError
 from bbprompt.report.page import Html
-from bbprompt.runs import Curve
-from bbprompt.statistics import step_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from bbprompt.compare.runs import read_curve
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.errors import DiskError, UsageError
 from bbprompt.predict import read_result
@@ -22,9 +23,8 @@ from bbprompt.report.figures import run_curves
 from bbprompt.report.page import Html, bullets, code, details, heat, page, paragraph, section, table
 from bbprompt.result import Result
 from bbprompt.run import reopen
-from bbprompt.rundir import MANIFEST, PROMPT, RunDirectory
-from bbprompt.runs import read_curve
-from bbprompt.task import Task
+from bbprompt.store.rundir import MANIFEST, PROMPT, RunDirectory
+from bbprompt.tasks.task import Task
 from bbprompt.yamlfile import validate
 
 __all__ = ["leaves", "reproduce", "run_page"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bbprompt.compare import Comparison, compare
-from bbprompt.comparetext import main_table, tables
+from bbprompt.compare.comparison import Comparison, compare
+from bbprompt.compare.runs import Curve, FinishedRun, read_runs
+from bbprompt.compare.text import main_table, tables
 from bbprompt.report.figures import method_curves
 from bbprompt.report.page import Html, bullets, code, details, page, paragraph, section, table
 from bbprompt.report.run import leaves
-from bbprompt.runs import Curve, FinishedRun, read_runs
-from bbprompt.sweep import read_sweep
+from bbprompt.sweep.runner import read_sweep
 
 __all__ = ["sweep_page"]
 

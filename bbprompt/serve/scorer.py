@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from bbprompt.errors import DataError, OracleError
-from bbprompt.example import Form, Part
 from bbprompt.oracle import Oracle, TextBatch, check_scores
 from bbprompt.serve.metrics import Metrics
+from bbprompt.tasks.example import Form, Part
 from bbprompt.wire import ScoreRequest, encode_reply
 
 __all__ = ["OtherRequest", "Scorer"]

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.errors import DataError, OracleError
-from bbprompt.example import Answer, Form, Part
 from bbprompt.oracle import Oracle, Scores, Support, TextBatch, check_scores
+from bbprompt.tasks.example import Answer, Form, Part
 from bbprompt.testing.checks import equal, refused, require
 
 __all__ = ["OracleContract"]

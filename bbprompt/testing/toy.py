@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.errors import DataError, OracleError
-from bbprompt.mrc import Encoded, Frame, encode
 from bbprompt.oracle import Oracle, OracleInfo, Scores, Support, TextBatch, check_points
+from bbprompt.texts.mrc import Encoded, Frame, encode
 
 __all__ = ["FaultyOracle", "ToyOracle"]
 
@@ -24,7 +24,7 @@ class ToyOracle:
 
     A token is a character with a fixed random vector e. With f the token among its neighbours and g the mean of
     its text, start and end logits are f^T M(u) [g, 1], where M(u) = tanh(R u) and R is random: a small model whose
-    few-shot loss can be tuned and generalizes a little. Layout, spans and cutting are those of `bbprompt.mrc`.
+    few-shot loss can be tuned and generalizes a little. Layout, spans and cutting are those of `bbprompt.texts.mrc`.
 
     Args:
         layers: L, layers that carry a prompt.

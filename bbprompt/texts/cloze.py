@@ -2,7 +2,7 @@
 
 A sequence is `[first] placeholders text-before gap text-behind [last]`. White space before the gap belongs to the
 word that fills it ("It was {gap}" is filled by " great"), as byte-level vocabularies have it. What does not fit is
-cut as in `bbprompt.mrc`.
+cut as in `bbprompt.texts.mrc`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from bbprompt.errors import DataError
-from bbprompt.example import Form
-from bbprompt.mrc import Encoded, Frame, Offsets, keep, owners
+from bbprompt.tasks.example import Form
+from bbprompt.texts.mrc import Encoded, Frame, Offsets, keep, owners
 
 __all__ = ["encode_cloze", "word_tokens"]
 

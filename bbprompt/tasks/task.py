@@ -15,15 +15,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bbprompt.errors import DataError, UsageError
-from bbprompt.example import Answer, Example, Form, Part, input_uid
-from bbprompt.record import answers, choices, index, listed, short, text
+from bbprompt.tasks.example import Answer, Example, Form, Part, input_uid
+from bbprompt.tasks.record import answers, choices, index, listed, short, text
 from bbprompt.yamlfile import closest, read_yaml, validate
 
 __all__ = ["Hub", "Task", "Track", "load_task", "parse_template", "task_names"]
 
 Track = Literal["upstream", "seen", "unseen", "unseen-relative"]
 
-_TASKS = Path(__file__).parent / "configs" / "tasks"
+_TASKS = Path(__file__).parent.parent / "configs" / "tasks"
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _RESERVED = ("label", "choices", "answers")
 
@@ -65,7 +65,7 @@ class Task(BaseModel):
         cut: Fields that may be shortened when an example is too long for a model; None: `text` of a single,
             both texts of a pair, `context` else `query` of a choice, `context` of an extraction.
         shots: Examples per label (choice, extractive: in all) on each side of a few-shot split; None: the
-            papers' rule, see `bbprompt.fewshot`.
+            papers' rule, see `bbprompt.tasks.fewshot`.
         track: Role in multi-task pre-training: trained on (`upstream`), trained on and evaluated (`seen`),
             only evaluated (`unseen`), or evaluated and never trained on for sharing texts with other
             evaluation sets (`unseen-relative`).
@@ -78,7 +78,7 @@ class Task(BaseModel):
         prototype: How an option word reads as a text of its own, with `{option}` in it: what an embedding model
             compares texts with. None: the word and a full stop.
         cloze: What a language model reads: the text with `{gap}` where an option word goes; None: the template, up
-            to its last question mark, then the gap. See `bbprompt.forms`.
+            to its last question mark, then the gap. See `bbprompt.texts.forms`.
         words: Raw label -> word for the gap; empty: the option words.
         skip_empty: Skip and count records with a blank field of the template; else an error.
         hub: Where the data lie on the Hugging Face hub.

@@ -2,7 +2,7 @@
 
 A source is a directory with a file per split, a data set on the Hugging Face hub, or the sample bundled with
 the package. Where there is no test split, dev is the test split; the few-shot dev set is always drawn from
-train (`bbprompt.fewshot`), so the two never meet.
+train (`bbprompt.tasks.fewshot`), so the two never meet.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bbprompt.errors import DataError, UsageError
-from bbprompt.example import Example
-from bbprompt.recordfile import FORMATS, read_records
-from bbprompt.task import Hub, Task
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.recordfile import FORMATS, read_records
+from bbprompt.tasks.task import Hub, Task
 
 __all__ = ["DATA_VARIABLE", "DataSource", "Report", "SplitName", "data_digest", "open_data"]
 
@@ -30,7 +30,7 @@ SplitName = Literal["train", "dev", "test"]
 
 _SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-_SAMPLES = Path(__file__).parent / "bundled" / "samples"
+_SAMPLES = Path(__file__).parent.parent / "bundled" / "samples"
 
 _log = logging.getLogger(__name__)
 

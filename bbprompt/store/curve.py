@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-from bbprompt.rundir import CURVE, RunDirectory
+from bbprompt.store.rundir import CURVE, RunDirectory
 
 __all__ = ["CurveClock"]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bbprompt.compare import Comparison, Row, Spread
+from bbprompt.compare.comparison import Comparison, Row, Spread
 
 __all__ = ["as_json", "csv_files", "main_table", "markdown", "tables"]
 

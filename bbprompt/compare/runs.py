@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from bbprompt.errors import DiskError, UsageError
-from bbprompt.experiment import row_name
 from bbprompt.predict import read_result
 from bbprompt.result import Result
-from bbprompt.rundir import CURVE, CURVE_COLUMNS, MANIFEST, RunDirectory
-from bbprompt.sweep import SWEEP, read_sweep
-from bbprompt.task import load_task
+from bbprompt.store.rundir import CURVE, CURVE_COLUMNS, MANIFEST, RunDirectory
+from bbprompt.sweep.experiment import row_name
+from bbprompt.sweep.runner import SWEEP, read_sweep
+from bbprompt.tasks.task import load_task
 
 __all__ = ["Curve", "FinishedRun", "Missing", "read_curve", "read_runs"]
 

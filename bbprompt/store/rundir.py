@@ -2,7 +2,7 @@
 
 ======================  ===============================================================================
 ``manifest.json``       what the run is; written first, never changed
-``journal.log``         every reserved and settled call; the truth (see `bbprompt.journal`)
+``journal.log``         every reserved and settled call; the truth (see `bbprompt.store.journal`)
 ``curve.csv``           progress, derived from the journal: a resumed run writes it anew from the first row
 ``prompt.safetensors``  what was tuned
 ``result.json``         written last: it exists only when the run is finished
@@ -25,9 +25,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bbprompt.disk import Disk, File, RealDisk
 from bbprompt.errors import DiskError, ResumeMismatch, UsageError
-from bbprompt.journal import Journal, canonical_json
+from bbprompt.store.disk import Disk, File, RealDisk
+from bbprompt.store.journal import Journal, canonical_json
 
 __all__ = ["CURVE", "CURVE_COLUMNS", "JOURNAL", "LOCK", "MANIFEST", "PROMPT", "RESULT", "RunDirectory"]
 

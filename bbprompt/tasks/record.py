@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bbprompt.errors import DataError
-from bbprompt.example import Answer
+from bbprompt.tasks.example import Answer
 
 __all__ = ["answers", "choices", "index", "listed", "short", "text"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bbprompt.compare.runs import FinishedRun, Missing
+from bbprompt.compare.statistics import Paired, holm, mean_sd, paired, step_values
 from bbprompt.errors import UsageError
-from bbprompt.runs import FinishedRun, Missing
-from bbprompt.statistics import Paired, holm, mean_sd, paired, step_values
 from bbprompt.yamlfile import closest
 
 __all__ = ["AnytimeRow", "Comparison", "CostRow", "DifferenceRow", "Row", "Spread", "compare"]
@@ -129,7 +129,7 @@ def compare(
     """Compare finished runs.
 
     Args:
-        runs: Read by `bbprompt.runs.read_runs`.
+        runs: Read by `bbprompt.compare.runs.read_runs`.
         missing: Runs that are not finished, which are named in the notes.
         baseline: Method that all others are compared with; None for the first one.
         stages: Add a row for the prompt chosen at the end of each earlier stage.

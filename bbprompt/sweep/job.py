@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from bbprompt.disk import Disk, RealDisk
 from bbprompt.errors import DiskError
-from bbprompt.experiment import Cell
-from bbprompt.rundir import CURVE, LOCK, MANIFEST, RESULT
+from bbprompt.store.disk import Disk, RealDisk
+from bbprompt.store.rundir import CURVE, LOCK, MANIFEST, RESULT
+from bbprompt.sweep.experiment import Cell
 
 __all__ = ["Job", "LocalJob", "Progress", "begun", "finished", "locked", "progress", "put", "start_local"]
 

@@ -19,12 +19,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from bbprompt.config import NO_PROMPTS, TuneConfig, load_method, method_with
 from bbprompt.errors import UsageError
 from bbprompt.run import located
-from bbprompt.task import load_task
+from bbprompt.tasks.task import load_task
 from bbprompt.yamlfile import closest, read_yaml, validate
 
 __all__ = ["Cell", "Experiment", "experiment_from", "experiment_names", "row_name"]
 
-_BUNDLED = Path(__file__).parent / "configs" / "experiments"
+_BUNDLED = Path(__file__).parent.parent / "configs" / "experiments"
 _GRID = ("summary", "source", "tasks", "methods", "seeds", "variants")
 _AXES = ("task", "method", "seed")
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bbprompt.disk import RealDisk, disk_error
 from bbprompt.errors import DiskError, UsageError
-from bbprompt.experiment import Cell, Experiment
-from bbprompt.job import Job, finished, locked, put, start_local
+from bbprompt.store.disk import RealDisk, disk_error
+from bbprompt.sweep.experiment import Cell, Experiment
+from bbprompt.sweep.job import Job, finished, locked, put, start_local
 
 __all__ = ["SWEEP", "Failure", "Sweep", "read_sweep", "run_sweep", "with_threads", "write_sweep"]
 

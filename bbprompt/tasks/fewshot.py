@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bbprompt.data import data_digest
 from bbprompt.errors import DataError, UsageError
-from bbprompt.example import Example
-from bbprompt.task import Task
+from bbprompt.tasks.data import data_digest
+from bbprompt.tasks.example import Example
+from bbprompt.tasks.task import Task
 
 __all__ = ["FewShot", "pool_uids", "sample", "sizes"]
 

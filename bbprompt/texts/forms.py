@@ -7,9 +7,9 @@ options apart: nothing is asked. Models with a language model head get a cloze t
 from __future__ import annotations
 
 from bbprompt.errors import UsageError
-from bbprompt.example import Example, Form, Part
 from bbprompt.oracle import ReadoutKind
-from bbprompt.task import Task, parse_template
+from bbprompt.tasks.example import Example, Form, Part
+from bbprompt.tasks.task import Task, parse_template
 
 #: What stands for the options of a multiple choice in its text and in the gap (PPT, table 2).
 _LETTERS = "ABCDEFGHIJKLMNOP"

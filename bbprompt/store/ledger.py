@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from bbprompt.errors import BBPromptError, JournalCorrupt, ResumeMismatch
-from bbprompt.journal import Journal
+from bbprompt.store.journal import Journal
 
 __all__ = ["BudgetExhausted", "Kind", "Ledger", "LedgerError"]
 

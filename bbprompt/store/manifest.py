@@ -7,7 +7,7 @@ import platform
 from typing import TYPE_CHECKING, Any
 
 from bbprompt import __version__
-from bbprompt.data import data_digest
+from bbprompt.tasks.data import data_digest
 
 if TYPE_CHECKING:
     from bbprompt.baselines.method import PreparedBaseline

@@ -24,8 +24,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bbprompt.disk import Disk, File, RealDisk
 from bbprompt.errors import DiskError, JournalCorrupt
+from bbprompt.store.disk import Disk, File, RealDisk
 
 __all__ = ["Journal", "canonical_json"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bbprompt.errors import DataError
-from bbprompt.example import Answer, Form
+from bbprompt.tasks.example import Answer, Form
 
 __all__ = ["SEPARATOR", "Encoded", "Frame", "Offsets", "encode", "keep", "owners"]
 

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.errors import OracleError, ResumeMismatch
-from bbprompt.ledger import Kind, Ledger
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.readout import Readout, fitted_threshold
 from bbprompt.scoring import Labelled, metric_values
-from bbprompt.task import Task
+from bbprompt.store.ledger import Kind, Ledger
+from bbprompt.tasks.task import Task
 
 __all__ = ["Evaluator"]
 

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.config import MethodConfig
-from bbprompt.evaluate import Evaluator
-from bbprompt.ledger import BudgetExhausted
 from bbprompt.prompts import PromptSpace
-from bbprompt.refine import refine_stage
-from bbprompt.stages import Incumbent, Stage, prompt_stage, router_stage
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.search.refine import refine_stage
+from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
+from bbprompt.store.ledger import BudgetExhausted
 
 _T = TypeVar("_T")
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bbprompt.config import RefineStageConfig
 from bbprompt.optimizers.protocol import Optimizer
-from bbprompt.stages import Incumbent
+from bbprompt.search.stages import Incumbent
 
 __all__ = ["RefineStage", "refine_stage"]
 

@@ -1,0 +1,1 @@
+"""Pre-training of prompts, the only part that goes backward through a model."""

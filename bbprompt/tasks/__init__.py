@@ -1,0 +1,1 @@
+"""Tasks, their examples, and where the data come from."""

@@ -1,0 +1,1 @@
+"""How an example is written out for a model."""
