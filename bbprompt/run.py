@@ -135,11 +135,12 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         from bbprompt.baselines.method import prepare_baseline
 
         return prepare_baseline(config, method, task, data, few, test, began)
-    prompt = _prompt(config, method, task, few)
-    _warn_of_seen_examples(config, task, prompt)
-    # Written into the manifest, so that a run goes on with the threads it began with, wherever that is.
+    # Written into the manifest, so that a run goes on with the threads it began with, wherever that is. Said before
+    # the states that scale a random projection are measured, for their last bits depend on it.
     threads = config.threads or (cores() if config.ray is None else 1)
     config = config.model_copy(update={"threads": threads})
+    prompt = _prompt(config, method, task, few)
+    _warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
         config.backend,
         prompt,
@@ -230,9 +231,11 @@ def located(config: TuneConfig) -> TuneConfig:
     paths |= {key: value for key, value in (("backbone", config.backbone), ("prompts", config.prompts)) if value}
     if config.data not in ("auto", "hub", "sample"):
         paths["data"] = config.data
-    return config.model_copy(
-        update={key: str(Path(value).resolve()) for key, value in paths.items() if Path(value).exists()}
-    )
+    found = {key: str(Path(value).resolve()) for key, value in paths.items() if Path(value).exists()}
+    head = config.set.get("projection.head")
+    if isinstance(head, str) and Path(head).is_dir():
+        return config.model_copy(update={**found, "set": {**config.set, "projection.head": str(Path(head).resolve())}})
+    return config.model_copy(update=found)
 
 
 def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Watcher | None = None) -> Result:

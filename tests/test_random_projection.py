@@ -28,7 +28,7 @@ from bbprompt.random_projection import (
     random_prompt,
 )
 from bbprompt.result import Result
-from bbprompt.run import prepare, reopen, tune
+from bbprompt.run import located, prepare, reopen, tune
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.tasks.example import Form, Part
 
@@ -176,6 +176,28 @@ def test_a_run_keeps_its_prompt(tiny_pair_data: Path, tiny_prompts: Path, tmp_pa
     (tmp_path / "again" / "result.json").unlink()
     with directory:
         assert tune(prepare(known), directory).digest == result.digest
+
+
+def test_states_are_measured_with_the_threads_of_the_manifest(
+    tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+
+    def measured(*more: Any, threads: int, **settings: Any) -> BackboneFacts:
+        given.append(threads)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("bbprompt.run.measure_backbone", measured)
+    with pytest.raises(UsageError, match="enough"):
+        prepare(config(tiny_pair_data, method_file(tmp_path, tiny_prompts), threads=None, ray="local"))
+    assert given == [1]
+
+
+def test_the_head_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    changed = located(TuneConfig(task="lcqmc", set={"projection.head": "mine", "select": "dev-loss"}))
+    assert changed.set == {"projection.head": str(tmp_path / "mine"), "select": "dev-loss"}
 
 
 def test_what_does_not_fit_is_refused(
