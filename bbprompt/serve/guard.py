@@ -60,10 +60,12 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        started = False
+        started, cut = False, asyncio.Event()
 
         async def watched(message: _Message) -> None:
             nonlocal started
+            if cut.is_set() and not started:
+                return  # what the application makes of a body that was cut off, a 500; the refusal is told below
             started = True
             await send(message)
 
@@ -74,7 +76,7 @@ class Guard:
             self._inside += 1
             try:
                 async with asyncio.timeout(self._settings.deadline):
-                    await self._app(scope, self._bounded(receive, size), watched)
+                    await self._app(scope, self._bounded(receive, size, cut), watched)
             except TimeoutError:
                 message = f"no answer within {self._settings.deadline:g} s; ask again for it"
                 raise _Refused(503, "deadline", message, Retry_After="1") from None
@@ -114,8 +116,8 @@ class Guard:
             raise _Refused(413, "size", f"a body of {size} bytes, {most} are allowed")
         return size
 
-    def _bounded(self, receive: _Receive, size: int) -> _Receive:
-        """`receive` that gives up when the body is late or longer than was said."""
+    def _bounded(self, receive: _Receive, size: int, cut: asyncio.Event) -> _Receive:
+        """`receive` that sets `cut` and gives up when the body is late or longer than was said."""
         ends = asyncio.get_running_loop().time() + self._settings.receive
         got, done = 0, False
 
@@ -127,10 +129,12 @@ class Guard:
                 async with asyncio.timeout_at(ends):
                     message = await receive()
             except TimeoutError:
+                cut.set()
                 raise _Refused(408, "slow", f"the body took more than {self._settings.receive:g} s") from None
             got += len(message.get("body", b""))
             done = not message.get("more_body", False)
             if got > size:
+                cut.set()
                 raise _Refused(413, "size", "the body is longer than its content-length")
             return message
 
