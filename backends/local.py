@@ -280,7 +280,9 @@ def _open_head(backbone: Backbone, prompt: ModularPrompt, frame: Frame, device: 
     tokenize = tokenize_with(backbone.tokenizer)
     pooling = prompt.config.pooling
     if pooling is not None:
-        return PrototypeHead(pooling.scale, pooling.prefix, pooling.pool_prompt, tokenize, frame, device)
+        return PrototypeHead(
+            pooling.scale, pooling.prefix, pooling.pool_prompt, pooling.threshold, tokenize, frame, device
+        )
     if prompt.config.readout == "verbalizer":
         if backbone.head is None:
             raise ArtifactError(f"backbone {backbone.id}: a verbalizer readout needs its language model head")

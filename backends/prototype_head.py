@@ -3,7 +3,7 @@
 For embedding models, which have no output layer: the mean of a text's last states is its embedding (E5, section 3),
 the options are embedded the same way, and the logit of an option is scale * cos(text, option). Where the question
 is whether two texts say the same, no words are needed: each text is embedded alone, and the logits of "same" and
-"other" are +scale * cos and -scale * cos; the threshold between them is the readout's, see `bbprompt.readout`.
+"other" are +scale * (cos - t) and -scale * (cos - t); a task's own threshold is the readout's, see `bbprompt.readout`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.tasks.example import Form, Part
 from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
-__all__ = ["PrototypeHead", "PrototypePlan"]
+__all__ = ["PrototypeHead", "PrototypePlan", "pieces"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,7 @@ class PrototypeHead:
         scale: Factor from cosine to logit (the inverse temperature).
         prefix: Stands before every text and option, as the backbone was trained ("query: " for E5).
         pool_prompt: Whether the mean takes the placeholder rows in.
+        threshold: t, for texts that are compared with each other.
         tokenize: Text to token ids and character offsets.
         frame: What surrounds every text.
         device: Where the states are.
@@ -59,11 +60,12 @@ class PrototypeHead:
         scale: float,
         prefix: str,
         pool_prompt: bool,
+        threshold: float,
         tokenize: Callable[[str], tuple[Sequence[int], Offsets]],
         frame: Frame,
         device: torch.device,
     ) -> None:
-        self._scale, self._prefix, self._pool_prompt = scale, prefix, pool_prompt
+        self._scale, self._prefix, self._pool_prompt, self._threshold = scale, prefix, pool_prompt, threshold
         self._tokenize, self._frame, self._device = tokenize, frame, device
 
     def sequences(self, batch: TextBatch) -> list[Encoded]:
@@ -73,14 +75,21 @@ class PrototypeHead:
         written: dict[Form, Encoded] = {}
 
         def write(number: int) -> Encoded:
-            for part in _pieces(batch.forms[number]):
-                if part not in written:
-                    prefixed = Form((Part(self._prefix, cut=False), *part.parts), (), -1)
-                    written[part] = encode(prefixed, self._tokenize, self._frame)
-            return written[part]
+            for piece in pieces(batch.forms[number]):
+                if piece not in written:
+                    written[piece] = self.write(piece)
+            return written[piece]
 
         each(batch, write)
         return list(written.values())
+
+    def write(self, piece: Form) -> Encoded:
+        """One text or option as tokens.
+
+        Raises:
+            DataError: It does not fit although it was cut.
+        """
+        return encode(Form((Part(self._prefix, cut=False), *piece.parts), (), -1), self._tokenize, self._frame)
 
     def plan(self, sequences: Sequence[Encoded], layout: Layout, support: Support) -> PrototypePlan:
         """Average over the rows of each sequence."""
@@ -102,19 +111,22 @@ class PrototypeHead:
     ) -> Scores:
         """One logit an option, `(n, O, 1)`, normalised over the options of the text whatever the support."""
         embeddings = torch.cat(list(outputs), dim=1)
-        at = {piece: i for i, piece in enumerate(dict.fromkeys(p for form in batch.forms for p in _pieces(form)))}
+        at = {piece: i for i, piece in enumerate(dict.fromkeys(p for form in batch.forms for p in pieces(form)))}
         left, right, sign, bounds = [], [], [], [0]
+        compared = []
         for form in batch.forms:
-            first, *others = (at[piece] for piece in _pieces(form))
+            first, *others = (at[piece] for piece in pieces(form))
             if form.second >= 0:
                 others = others * len(form.options)
                 sign += [1.0 if option == form.same else -1.0 for option in range(len(form.options))]
             else:
                 sign += [1.0] * len(others)
+            compared += [form.second >= 0] * len(others)
             left += [first] * len(others)
             right += others
             bounds.append(len(left))
         cosine = (embeddings[:, left] * embeddings[:, right]).sum(-1)
+        cosine = cosine - self._threshold * torch.as_tensor(compared, device=self._device)
         logits = cosine * (self._scale * torch.as_tensor(sign, device=self._device))
         normalizer = [logits[:, a:b].logsumexp(-1) for a, b in itertools.pairwise(bounds)]
         return Scores(
@@ -125,7 +137,7 @@ class PrototypeHead:
         )
 
 
-def _pieces(form: Form) -> tuple[Form, ...]:
+def pieces(form: Form) -> tuple[Form, ...]:
     """What is embedded for a form: its text and each of its options, or its two texts."""
     if form.second >= 0:
         return Form(form.parts[: form.second], (), -1), Form(form.parts[form.second :], (), -1)

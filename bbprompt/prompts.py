@@ -38,6 +38,7 @@ class Pooling(BaseModel):
         scale: Factor from cosine to logit (the inverse temperature).
         prefix: Stands before every text and option; what the backbone was trained with.
         pool_prompt: Whether the mean takes the prompt positions in.
+        threshold: Cosine at which two texts are as likely to say the same as not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +46,7 @@ class Pooling(BaseModel):
     scale: float = Field(default=50.0, gt=0, allow_inf_nan=False)
     prefix: str = "query: "
     pool_prompt: bool = False
+    threshold: float = Field(default=0.0, ge=-1, le=1, allow_inf_nan=False)
 
 
 class PromptConfig(BaseModel):

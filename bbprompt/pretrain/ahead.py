@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from bbprompt.pretrain.mixture import Batches
-from bbprompt.pretrain.model import SpanBatch
+from bbprompt.pretrain.model import Batch
 
 __all__ = ["Ahead"]
 
@@ -24,9 +24,9 @@ class Ahead:
     def __init__(self, batches: Batches, parts: range, last: int) -> None:
         self._batches, self._parts, self._last = batches, parts, last
         self._worker = ThreadPoolExecutor(1, "batches")
-        self._ready: dict[tuple[int, int], Future[SpanBatch]] = {}
+        self._ready: dict[tuple[int, int], Future[Batch]] = {}
 
-    def get(self, step: int, part: int) -> SpanBatch:
+    def get(self, step: int, part: int) -> Batch:
         """The slice; begins the one after it."""
         held = self._ready.pop((step, part), None)
         batch = self._batches.batch(step, part) if held is None else held.result()

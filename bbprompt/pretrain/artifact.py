@@ -7,9 +7,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.pretrain.mp2 import Trainer
-from bbprompt.prompts import ModularPrompt, PromptConfig
+from bbprompt.prompts import ModularPrompt, Pooling, PromptConfig
 
 __all__ = ["artifact"]
+
+
+def _pooling(trainer: Trainer) -> Pooling | None:
+    """What was learned of scale and threshold, where the readout is prototypes."""
+    if trainer.config.readout != "prototype":
+        return None
+    p = trainer.prompts
+    return Pooling(
+        scale=round(p.log_scale.exp().item(), 4), prefix=trainer.config.prefix, threshold=round(p.threshold.item(), 4)
+    )
 
 
 def artifact(trainer: Trainer, backbone_id: str, backbone_digest: str, training: dict[str, object]) -> ModularPrompt:
@@ -36,6 +46,8 @@ def artifact(trainer: Trainer, backbone_id: str, backbone_digest: str, training:
             prompt_length=config.prompt_length,
             modules=config.modules,
             intrinsic_dim=config.intrinsic_dim,
+            readout=config.readout,
+            pooling=_pooling(trainer),
             mixing="normalized" if config.normalized else "mean",
             placeholders=trainer.frame.placeholders,
             tasks=trainer.batches.names if config.routed else (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.errors import DataError
-from bbprompt.pretrain.model import SpanBatch, collate
+from bbprompt.pretrain.model import Batch, SpanBatch, collate
 from bbprompt.pretrain.schedule import positions, visits
 from bbprompt.pretrain.tokens import TokenStore
 from bbprompt.tasks.data import data_digest
@@ -40,11 +40,11 @@ class Batches(Protocol):
         """Task -> digest of the examples that are trained and validated on."""
         ...
 
-    def batch(self, step: int, part: int = 0) -> SpanBatch:
+    def batch(self, step: int, part: int = 0) -> Batch:
         """Slice `part` of the batch of `step` (both from 0); depends on nothing else."""
         ...
 
-    def valid(self, index: int, limit: int, size: int) -> list[SpanBatch]:
+    def valid(self, index: int, limit: int, size: int) -> Sequence[Batch]:
         """Validation batches of one task: its first `limit` validation examples, `size` a batch."""
         ...
 
@@ -161,8 +161,15 @@ class Mixture:
 
     def batch(self, step: int, part: int = 0) -> SpanBatch:
         """Part `part` of the batch of `step` (both from 0)."""
+        rows = [
+            (*self._encoded(index, at, self.tasks[index].train[at], example), index, example.uid)
+            for index, at, example in self.drawn(step, part)
+        ]
+        return _collate(rows)
+
+    def drawn(self, step: int, part: int = 0) -> Iterator[tuple[int, int, Example]]:
+        """What a part of a step is made of: task, place in its training examples, and the example, thinned out."""
         rng = np.random.default_rng((self._seed, step))
-        rows: list[tuple[Encoded, int, int, str]] = []
         for index, visit in visits(self._seed, step, self._per_step, self._copies):
             train, lengths = self.tasks[index].train, self._lengths[index]
             chosen = positions(self._seed, index, visit, lengths, self._size, self._bucket)
@@ -170,8 +177,17 @@ class Mixture:
                 # Drawn for all parts, encoded for this one: parts together are one large batch.
                 example = thin_options(train[at], *self._thin, self._shuffle, rng)
                 if number % self._slices == part:
-                    rows.append((*self._encoded(index, at, train[at], example), index, example.uid))
-        return _collate(rows)
+                    yield index, at, example
+
+    def checked(self, index: int, limit: int) -> list[Example]:
+        """The first `limit` validation examples of a task, thinned out.
+
+        Which distractors stay depends on the example alone, so that every validation sees the same.
+        """
+        return [
+            thin_options(whole, *self._thin, False, np.random.default_rng(int(whole.uid, 16)))
+            for whole in self.tasks[index].valid[:limit]
+        ]
 
     def valid(self, index: int, limit: int, size: int) -> list[SpanBatch]:
         """Validation batches of one task: its first `limit` validation examples, `size` a batch."""
@@ -179,9 +195,8 @@ class Mixture:
         if key not in self._valid:
             upstream = self.tasks[index]
             rows = []
-            for number, whole in enumerate(upstream.valid[:limit]):
-                # Which distractors stay depends on the example alone, so that every validation sees the same.
-                example = thin_options(whole, *self._thin, False, np.random.default_rng(int(whole.uid, 16)))
+            for number, example in enumerate(self.checked(index, limit)):
+                whole = upstream.valid[number]
                 encoded = self._encoded(index, len(upstream.train) + number, whole, example, shuffled=False)
                 rows.append((*encoded, index, example.uid))
             self._valid[key] = [_collate(rows[i : i + size]) for i in range(0, len(rows), size)]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder, Layout, pack
 from bbprompt.texts.mrc import Encoded, Frame
 
-__all__ = ["Gates", "ModularPrompts", "SpanBatch", "collate", "relaxed_bernoulli", "span_loss"]
+__all__ = ["Batch", "Gates", "ModularPrompts", "SpanBatch", "collate", "relaxed_bernoulli", "span_loss"]
+
+#: Where the threshold of compared texts begins: cosines of E5 embeddings lie between .7 and 1.
+_THRESHOLD = 0.88
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,26 @@ def relaxed_bernoulli(logits: Tensor, temperature: float, generator: torch.Gener
     return torch.sigmoid((logits + u.log() - (1 - u).log()) / temperature)
 
 
+class Batch(Protocol):
+    """What a training sees of a batch, whatever the readout."""
+
+    @property
+    def ids(self) -> Sequence[Sequence[int]]:
+        """Token ids of each sequence."""
+
+    @property
+    def tasks(self) -> Tensor:
+        """`(N,)` task index of each example."""
+
+    @property
+    def uids(self) -> tuple[str, ...]:
+        """Which examples these are; may be empty."""
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that the last layer computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class SpanBatch:
     """A training batch of one or several tasks, candidates padded to C.
@@ -63,6 +87,11 @@ class SpanBatch:
     gold: Tensor
     extractive: Tensor
     uids: tuple[str, ...] = ()
+
+    @property
+    def rows_read(self) -> int:
+        """Rows that the last layer computes."""
+        return 2 * self.present.numel()
 
 
 def collate(
@@ -125,7 +154,8 @@ class ModularPrompts(nn.Module):
     Initialisation: w ~ U(-1e-3, 1e-3), head ~ N(0, 0.02), z ~ N(0, 1) and A ~ N(0, scale^2 / d), so that the
     prompt of one module has entries of size `scale`. (Released: z and A so small that their product starts near
     a saddle and, at learning rates that leave it soon, grows past any useful size within a few dozen steps.)
-    Without `routed` there are no routers and all tasks share the mean of the modules: with K = 1 one soft prompt.
+    Under prototypes there is no head, but a scale and a threshold. Without `routed` there are no routers and all tasks
+    share the mean of the modules: with K = 1 one soft prompt.
     """
 
     def __init__(
@@ -139,6 +169,7 @@ class ModularPrompts(nn.Module):
         scale: float,
         generator: torch.Generator,
         routed: bool = True,
+        prototype_scale: float | None = None,
     ) -> None:
         super().__init__()
         length = len(frame.placeholders)
@@ -152,8 +183,14 @@ class ModularPrompts(nn.Module):
         self.router = nn.Parameter(routers, requires_grad=routed)
         self.bank = normal(1.0, layers, modules, dim)
         self.projection = normal(scale / math.sqrt(dim), layers, dim, length * hidden)
-        self.head_weight = normal(0.02, 2, hidden)
-        self.head_bias = nn.Parameter(torch.zeros(2))
+        spans = prototype_scale is None
+        self.head_weight = normal(0.02, 2 if spans else 0, hidden)
+        self.head_bias = nn.Parameter(torch.zeros(2 if spans else 0))
+        for empty in () if spans else (self.head_weight, self.head_bias):
+            empty.requires_grad_(False)
+        if prototype_scale is not None:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(prototype_scale)))
+            self.threshold = nn.Parameter(torch.tensor(_THRESHOLD))
 
     def points(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
         """Intrinsic points `(G, L, d)` of the given tasks."""
@@ -167,15 +204,31 @@ class ModularPrompts(nn.Module):
 
     def forward(self, encoder: Encoder, batch: SpanBatch, gates: Gates, generator: torch.Generator) -> Tensor:
         """Start and end logits of the batch's candidates, `(N, 2, C)`."""
+        layout = pack([len(text) for text in batch.ids], encoder.device)
+        read = layout.starts[:, None] + batch.support.to(encoder.device).flatten(1)
+        states = self.states(encoder, batch.ids, batch.tasks, layout, gates, generator, read)
+        logits = F.linear(states, self.head_weight, self.head_bias)  # (N, 2 * C, start and end)
+        start, end = logits.view(len(logits), 2, -1, 2).unbind(1)
+        return torch.stack((start[..., 0], end[..., 1]), dim=1)
+
+    def states(
+        self,
+        encoder: Encoder,
+        ids: Sequence[Sequence[int]],
+        tasks: Tensor,
+        layout: Layout,
+        gates: Gates,
+        generator: torch.Generator,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """Last states of texts `(N,)` under their tasks' prompts, float32: `(N, R, H)` of `read`, or `(T, H)`."""
         layers, length, hidden = self.shape
-        groups, member = torch.unique(batch.tasks, return_inverse=True)
+        groups, member = torch.unique(tasks, return_inverse=True)
         points = self.points(gates, generator, groups)
         prompts = torch.einsum("gld,ldx->glx", points, self.projection).view(len(groups), layers, length, hidden)
-        layout = pack([len(text) for text in batch.ids], encoder.device)
         slots = torch.arange(length, device=encoder.device) + self.frame.prompt_start
         at = (layout.starts[:, None] + slots).flatten()
-        read = layout.starts[:, None] + batch.support.to(encoder.device).flatten(1)
-        states = encoder.embed(batch.ids, layout)
+        states = encoder.embed(ids, layout)
         member = member.to(prompts.device)
         last = len(encoder.layers) - 1
         for index in range(last + 1):
@@ -183,6 +236,4 @@ class ModularPrompts(nn.Module):
                 added = prompts[:, index][member].to(encoder.dtype).reshape(-1, hidden)
                 states = states.index_add(0, at, added)
             states = encoder.layer(index, states[None], layout, read if index == last else None)[0]
-        logits = F.linear(states.float(), self.head_weight, self.head_bias)  # (N, 2 * C, start and end)
-        start, end = logits.view(len(logits), 2, -1, 2).unbind(1)
-        return torch.stack((start[..., 0], end[..., 1]), dim=1)
+        return states.float()

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.pretrain.ahead import Ahead
 from bbprompt.pretrain.checkpoint import load_checkpoint, pretrain_disk_error, save_checkpoint, write_atomic
 from bbprompt.pretrain.mixture import Batches
-from bbprompt.pretrain.model import Gates, ModularPrompts, SpanBatch, span_loss
+from bbprompt.pretrain.model import Batch, Gates, ModularPrompts, SpanBatch, span_loss
+from bbprompt.pretrain.prototypes import PrototypeBatch, prototype_loss
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.speed import gemm_rate, step_flops
 from bbprompt.pretrain.team import ALONE, Team
@@ -72,6 +74,7 @@ class Trainer:
         disk: Writes them.
         team: The processes that train together.
         identity: What a checkpoint must have been made with to be gone on with, in words, beside the data.
+        head: Reads embeddings, where the recipe's readout is prototypes.
         ffn: Width of the encoder's feed-forward part, for the arithmetic of the speed; 0 leaves that out.
     """
 
@@ -87,9 +90,10 @@ class Trainer:
         team: Team = ALONE,
         identity: dict[str, str] | None = None,
         ffn: int = 0,
+        head: PrototypeHead | None = None,
     ) -> None:
         self.config, self.encoder, self.batches, self.frame = config, encoder, batches, frame
-        self.directory, self.disk, self.team, self._ffn = directory, disk or RealDisk(), team, ffn
+        self.directory, self.disk, self.team, self._ffn, self._head = directory, disk or RealDisk(), team, ffn, head
         self._identity = {"processes": str(team.size), **(identity or {})}
         generator = torch.Generator().manual_seed(config.seed)
         self.prompts = ModularPrompts(
@@ -102,6 +106,7 @@ class Trainer:
             config.prompt_scale,
             generator,
             config.routed,
+            config.scale if config.readout == "prototype" else None,
         ).to(encoder.device)
         p = self.prompts
         groups: list[tuple[list[torch.nn.Parameter], float]] = [
@@ -109,7 +114,7 @@ class Trainer:
             ([p.projection], config.projection_rate),
             # Without fast and slow learning routers learn as fast as prompts (MP2, Table 5).
             ([p.router] if config.routed else [], config.router_rate if config.fsl else config.module_rate),
-            ([p.head_weight, p.head_bias], config.head_rate),
+            ([p.log_scale, p.threshold] if head else [p.head_weight, p.head_bias], config.head_rate),
         ]
         self.optimizer = torch.optim.Adam(
             [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters],
@@ -144,7 +149,7 @@ class Trainer:
                     self._log_window()
                     self.save()
 
-    def _train(self, slices: list[SpanBatch]) -> tuple[float, float]:
+    def _train(self, slices: Sequence[Batch]) -> tuple[float, float]:
         """One update from the slices of this process and those of the others."""
         config = self.config
         noisy = self.step >= config.noise_from * config.steps
@@ -155,7 +160,7 @@ class Trainer:
         for batch in slices:
             # The same gates for each slice: together they are one batch.
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-            each, right = span_loss(self.prompts(self.encoder, batch, gates, generator), batch)
+            each, right = self._judge(batch, gates, generator)
             loss = each.mean() / len(slices)
             torch.autograd.backward(loss)
             totals += torch.stack([loss.detach(), right.mean() / len(slices)]).cpu()
@@ -177,7 +182,15 @@ class Trainer:
         self.optimizer.step()
         return float(totals[0]), float(totals[1])
 
-    def _broken(self, batch: SpanBatch, finite: Tensor) -> str:
+    def _judge(self, batch: Batch, gates: Gates, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Loss of each example and whether it was answered right, `(N,)` both."""
+        if isinstance(batch, SpanBatch):
+            return span_loss(self.prompts(self.encoder, batch, gates, generator), batch)
+        if self._head is None or not isinstance(batch, PrototypeBatch):
+            raise TypeError(f"no readout for a {type(batch).__name__}")
+        return prototype_loss(self.prompts, self.encoder, self._head, batch, gates, generator)
+
+    def _broken(self, batch: Batch, finite: Tensor) -> str:
         """Names the first text whose loss is not finite."""
         row = int((~finite).nonzero()[0])
         uid = f", example {batch.uids[row]}" if batch.uids else ""
@@ -213,10 +226,7 @@ class Trainer:
         names = self.batches.names
         scores = torch.zeros(len(names), dtype=torch.float64)
         for index in range(self.team.rank, len(names), self.team.size):
-            rights = [
-                span_loss(self.prompts(self.encoder, batch, gates, torch.Generator()), batch)[1]
-                for batch in self.batches.valid(index, limit, 32)
-            ]
+            rights = [self._judge(batch, gates, torch.Generator())[1] for batch in self.batches.valid(index, limit, 32)]
             scores[index] = torch.cat(rights).mean().item()
         self.team.sum([scores])
         return {name: round(score, 4) for name, score in zip(names, scores.tolist(), strict=True)}
@@ -340,14 +350,14 @@ class _Meter:
         self._began = time.monotonic()
         self._tokens, self._examples, self._flops = 0, 0, 0.0
 
-    def progress(self, slices: list[SpanBatch], loss: float, accuracy: float) -> Progress:
+    def progress(self, slices: Sequence[Batch], loss: float, accuracy: float) -> Progress:
         """Count a step."""
         trainer = self._trainer
         for batch in slices:
             lengths = [len(ids) for ids in batch.ids]
             self._tokens += sum(lengths)
             self._examples += len(lengths)
-            read = 2 * batch.present.numel()
+            read = batch.rows_read
             self._flops += step_flops(lengths, len(trainer.encoder.layers), trainer.encoder.hidden, trainer._ffn, read)
         elapsed = max(time.monotonic() - self._began, 1e-9)
         left = elapsed / (trainer.step - self._first) * (trainer.config.steps - trainer.step)

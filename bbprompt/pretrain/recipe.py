@@ -69,6 +69,10 @@ class PretrainConfig(BaseModel):
         intrinsic_dim: d.
         prompt_length: P.
         first_placeholder: Token id at the first prompt position; the others follow.
+        repeat_placeholder: Put the first placeholder at every prompt position.
+        readout: How options are scored: by a span head, or as prototypes, by the similarity of embeddings.
+        prefix: Prototypes: stands before every text and option, as the backbone was trained.
+        scale: Prototypes: initial factor from cosine to logit; learned.
         depth: "all" puts prompts before every layer, "input" at the input alone; None as the kind says.
         steps: Optimizer steps.
         tasks_per_step: Tasks in a step.
@@ -83,7 +87,7 @@ class PretrainConfig(BaseModel):
         module_rate: Learning rate of the modules z.
         projection_rate: Of the projections A.
         router_rate: Of the routers.
-        head_rate: Of the span head.
+        head_rate: Of the span head, or of the prototypes' scale and threshold.
         fsl: Fast and slow learning (MP2, section 3.3): routers learn at `router_rate`; otherwise at `module_rate`.
         warmup: Share of the steps in which the rates rise.
         noise_from: Share of the steps after which gates are sampled.
@@ -115,6 +119,10 @@ class PretrainConfig(BaseModel):
     intrinsic_dim: _Count = 64
     prompt_length: _Count = 8
     first_placeholder: Annotated[int, Field(ge=0)] = 1000
+    repeat_placeholder: bool = False
+    readout: Literal["span", "prototype"] = "span"
+    prefix: str = "query: "
+    scale: _Rate = 20.0
     depth: Literal["input", "all"] | None = None
     steps: _Count = 4000
     tasks_per_step: _Count = 4
@@ -151,6 +159,11 @@ class PretrainConfig(BaseModel):
     license: str = "CC BY-NC 4.0 (research use; the data sets keep their own terms)"
 
     @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Token ids at the prompt positions."""
+        return tuple(self.first_placeholder + (0 if self.repeat_placeholder else i) for i in range(self.prompt_length))
+
+    @property
     def deep(self) -> bool:
         """Whether every layer carries a prompt."""
         return self.kind == "mp2-deep" if self.depth is None else self.depth == "all"
@@ -171,6 +184,8 @@ class PretrainConfig(BaseModel):
             raise ValueError(f"modules: kind {self.kind} is one prompt; write 1 instead of {self.modules}")
         if self.routed and self.depth is not None and self.deep != (self.kind == "mp2-deep"):
             raise ValueError(f"depth: '{self.depth}' is not what kind {self.kind} says; leave it null")
+        if self.kind == "ppt" and self.readout != "span":
+            raise ValueError("readout: kind ppt asks for options in the text, which a span head finds; write 'span'")
         if (self.ppt is None) == (self.kind == "ppt"):
             raise ValueError(f"ppt: kind ppt needs these settings, the other kinds have none (kind: {self.kind})")
         return self

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.pretrain.artifact import artifact
@@ -25,6 +27,7 @@ from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
 from bbprompt.pretrain.ppt_annotator import open_annotator
 from bbprompt.pretrain.ppt_batches import PptBatches, open_ppt
+from bbprompt.pretrain.prototypes import PrototypeMixture
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.team import Team, join, leave
 from bbprompt.pretrain.upstream import data_beside, load_upstream, upstream_tasks
@@ -36,6 +39,8 @@ from bbprompt.yamlfile import read_yaml, validate
 __all__ = ["pretrain"]
 
 log = logging.getLogger("bbprompt")
+
+_NO_LIMIT = 1_000_000
 
 
 def pretrain(
@@ -70,7 +75,7 @@ def pretrain(
         DataError: An example is wrong; names file and line.
         DiskError: A file cannot be written; the checkpoint before is whole.
     """
-    chosen = [] if config.kind == "ppt" else upstream_tasks(config.tasks)
+    chosen = [] if config.kind == "ppt" else _with_options(config, upstream_tasks(config.tasks))
     known = set(config.ppt.formats) if config.ppt else {task.name for task in chosen}
     if unknown := sorted(set(config.weights) - known):
         raise UsageError(f"weights: '{unknown[0]}' is not among the tasks of the recipe; correct or remove it")
@@ -92,6 +97,18 @@ def pretrain(
         leave(team)
 
 
+def _with_options(config: PretrainConfig, tasks: list[Task]) -> list[Task]:
+    """The tasks that the recipe's readout serves: prototypes find no answers in a context."""
+    if config.readout != "prototype":
+        return tasks
+    without = [task.name for task in tasks if task.type == "extractive"]
+    if without and config.tasks != "upstream":
+        raise UsageError(f"tasks: '{without[0]}' has no options for prototypes to stand for; remove it")
+    if without:
+        log.info("left out, for they have no options: %s", ", ".join(without))
+    return [task for task in tasks if task.type != "extractive"]
+
+
 def _pretrain(
     config: PretrainConfig,
     chosen: list[Task],
@@ -105,9 +122,12 @@ def _pretrain(
     torch.set_num_threads(config.threads or torch.get_num_threads())
     backbone = load_backbone(config.backbone)
     encoder = Encoder(backbone.model, getattr(torch, config.dtype), device, backbone.token_type, prepack=False)
-    placeholders = range(config.first_placeholder, config.first_placeholder + config.prompt_length)
-    frame = frame_for(backbone.tokenizer, tuple(placeholders), config.max_tokens)
-    batches = _batches(config, chosen, backbone, frame, data, team)
+    frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens)
+    head = None
+    if config.readout == "prototype":
+        # Scale and threshold are trained; the head writes and pools.
+        head = PrototypeHead(1.0, config.prefix, False, 0.0, tokenize_with(backbone.tokenizer), frame, encoder.device)
+    batches = _batches(config, chosen, backbone, frame, data, team, head)
     trainer = Trainer(
         config,
         encoder,
@@ -116,6 +136,7 @@ def _pretrain(
         out,
         team=team,
         identity={"backbone": backbone.digest},
+        head=head,
         ffn=int(getattr(backbone.model.config, "intermediate_size", 0)),
     )
     if resume:
@@ -158,7 +179,13 @@ def _pretrain(
 
 
 def _batches(
-    config: PretrainConfig, chosen: list[Task], backbone: Backbone, frame: Frame, data: Path | None, team: Team
+    config: PretrainConfig,
+    chosen: list[Task],
+    backbone: Backbone,
+    frame: Frame,
+    data: Path | None,
+    team: Team,
+    head: PrototypeHead | None,
 ) -> Batches:
     """The tasks of the recipe, as tokens."""
     tokenize = tokenize_with(backbone.tokenizer)
@@ -194,7 +221,8 @@ def _batches(
         chosen,
         data,
         tokenize=tokenize,
-        frame=frame,
+        # Prototypes read texts and options apart and cut both: no example is too long for them.
+        frame=frame if head is None else replace(frame, limit=_NO_LIMIT),
         option_limit=config.option_limit,
         option_characters=config.option_characters,
         spare_seeds=config.spare_seeds,
@@ -206,7 +234,7 @@ def _batches(
         tokenizer_digest=digest,
         shuffle=config.shuffle_options,
     )
-    return Mixture(
+    mixture = Mixture(
         tasks,
         tokenize,
         frame,
@@ -220,6 +248,7 @@ def _batches(
         slices=slices,
         bucket=config.bucket,
     )
+    return mixture if head is None else PrototypeMixture(mixture, head)
 
 
 def _speed(progress: Progress) -> dict[str, float]:
