@@ -21,7 +21,7 @@ from bbprompt import __version__
 from bbprompt.backends.cluster import Cluster, join_cluster
 from bbprompt.errors import BBPromptError, UsageError
 from bbprompt.experiment import Cell
-from bbprompt.job import LocalJob, finished, start_local
+from bbprompt.job import LocalJob, finished, locked, start_local
 from bbprompt.sweep import SWEEP
 
 __all__ = ["RayJob", "RayRuns", "open_ray_runs"]
@@ -29,7 +29,7 @@ __all__ = ["RayJob", "RayRuns", "open_ray_runs"]
 _log = logging.getLogger("bbprompt")
 
 _SHARED = ("BBPROMPT_DATA",)  # variables that say what a run reads; they hold on every machine
-_SEEN = 90.0  # seconds until a file that another machine wrote must be seen here; NFS looks again after 60
+_SEEN = 90.0  # seconds until what happened on another machine must be seen here; NFS looks again after 60
 _GRACE = 5.0  # seconds to wait for a run that was killed
 _TICK = 0.1
 
@@ -79,14 +79,17 @@ class RayJob:
         self._there = actor.node.remote()
         self._end = actor.work.remote(cell, str(out), mark, __version__, dict(environment))
         self._over: tuple[int, str] | None = None
-        self._patience: float | None = None
+        self._lost = False
+        self._since: float | None = None
 
     def poll(self) -> int | None:
         """Its exit code, or None while it runs."""
         if self._over is None and self._ray.wait([self._end], timeout=0)[0]:
             over = self._result()
-            if over[0] == 0 and not finished(self._run) and not self._too_long():
-                return None  # the file system has not told this machine yet
+            # A result may have to travel to this machine yet, and what is left of a lost run to come to its end.
+            pending = (over[0] == 0 and not finished(self._run)) or (self._lost and locked(self._run))
+            if pending and not self._too_long():
+                return None
             self._finish(over)
         return None if self._over is None else self._over[0]
 
@@ -125,13 +128,14 @@ class RayJob:
             text = " ".join(str(error).split())
             if "ModuleNotFoundError" in text or "ImportError" in text:
                 return 69, f"a machine of the cluster cannot import bbprompt {__version__}; install it there"
+            self._lost = True
             return 69, f"its machine or worker was lost ({type(error).__name__}); sweep again to go on"
         return int(code), str(words)
 
     def _too_long(self) -> bool:
         now = time.monotonic()
-        self._patience = now if self._patience is None else self._patience
-        return now - self._patience > _SEEN
+        self._since = now if self._since is None else self._since
+        return now - self._since > _SEEN
 
     def _finish(self, over: tuple[int, str]) -> None:
         self._over = over

@@ -35,7 +35,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'bbprompt[ray]'"),
 ]
 
-LONG = 3000
+LONG = 1500
 ROUTERLESS = {"router": None}
 
 
@@ -138,7 +138,7 @@ def test_a_killed_driver_takes_its_runs_along_and_a_signal_stops_them(
 
 
 def grid(data: Path, prompts: Path, seeds: list[int], **more: object) -> Experiment:
-    settings = {"data": str(data), "prompts": str(prompts), "budget": LONG, "threads": 1, "set": ROUTERLESS}
+    settings = {"data": str(data), "prompts": str(prompts), "budget": 20_000, "threads": 1, "set": ROUTERLESS}
     return experiment_from(None, {"tasks": ["lcqmc"], "methods": ["mp2-deep"], "seeds": seeds}, settings | more)
 
 

@@ -110,6 +110,10 @@ def sweep(
     }
     from bbprompt.connect import cores
 
+    if ray is not None:
+        from bbprompt.backends.cluster import normal_address
+
+        normal_address(ray)  # wrong use begins nothing
     threads = 1 if ray is not None else max(1, cores() // (workers or 1))
     state = _opened(out, config, grid, settings, changes or [], threads)
 
