@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from bbprompt import __version__
-from bbprompt.commands import compare, doctor, inspect, pretrain, report, serve, sweep, tune, use
+from bbprompt.commands import compare, doctor, export, inspect, pretrain, report, serve, sweep, tune, use
 from bbprompt.errors import BBPromptError, Interrupted
 
 __all__ = ["app", "main", "run"]
@@ -54,6 +54,7 @@ _pretrain.command()(pretrain.ppt)
 app.command()(sweep.sweep)
 app.command()(compare.compare)
 app.command()(report.report)
+app.command()(export.export)
 app.command()(inspect.tasks)
 app.command()(inspect.methods)
 app.command()(doctor.doctor)

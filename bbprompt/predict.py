@@ -34,7 +34,7 @@ from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
 from bbprompt.yamlfile import validate
 
-__all__ = ["Evaluation", "Prediction", "TunedPrompt", "load_prompt", "read_result"]
+__all__ = ["Evaluation", "Prediction", "TunedPrompt", "load_prompt", "read_offsets", "read_result", "read_tuned"]
 
 _log = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ def load_prompt(
             task = validate(Task, directory.manifest["task"], str(directory.path / MANIFEST))
             nothing = np.zeros((0, 0), dtype=np.float32)
             return TunedPrompt(directory, config, load_baseline(directory, task, embedder), nothing)
-        prompt, point = _read_prompt(directory, config)
+        prompt, point = read_tuned(directory, config)
         oracle = open_oracle(
             config.backend,
             prompt,
@@ -286,7 +286,7 @@ def load_prompt(
             workers=config.workers,
             **use,
         )
-        return TunedPrompt(directory, config, oracle, point, _read_offsets(directory))
+        return TunedPrompt(directory, config, oracle, point, read_offsets(directory))
 
 
 def _check_backbone(directory: RunDirectory, digest: str) -> None:
@@ -298,8 +298,13 @@ def _check_backbone(directory: RunDirectory, digest: str) -> None:
         )
 
 
-def _read_prompt(directory: RunDirectory, config: TuneConfig) -> tuple[ModularPrompt, NDArray[np.float32]]:
-    """The artifact of a run, or the prompts that it keeps itself, and its tuned point."""
+def read_tuned(directory: RunDirectory, config: TuneConfig) -> tuple[ModularPrompt, NDArray[np.float32]]:
+    """The artifact of a run, or the prompts that it keeps itself, and its tuned point.
+
+    Raises:
+        ArtifactError: The artifact is missing, or not that of the run.
+        DiskError: The file of the run is damaged.
+    """
     model, name = directory.manifest["model"], config.prompts or directory.manifest["method"]["prompts"]
     if settings := validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST)).projection:
         return frozen_prompt(_read_tensors(directory), settings, model["backbone"], model["backbone_digest"])
@@ -338,8 +343,12 @@ def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.f
     return np.asarray(point, dtype=np.float32)
 
 
-def _read_offsets(directory: RunDirectory) -> tuple[float, ...]:
-    """What the run found to add to the logits of the options, where it found such."""
+def read_offsets(directory: RunDirectory) -> tuple[float, ...]:
+    """What the run found to add to the logits of the options, where it found such.
+
+    Raises:
+        DiskError: The file of the run is damaged.
+    """
     offsets = _read_tensors(directory).get("offsets", np.zeros(0))
     if offsets.ndim != 1 or not np.isfinite(offsets).all():
         raise DiskError(f"{directory.path / PROMPT}: the offsets are no finite numbers in a row; tune again")

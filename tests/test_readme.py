@@ -45,6 +45,7 @@ def test_there_are_commands() -> None:
         "sweep",
         "compare",
         "report",
+        "export",
         "tasks",
         "methods",
         "doctor",

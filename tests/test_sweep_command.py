@@ -160,6 +160,7 @@ def test_done_runs_are_not_repeated_and_paired(
         (["--tasks", "lcqmc", "--methods", "mp2-deep"], "--seeds is missing"),
         (["--tasks", "lcqmc", "--methods", "mp2-deep", "--seeds", "1,x"], "--seeds 1,x: expected whole numbers"),
         (["--tasks", "lcqmcc", "--methods", "mp2-deep", "--seeds", "1"], "lcqmcc"),
+        (["--tasks", "lcqmc", "--methods", "mp2-deep", "--seeds", "1", "--ray", "nowhere"], "expected local, auto or"),
         (["--config", "main-tabel"], "did you mean 'main-table'"),
         (["--config", "main-table", "--set", "prompt.sigmaa=1"], "prompt.sigmaa"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +15,8 @@ from bbprompt.commands.stop import Stop
 from bbprompt.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
+    from bbprompt.sweep.experiment import Cell
+    from bbprompt.sweep.job import Job
     from bbprompt.sweep.runner import Sweep
 
 __all__ = ["sweep"]
@@ -40,7 +44,22 @@ def sweep(
             "setting of tune; flags win.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="Runs at a time [default: 1, on Ray as many as the cluster's CPUs or GPUs hold].",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|HOST:PORT",
+            show_default=False,
+            help="Spread the runs over a Ray cluster whose machines share the file system of --out.",
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="PATH|hub|sample|auto", show_default=False, help="As `tune --data`."),
@@ -75,7 +94,7 @@ def sweep(
 
     The same few-shot split for every method follows from the seed. With nothing but --out, a sweep goes on as it was
     begun. A failed run does not stop the others; at the end it is named, and the exit code is that of the first one.
-    The threads of a run are the cores divided by --workers, unless --threads says otherwise.
+    The threads of a run are the cores divided by --workers, and 1 on Ray, unless --threads says otherwise.
     """
     grid = {"tasks": _listed(tasks), "methods": _listed(methods), "seeds": _seeds(seeds)}
     settings = {
@@ -92,7 +111,14 @@ def sweep(
         "threads": threads,
         "test_limit": test_limit,
     }
-    state = _opened(out, config, grid, settings, changes or [], workers)
+    from bbprompt.connect import cores
+
+    if ray is not None:
+        from bbprompt.backends.cluster import normal_address
+
+        normal_address(ray)  # wrong use begins nothing
+    threads = 1 if ray is not None else max(1, cores() // (workers or 1))
+    state = _opened(out, config, grid, settings, changes or [], threads)
 
     from bbprompt.commands.sweepview import SweepView
     from bbprompt.sweep.runner import run_sweep
@@ -103,8 +129,8 @@ def sweep(
     with Stop() as stop, logging_to(console):
         stop.advice = f"go on with: {command('sweep', '--out', out)}"
         try:
-            with SweepView(console) as view:
-                run_sweep(state, workers, stop.check, view.show)
+            with _starter(ray, state, workers) as (start, at_once), SweepView(console) as view:
+                run_sweep(state, at_once, stop.check, view.show, start)
         except Interrupted as error:
             interrupted = error
     _show(state, json)
@@ -115,11 +141,10 @@ def sweep(
 
 
 def _opened(
-    out: Path, config: str | None, grid: dict[str, Any], settings: dict[str, Any], changes: list[str], workers: int
+    out: Path, config: str | None, grid: dict[str, Any], settings: dict[str, Any], changes: list[str], threads: int
 ) -> Sweep:
     """The grid of the directory: as it was begun, or as the file and the flags say."""
     from bbprompt.config import parse_set
-    from bbprompt.connect import cores
     from bbprompt.sweep.experiment import experiment_from
     from bbprompt.sweep.runner import Sweep, read_sweep, with_threads, write_sweep
 
@@ -129,8 +154,26 @@ def _opened(
         experiment = before
     else:
         experiment = experiment_from(config, grid, flags)
-    experiment = with_threads(experiment, before, max(1, cores() // workers))
+    experiment = with_threads(experiment, before, threads)
     return Sweep(out, {cell.name: cell for cell in write_sweep(out, experiment, before)})
+
+
+@contextmanager
+def _starter(ray: str | None, state: Sweep, workers: int | None) -> Iterator[tuple[Callable[[Cell, Path], Job], int]]:
+    """What starts a run, here or on a cluster, and how many at a time."""
+    if ray is None:
+        from bbprompt.sweep.job import start_local
+
+        yield start_local, workers or 1
+        return
+    from bbprompt.backends.rayruns import open_ray_runs
+    from bbprompt.connect import cores
+
+    runs, at_once = open_ray_runs(ray, state.cells, workers, cores())
+    try:
+        yield runs.start, at_once
+    finally:
+        runs.close()
 
 
 def _listed(text: str | None) -> list[str] | None:
