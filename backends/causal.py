@@ -7,7 +7,7 @@ model does not look. Only the state of the last token is read, and only the outp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,9 @@ from bbprompt.errors import ArtifactError
 from bbprompt.mrc import Encoded, Frame
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
+from bbprompt.units import Unit, join, plan_units
 
-__all__ = ["CausalOracle"]
+__all__ = ["CausalOracle", "causal_frame"]
 
 
 class CausalOracle:
@@ -64,9 +65,7 @@ class CausalOracle:
         self._device = torch.device(device)
         self._model: Any = backbone.model.to(device=self._device, dtype=getattr(torch, dtype))
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
-        frame = frame_for(backbone.tokenizer, config.placeholders, limit)
-        # What a tokenizer puts behind a text ends it, and nothing is to come then.
-        self._frame = Frame(frame.first, frame.placeholders, (), limit)
+        self._frame = causal_frame(backbone.tokenizer, config.placeholders, limit)
         tokenize = tokenize_with(backbone.tokenizer)
         self._head = VerbalizerHead(backbone.head, -1, tokenize, self._frame, self._device)
         self._projection = torch.from_numpy(prompt.projection).to(self._device)
@@ -100,28 +99,65 @@ class CausalOracle:
         longest_answer: int | None = None,
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
-        checked = torch.from_numpy(check_points(points, self._info)).to(self._device)
-        prompts = torch.einsum("nld,ldx->nlx", checked, self._projection)
+        checked = check_points(points, self._info)
+        chunks = self._chunks(batch)
+        units = plan_units(len(checked), self._fits(chunks))
+        return join([self._unit(batch, chunks, checked, support, longest_answer, unit) for unit in units])
+
+    def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:
+        """Candidates that run through the model together on these texts: the size of a unit.
+
+        Raises:
+            DataError: A text does not fit the model.
+        """
+        return self._fits(self._chunks(batch))
+
+    @torch.inference_mode()
+    def score_unit(
+        self,
+        batch: TextBatch,
+        points: NDArray[np.floating],
+        support: Support,
+        longest_answer: int | None,
+        unit: Unit,
+    ) -> Scores:
+        """Score the candidates of one unit of a request; they are the same bits wherever that is done."""
+        checked = check_points(points, self._info)
+        return self._unit(batch, self._chunks(batch), checked, support, longest_answer, unit)
+
+    def _chunks(self, batch: TextBatch) -> list[list[Encoded]]:
+        """The texts as sequences, as many together as run through the model at once under one candidate."""
+        chunks: list[list[Encoded]] = []
+        width = 0
+        for item in self._head.sequences(batch):
+            width = max(width, len(item.ids))
+            if not chunks or (len(chunks[-1]) + 1) * width > self._batch_tokens:
+                chunks.append([])
+                width = len(item.ids)
+            chunks[-1].append(item)
+        return chunks
+
+    def _fits(self, chunks: Sequence[Sequence[Encoded]]) -> int:
+        most = max(len(some) * max(len(item.ids) for item in some) for some in chunks)
+        return max(self._batch_tokens // most, 1)
+
+    def _unit(
+        self,
+        batch: TextBatch,
+        chunks: Sequence[Sequence[Encoded]],
+        points: NDArray[np.float32],
+        support: Support,
+        longest_answer: int | None,
+        unit: Unit,
+    ) -> Scores:
+        candidates = torch.from_numpy(points[unit.first : unit.last]).to(self._device)
+        prompts = torch.einsum("nld,ldx->nlx", candidates, self._projection)
         prompts = prompts.view(*prompts.shape[:2], len(self._frame.placeholders), -1)
-        sequences = self._head.sequences(batch)
-        plans, outputs, begin = [], [], 0
-        while begin < len(sequences):
-            end, width = begin, 0
-            while end < len(sequences):
-                width = max(width, len(sequences[end].ids))
-                if end > begin and (end + 1 - begin) * width > self._batch_tokens:
-                    break
-                end += 1
-            some = sequences[begin:end]
-            plan = self._head.plan(some, pack([len(item.ids) for item in some]), support)
-            plans.append(plan)
-            rows = max(self._batch_tokens // (len(some) * max(len(item.ids) for item in some)), 1)
-            states = torch.cat([self._last(some, part) for part in torch.split(prompts, rows)])
-            outputs.append(self._head.apply(plan, states))
-            begin = end
+        plans = [self._head.plan(some, pack([len(item.ids) for item in some]), support) for some in chunks]
+        outputs = [self._head.apply(plan, self._last(some, prompts)) for plan, some in zip(plans, chunks, strict=True)]
         return self._head.scores(batch, plans, outputs, longest_answer)
 
-    def _last(self, sequences: list[Encoded], prompts: Tensor) -> Tensor:
+    def _last(self, sequences: Sequence[Encoded], prompts: Tensor) -> Tensor:
         """State `(n, N, 1, H)` of the last token of each text under the prompts `(n, L, P, H)`."""
         lengths = torch.as_tensor([len(item.ids) for item in sequences], device=self._device)
         width = int(lengths.max())
@@ -159,3 +195,9 @@ class CausalOracle:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def causal_frame(tokenizer: Any, placeholders: Sequence[int], limit: int) -> Frame:
+    """The frame around a text that is to be continued: what a tokenizer puts behind a text would end it."""
+    frame = frame_for(tokenizer, placeholders, limit)
+    return Frame(frame.first, frame.placeholders, (), limit)
