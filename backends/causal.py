@@ -158,24 +158,35 @@ class CausalOracle:
         return self._head.scores(batch, plans, outputs, longest_answer)
 
     def _last(self, sequences: Sequence[Encoded], prompts: Tensor) -> Tensor:
-        """State `(n, N, 1, H)` of the last token of each text under the prompts `(n, L, P, H)`."""
-        lengths = torch.as_tensor([len(item.ids) for item in sequences], device=self._device)
+        """State `(n, N, 1, H)` of the last token of each text under the prompts `(n, L, P, H)`.
+
+        What stands before a text is the same for all texts of a candidate, so it runs through the model once and they
+        attend to its keys and values.
+        """
+        front = self._frame.text_start
+        lengths = torch.as_tensor([len(item.ids) - front for item in sequences], device=self._device)
         width = int(lengths.max())
         ids = torch.zeros(len(sequences), width, dtype=torch.long)
         for row, item in zip(ids, sequences, strict=True):
-            row[: len(item.ids)] = torch.as_tensor(item.ids)
-        mask = (torch.arange(width, device=self._device) < lengths[:, None]).long()
+            row[: len(item.ids) - front] = torch.as_tensor(item.ids[front:])
+        mask = (torch.arange(front + width, device=self._device) < front + lengths[:, None]).long()
         n, texts = len(prompts), len(sequences)
-        with self._prompted(prompts.repeat_interleave(texts, dim=0)):
-            states: Tensor = self._model(
-                input_ids=ids.to(self._device).repeat(n, 1), attention_mask=mask.repeat(n, 1), use_cache=False
-            ).last_hidden_state
+        before = torch.as_tensor([sequences[0].ids[:front]], device=self._device)
+        with self._prompted(prompts):
+            seen = self._model(input_ids=before.repeat(n, 1), use_cache=True).past_key_values
+        seen.batch_repeat_interleave(texts)
+        states: Tensor = self._model(
+            input_ids=ids.to(self._device).repeat(n, 1),
+            attention_mask=mask.repeat(n, 1),
+            past_key_values=seen,
+            use_cache=True,
+        ).last_hidden_state
         last = (lengths - 1).repeat(n)
         return states[torch.arange(len(last), device=self._device), last].view(n, texts, 1, -1)
 
     @contextmanager
     def _prompted(self, prompts: Tensor) -> Iterator[None]:
-        """Add prompts `(rows, L, P, H)` before the layers while the context is open."""
+        """Add prompts `(n, L, P, H)` before the layers while the context is open; a row a candidate."""
         first, last = self._frame.prompt_start, self._frame.text_start
         handles = []
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_prompt
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_local_oracle import batch_of
@@ -15,6 +16,8 @@ from test_verbalizer import batch_for, causal_dir, open_tiny, points_for
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.causal import CausalOracle
 from bbprompt.backends.local import LocalOracle
+from bbprompt.backends.rayworker import Greeting, Model, Request, Worker
+from bbprompt.connect import open_oracle
 from bbprompt.oracle import Scores
 from bbprompt.units import join, plan_units
 
@@ -79,3 +82,20 @@ def test_a_unit_of_a_causal_model_computed_elsewhere_is_the_same_bits(tmp_path: 
     # Cut otherwise, the same but for rounding.
     single = open_tiny(folder, batch_tokens=1)[0].score(batch, points)
     np.testing.assert_allclose(single.logits, expected.logits, atol=1e-4)
+
+
+def test_a_worker_serves_a_causal_model(tmp_path: Path) -> None:
+    folder = causal_dir(tmp_path / "llama", "llama")
+    opened, prompt = open_tiny(folder, batch_tokens=150)
+    worker = Worker(lambda value: value)  # references are the values themselves
+    greeting = worker.open(Model(str(folder), "cpu", "float32", 150, None, torch.get_num_threads()), prompt, "here")
+    assert isinstance(greeting, Greeting)
+    assert greeting.info == opened.info
+    batch, points = batch_for("single"), points_for(prompt)
+    request = Request(1, batch.digest(), "candidates", None)
+    answer = worker.answer(request, batch, points, [None])
+    assert isinstance(answer, list)
+    scores = worker.answer(request, batch, points, list(plan_units(len(points), answer[0])))
+    assert isinstance(scores, list)
+    expected = open_oracle("local", prompt, threads=torch.get_num_threads(), batch_tokens=150).score(batch, points)
+    assert np.array_equal(join(scores).logits, expected.logits)
