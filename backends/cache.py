@@ -106,7 +106,7 @@ def check_sealed(folder: Path, *, full: bool = False) -> None:
         raise ArtifactError(f"{folder}: damaged cache ({error!r}); {advice}") from error
 
 
-def memoised_digest(files: Sequence[Path], compute: Callable[[], str]) -> str:
+def memoised_digest(files: Sequence[Path], compute: Callable[[], str], kind: str = "") -> str:
     """Return a digest that depends on these files only, computing it once per state of the files.
 
     A state is each file's resolved path, size, inode and times of change in nanoseconds. Where the cache
@@ -115,13 +115,14 @@ def memoised_digest(files: Sequence[Path], compute: Callable[[], str]) -> str:
     Args:
         files: Existing files.
         compute: Called where no stored digest fits.
+        kind: Tells apart several digests of the same files.
     """
     state = []
     for path in files:
         real = path.resolve()
         stat = real.stat()
         state.append([str(real), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
-    key = hashlib.sha256(json.dumps(["digest-1", *state]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(["digest-1", *([kind] if kind else []), *state]).encode()).hexdigest()
     memo = cache_root() / "digests" / key
     try:
         stored = memo.read_text(encoding="ascii").strip()

@@ -7,7 +7,7 @@ model does not look. Only the state of the last token is read, and only the outp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.texts.mrc import Encoded, Frame
 from bbprompt.units import Unit, join, plan_units
 
-__all__ = ["CausalOracle"]
+__all__ = ["CausalOracle", "causal_frame"]
 
 
 class CausalOracle:
@@ -65,14 +65,11 @@ class CausalOracle:
         self._device = torch.device(device)
         self._model: Any = backbone.model.to(device=self._device, dtype=getattr(torch, dtype))
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
-        frame = frame_for(backbone.tokenizer, config.placeholders, limit)
-        # What a tokenizer puts behind a text ends it, and nothing is to come then.
-        self._frame = Frame(frame.first, frame.placeholders, (), limit)
+        self._frame = causal_frame(backbone.tokenizer, config.placeholders, limit)
         tokenize = tokenize_with(backbone.tokenizer)
         self._head = VerbalizerHead(backbone.head, -1, tokenize, self._frame, self._device)
         self._projection = torch.from_numpy(prompt.projection).to(self._device)
         self._batch_tokens = batch_tokens
-        self._kept: dict[str, list[list[Encoded]]] = {}  # the groups of the last texts: a request has many units
         self._info = OracleInfo(
             backbone=backbone.id,
             backbone_digest=backbone.digest,
@@ -91,9 +88,9 @@ class CausalOracle:
         return self._info
 
     def close(self) -> None:
-        """Forget the kept texts."""
-        self._kept = {}
+        """Nothing is kept between calls."""
 
+    @torch.inference_mode()
     def score(
         self,
         batch: TextBatch,
@@ -103,8 +100,9 @@ class CausalOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
-        units = plan_units(len(checked), self.at_once(batch, support))
-        return join([self.score_unit(batch, checked, support, longest_answer, unit) for unit in units])
+        chunks = self._chunks(batch)
+        units = plan_units(len(checked), self._fits(chunks))
+        return join([self._unit(batch, chunks, checked, support, longest_answer, unit) for unit in units])
 
     def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:
         """Candidates that run through the model together on these texts: the size of a unit.
@@ -112,7 +110,7 @@ class CausalOracle:
         Raises:
             DataError: A text does not fit the model.
         """
-        return min(max(self._batch_tokens // _padded(some), 1) for some in self._groups(batch))
+        return self._fits(self._chunks(batch))
 
     @torch.inference_mode()
     def score_unit(
@@ -123,50 +121,72 @@ class CausalOracle:
         longest_answer: int | None,
         unit: Unit,
     ) -> Scores:
-        """Score the candidates of one unit of a request; the same bits wherever it is computed."""
-        checked = torch.from_numpy(check_points(points, self._info)[unit.first : unit.last]).to(self._device)
-        prompts = torch.einsum("nld,ldx->nlx", checked, self._projection)
+        """Score the candidates of one unit of a request; they are the same bits wherever that is done."""
+        checked = check_points(points, self._info)
+        return self._unit(batch, self._chunks(batch), checked, support, longest_answer, unit)
+
+    def _chunks(self, batch: TextBatch) -> list[list[Encoded]]:
+        """The texts as sequences, as many together as run through the model at once under one candidate."""
+        chunks: list[list[Encoded]] = []
+        width = 0
+        for item in self._head.sequences(batch):
+            width = max(width, len(item.ids))
+            if not chunks or (len(chunks[-1]) + 1) * width > self._batch_tokens:
+                chunks.append([])
+                width = len(item.ids)
+            chunks[-1].append(item)
+        return chunks
+
+    def _fits(self, chunks: Sequence[Sequence[Encoded]]) -> int:
+        most = max(len(some) * max(len(item.ids) for item in some) for some in chunks)
+        return max(self._batch_tokens // most, 1)
+
+    def _unit(
+        self,
+        batch: TextBatch,
+        chunks: Sequence[Sequence[Encoded]],
+        points: NDArray[np.float32],
+        support: Support,
+        longest_answer: int | None,
+        unit: Unit,
+    ) -> Scores:
+        candidates = torch.from_numpy(points[unit.first : unit.last]).to(self._device)
+        prompts = torch.einsum("nld,ldx->nlx", candidates, self._projection)
         prompts = prompts.view(*prompts.shape[:2], len(self._frame.placeholders), -1)
-        plans, outputs = [], []
-        for some in self._groups(batch):
-            plan = self._head.plan(some, pack([len(item.ids) for item in some]), support)
-            plans.append(plan)
-            outputs.append(self._head.apply(plan, self._last(some, prompts)))
+        plans = [self._head.plan(some, pack([len(item.ids) for item in some]), support) for some in chunks]
+        outputs = [self._head.apply(plan, self._last(some, prompts)) for plan, some in zip(plans, chunks, strict=True)]
         return self._head.scores(batch, plans, outputs, longest_answer)
 
-    def _groups(self, batch: TextBatch) -> list[list[Encoded]]:
-        """The texts in groups that fit into the model at once under one candidate, padding included."""
-        key = batch.digest()
-        if key in self._kept:
-            return self._kept[key]
-        groups: list[list[Encoded]] = []
-        for item in self._head.sequences(batch):
-            if groups and _padded([*groups[-1], item]) <= self._batch_tokens:
-                groups[-1].append(item)
-            else:
-                groups.append([item])
-        self._kept = {key: groups}
-        return groups
+    def _last(self, sequences: Sequence[Encoded], prompts: Tensor) -> Tensor:
+        """State `(n, N, 1, H)` of the last token of each text under the prompts `(n, L, P, H)`.
 
-    def _last(self, sequences: list[Encoded], prompts: Tensor) -> Tensor:
-        """State `(n, N, 1, H)` of the last token of each text under the prompts `(n, L, P, H)`."""
-        lengths = torch.as_tensor([len(item.ids) for item in sequences], device=self._device)
+        What stands before a text is the same for all texts of a candidate, so it runs through the model once and they
+        attend to its keys and values.
+        """
+        front = self._frame.text_start
+        lengths = torch.as_tensor([len(item.ids) - front for item in sequences], device=self._device)
         width = int(lengths.max())
         ids = torch.zeros(len(sequences), width, dtype=torch.long)
         for row, item in zip(ids, sequences, strict=True):
-            row[: len(item.ids)] = torch.as_tensor(item.ids)
-        mask = (torch.arange(width, device=self._device) < lengths[:, None]).long()
+            row[: len(item.ids) - front] = torch.as_tensor(item.ids[front:])
+        mask = (torch.arange(front + width, device=self._device) < front + lengths[:, None]).long()
         n, texts = len(prompts), len(sequences)
-        with self._prompted(prompts.repeat_interleave(texts, dim=0)):
-            states: Tensor = self._model(
-                input_ids=ids.to(self._device).repeat(n, 1), attention_mask=mask.repeat(n, 1), use_cache=False
-            ).last_hidden_state
+        before = torch.as_tensor([sequences[0].ids[:front]], device=self._device)
+        with self._prompted(prompts):
+            seen = self._model(input_ids=before.repeat(n, 1), use_cache=True).past_key_values
+        seen.batch_repeat_interleave(texts)
+        states: Tensor = self._model(
+            input_ids=ids.to(self._device).repeat(n, 1),
+            attention_mask=mask.repeat(n, 1),
+            past_key_values=seen,
+            use_cache=True,
+        ).last_hidden_state
         last = (lengths - 1).repeat(n)
         return states[torch.arange(len(last), device=self._device), last].view(n, texts, 1, -1)
 
     @contextmanager
     def _prompted(self, prompts: Tensor) -> Iterator[None]:
-        """Add prompts `(rows, L, P, H)` before the layers while the context is open."""
+        """Add prompts `(n, L, P, H)` before the layers while the context is open; a row a candidate."""
         first, last = self._frame.prompt_start, self._frame.text_start
         handles = []
 
@@ -188,6 +208,7 @@ class CausalOracle:
                 handle.remove()
 
 
-def _padded(sequences: list[Encoded]) -> int:
-    """Tokens of sequences that are padded to the longest of them."""
-    return len(sequences) * max(len(item.ids) for item in sequences)
+def causal_frame(tokenizer: Any, placeholders: Sequence[int], limit: int) -> Frame:
+    """The frame around a text that is to be continued: what a tokenizer puts behind a text would end it."""
+    frame = frame_for(tokenizer, placeholders, limit)
+    return Frame(frame.first, frame.placeholders, (), limit)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import Backbone
+from bbprompt.backends.causal import causal_frame
 from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.backends.verbalizer_head import VerbalizerHead
+from bbprompt.oracle import TextBatch
 from bbprompt.random_projection import BackboneFacts, clipped_std, placeholders_for
 from bbprompt.tasks.example import Form
 from bbprompt.texts.mrc import encode
@@ -25,25 +31,64 @@ def facts_of(backbone: Backbone) -> BackboneFacts:
 
 @torch.inference_mode()
 def measure(
-    backbone: Backbone, forms: Sequence[Form], prompt_length: int, max_tokens: int | None = None
+    backbone: Backbone,
+    forms: Sequence[Form],
+    prompt_length: int,
+    max_tokens: int | None = None,
+    *,
+    deep: bool = True,
 ) -> BackboneFacts:
     """Standard deviations of the states that enter each layer, on texts with placeholders and no prompt.
 
-    For the first layer it is that of the whole word-embedding matrix. Later ones are clipped (see `clipped_std`). The
-    released code measures while a first random candidate is at the input layer and counts padding; here there is
-    neither. The forward is that of the untuned prompt on the few-shot texts, which the run pays for as its first call.
+    For the first layer it is that of the whole word-embedding matrix; without `deep` it is the only one. Later ones
+    are clipped (see `clipped_std`). The released code measures while a first random candidate is at the input layer
+    and counts padding; here there is neither. The forward is that of the untuned prompt on the few-shot texts, which
+    the run pays for as its first call.
     """
     words = backbone.model.get_input_embeddings().weight
     facts = facts_of(backbone)
-    encoder = Encoder(backbone.model, token_type=backbone.token_type, prepack=False)
-    limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
-    frame = frame_for(backbone.tokenizer, placeholders_for(facts.vocabulary, prompt_length), limit)
+    stds = [float(words.detach().float().std(correction=0))]
+    if deep:
+        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        ids = _written(backbone, forms, placeholders_for(facts.vocabulary, prompt_length), limit)
+        causal = backbone.head is not None and backbone.head.causal
+        stds += [clipped_std(states) for states in (_causal_states if causal else _states)(backbone, ids)]
+    return replace(facts, stds=tuple(stds))
+
+
+def _written(
+    backbone: Backbone, forms: Sequence[Form], placeholders: Sequence[int], limit: int
+) -> list[tuple[int, ...]]:
+    """Token ids of each text as an oracle reads it; a text with a gap as a verbalizer does."""
     tokenize = tokenize_with(backbone.tokenizer)
-    ids = [encode(form, tokenize, frame).ids for form in forms]
+    if backbone.head is None or any(form.gap < 0 for form in forms):
+        frame = frame_for(backbone.tokenizer, placeholders, limit)
+        return [encode(form, tokenize, frame).ids for form in forms]
+    frame = (causal_frame if backbone.head.causal else frame_for)(backbone.tokenizer, placeholders, limit)
+    mask = -1 if backbone.head.causal else backbone.tokenizer.mask_token_id
+    head = VerbalizerHead(backbone.head, mask, tokenize, frame, torch.device("cpu"))
+    return [item.ids for item in head.sequences(TextBatch(tuple(forms)))]
+
+
+def _states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    """States that enter the second and each later layer of an encoder."""
+    encoder = Encoder(backbone.model, token_type=backbone.token_type, prepack=False)
     layout = pack([len(each) for each in ids])
     states = encoder.embed(ids, layout)[None]
-    stds = [float(words.detach().float().std(correction=0))]
+    found = []
     for layer in range(len(encoder.layers) - 1):
         states = encoder.layer(layer, states, layout)
-        stds.append(clipped_std(states.float().numpy()))
-    return replace(facts, stds=tuple(stds))
+        found.append(states.float().numpy())
+    return found
+
+
+def _causal_states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    """The same of a causal model, by its own forward, text by text."""
+    model: Any = backbone.model
+    texts = [
+        model(input_ids=torch.tensor([each]), output_hidden_states=True, use_cache=False).hidden_states for each in ids
+    ]
+    return [
+        np.concatenate([states[layer].float().numpy().ravel() for states in texts])
+        for layer in range(1, backbone.layers)
+    ]

@@ -157,6 +157,8 @@ class ProjectionConfig(_Settings):
             the model's states.
         readout: How options are scored.
         head: Prompt artifact whose answer head is used; a span readout needs one.
+        start: Prompt artifact whose untuned prompt p0 is searched around, p = z A + p0 (BBT with a pre-trained prompt);
+            length, placeholders and, where `head` names none, the answer head are its own.
         placeholder: Token id at the first prompt position; None for 1000, as in BBT. The others follow it.
         repeat: Put the same token at every prompt position.
         pooling: How a prototype readout makes embeddings.
@@ -171,6 +173,7 @@ class ProjectionConfig(_Settings):
     scale: _Positive | None = None
     readout: ReadoutKind = "span"
     head: str | None = None
+    start: str | None = None
     placeholder: Annotated[int, Field(ge=0, strict=True)] | None = None
     repeat: bool = False
     pooling: Pooling = Pooling()

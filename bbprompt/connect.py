@@ -170,7 +170,7 @@ def measure_backbone(
     model = load_backbone(backbone or DEFAULT_BACKBONE, head=settings.readout == "verbalizer")
     if settings.scale is not None or settings.distribution == "uniform":
         return facts_of(model)
-    return measure(model, forms, settings.prompt_length, max_tokens)
+    return measure(model, forms, settings.prompt_length, max_tokens, deep=settings.layers == "all")
 
 
 def _device(asked: str) -> str:

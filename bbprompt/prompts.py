@@ -65,6 +65,9 @@ class PromptConfig(BaseModel):
     intrinsic_dim: int = Field(ge=1, description="d")
     gates: Literal["binary", "sigmoid"] = "sigmoid"
     mixing: Literal["mean", "normalized"] = "normalized"
+    fixed: int = Field(
+        default=0, ge=0, description="last entries of a point that no search moves, see `random_projection`"
+    )
     injection: Literal["add"] = "add"
     readout: ReadoutKind = "span"
     pooling: Pooling | None = Field(default=None, description="of a prototype readout, and only there")
@@ -88,6 +91,8 @@ class PromptConfig(BaseModel):
             raise ValueError("placeholders: a token id is negative")
         if self.kind == "mp2-shallow" and self.layers != 1:
             raise ValueError(f"layers: {self.layers} for kind mp2-shallow, which has 1")
+        if self.fixed >= self.intrinsic_dim:
+            raise ValueError(f"fixed: {self.fixed} of {self.intrinsic_dim} dimensions leave nothing to search")
         if (self.pooling is not None) != (self.readout == "prototype"):
             raise ValueError("pooling: belongs to the readout 'prototype', and only there")
         return self
@@ -102,12 +107,14 @@ class PromptSpace:
         routers: Upstream routers, `(T, L, K)`; T may be 0.
         tasks: Names of the T upstream tasks.
         rule: Gate rule of the upstream training.
+        fixed: Last entries of each layer's vector that a search leaves as they are.
     """
 
     modules: NDArray[np.float64]
     routers: NDArray[np.float64]
     tasks: tuple[str, ...]
     rule: GateRule = CODE
+    fixed: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,6 +181,7 @@ class ModularPrompt:
             self.routers.astype(np.float64),
             self.config.tasks,
             self.config.rule,
+            self.config.fixed,
         )
 
     @property
@@ -256,8 +264,9 @@ class ModularPrompt:
         )
 
     def _absent(self) -> set[str]:
-        """Keys of the configuration that artifacts of this readout do not have."""
-        return set() if self.config.pooling is not None else {"pooling"}
+        """Keys of the configuration that this artifact has no use for."""
+        values = {"pooling": self.config.pooling, "fixed": self.config.fixed}
+        return {name for name, value in values.items() if not value}
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         values = (self.projection, self.modules, self.routers, self.head_weight, self.head_bias)

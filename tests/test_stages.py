@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import toyruns
 
-from bbprompt.config import PromptStageConfig, RouterStageConfig
+from bbprompt.config import PromptStageConfig, RefineStageConfig, RouterStageConfig
 from bbprompt.errors import UsageError
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import CODE, PAPER, GateRule
+from bbprompt.search.refine import refine_stage
 from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
 
 SPACE = toyruns.space()
@@ -204,3 +205,19 @@ def test_the_same_seed_asks_the_same(name: str) -> None:
     for (points, incumbent), (again, same) in zip(one, other, strict=True):
         np.testing.assert_array_equal(points, again)
         assert incumbent.loss == same.loss
+
+
+@pytest.mark.parametrize("name", ["layerwise", "joint", "refine"])
+def test_fixed_entries_stay(name: str) -> None:
+    start = begin()
+    stage: Stage
+    if name == "refine":
+        stage = refine_stage(RefineStageConfig(step=0.5), start, 60, fixed=1)
+    else:
+        stage = prompt_stage(LAYERWISE if name == "layerwise" else JOINT, start, 3, fixed=1)
+    trail = drive(stage, 60)
+    for points, incumbent in trail:
+        for point in (*points, incumbent.point):
+            assert np.array_equal(point[:, -1], start.point[:, -1])
+    assert trail[-1][1].loss < start.loss
+    assert loss(trail[-1][1].point[None])[0] == pytest.approx(trail[-1][1].loss)

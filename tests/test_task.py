@@ -73,7 +73,7 @@ def test_every_bundled_task_renders(name: str) -> None:
     else:
         assert form.context == -1
         assert len(form.options) == (3 if task.type == "choice" else len(task.labels))
-        assert text.endswith("选项：")
+        assert text.endswith("选项：" if task.language == "zh" else "Options: ")
 
 
 def test_tracks_have_the_sizes_of_the_papers() -> None:

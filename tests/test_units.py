@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_prompt
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_local_oracle import batch_of
+from test_verbalizer import batch_for, causal_dir, open_tiny, points_for
 
 from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.causal import CausalOracle
 from bbprompt.backends.local import LocalOracle
+from bbprompt.backends.rayworker import Greeting, Model, Request, Worker
+from bbprompt.connect import open_oracle
 from bbprompt.oracle import Scores
 from bbprompt.units import join, plan_units
 
@@ -60,3 +65,37 @@ def test_a_unit_computed_elsewhere_is_the_same_bits(tiny_bert_dir: Path, kind: s
     assert np.array_equal(joined.logits, expected.logits)
     assert np.array_equal(joined.normalizer, expected.normalizer)
     assert longest is None or np.array_equal(joined.best, expected.best)
+
+
+@pytest.mark.parametrize("kind", ["pair", "choice"])
+def test_a_unit_of_a_causal_model_computed_elsewhere_is_the_same_bits(tmp_path: Path, kind: str) -> None:
+    folder = causal_dir(tmp_path / "llama", "llama")
+    whole, other = (open_tiny(folder, batch_tokens=150)[0] for _ in range(2))
+    assert isinstance(other, CausalOracle)
+    batch, points = batch_for(kind), np.repeat(points_for(open_tiny(folder)[1]), 3, axis=0)
+    units = plan_units(len(points), other.at_once(batch))
+    assert len(units) > 1
+    parts = {i: other.score_unit(batch, points, "candidates", None, units[i]) for i in reversed(range(len(units)))}
+    joined, expected = join([parts[i] for i in range(len(units))]), whole.score(batch, points)
+    assert np.array_equal(joined.logits, expected.logits)
+    assert np.array_equal(joined.normalizer, expected.normalizer)
+    # Cut otherwise, the same but for rounding.
+    single = open_tiny(folder, batch_tokens=1)[0].score(batch, points)
+    np.testing.assert_allclose(single.logits, expected.logits, atol=1e-4)
+
+
+def test_a_worker_serves_a_causal_model(tmp_path: Path) -> None:
+    folder = causal_dir(tmp_path / "llama", "llama")
+    opened, prompt = open_tiny(folder, batch_tokens=150)
+    worker = Worker(lambda value: value)  # references are the values themselves
+    greeting = worker.open(Model(str(folder), "cpu", "float32", 150, None, torch.get_num_threads()), prompt, "here")
+    assert isinstance(greeting, Greeting)
+    assert greeting.info == opened.info
+    batch, points = batch_for("single"), points_for(prompt)
+    request = Request(1, batch.digest(), "candidates", None)
+    answer = worker.answer(request, batch, points, [None])
+    assert isinstance(answer, list)
+    scores = worker.answer(request, batch, points, list(plan_units(len(points), answer[0])))
+    assert isinstance(scores, list)
+    expected = open_oracle("local", prompt, threads=torch.get_num_threads(), batch_tokens=150).score(batch, points)
+    assert np.array_equal(join(scores).logits, expected.logits)

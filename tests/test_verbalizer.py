@@ -257,6 +257,12 @@ def test_a_word_takes_the_space_before_it() -> None:
     assert word_tokens("It was", "great", bytes_like) == (hash("great"),)  # "wasgreat" would be one piece
 
 
+def test_with_its_head_a_model_has_another_digest(folders: dict[str, Path]) -> None:
+    bare, headed = (load_backbone(str(folders["bert"]), head=head) for head in (False, True))
+    assert bare.digest != headed.digest
+    assert load_backbone(str(folders["bert"]), head=True).digest == headed.digest
+
+
 def test_a_model_without_a_head_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     import shutil
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bbprompt.config import RefineStageConfig
 from bbprompt.optimizers.protocol import Optimizer
-from bbprompt.search.stages import Incumbent
+from bbprompt.search.stages import Incumbent, padded
 
 __all__ = ["RefineStage", "refine_stage"]
 
@@ -25,13 +25,14 @@ class RefineStage:
         start: Where it begins; it stays the incumbent until a candidate has a lower loss.
         step: First radius of each search.
         calls_per_layer: Candidates before the next layer has its turn.
+        fixed: See `PromptSpace.fixed`.
     """
 
     name = "refine"
     optimizer = "cobyla"
 
-    def __init__(self, start: Incumbent, step: float, calls_per_layer: int) -> None:
-        self._best, self._step, self._calls = start, step, calls_per_layer
+    def __init__(self, start: Incumbent, step: float, calls_per_layer: int, fixed: int = 0) -> None:
+        self._best, self._step, self._calls, self._fixed = start, step, calls_per_layer, fixed
         self._layer, self._used = 0, 0
         self._centre = start.point.copy()
         self._search: Optimizer | None = None
@@ -50,10 +51,10 @@ class RefineStage:
     def ask(self) -> Points:
         """The next candidate, `(1, L, d)`: the prompt so far with another offset in the layer in turn."""
         if self._search is None:
-            self._search = _search(self._centre.shape[1], self._step)
+            self._search = _search(self._centre.shape[1] - self._fixed, self._step)
         self._asked = self._search.ask()
         points = np.repeat(self._centre[None], len(self._asked), axis=0)
-        points[:, self._layer] += self._asked
+        points[:, self._layer] += padded(self._asked, self._fixed)
         return points
 
     def tell(self, losses: NDArray[np.float64]) -> None:
@@ -64,7 +65,7 @@ class RefineStage:
         lowest = int(losses.argmin())
         if losses[lowest] < self._best.loss:
             point = self._centre.copy()
-            point[self._layer] += self._asked[lowest]
+            point[self._layer] += padded(self._asked[lowest], self._fixed)
             self._best = Incumbent(point, float(losses[lowest]), self._best.router)
         self._used += len(losses)
         self._asked = None
@@ -79,7 +80,7 @@ def _search(dim: int, step: float) -> Optimizer:
     return COBYLA(np.zeros(dim), step)
 
 
-def refine_stage(config: RefineStageConfig, start: Incumbent, calls: int) -> RefineStage:
+def refine_stage(config: RefineStageConfig, start: Incumbent, calls: int, fixed: int = 0) -> RefineStage:
     """The stage; `calls` train calls are shared between the layers where the settings do not say how many each has."""
     each = config.calls_per_layer or max(calls // len(start.point), 1)
-    return RefineStage(start, config.step, each)
+    return RefineStage(start, config.step, each, fixed)

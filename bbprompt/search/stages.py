@@ -20,7 +20,7 @@ from bbprompt.optimizers.protocol import Optimizer
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
 
-__all__ = ["Incumbent", "LayerStage", "RowStage", "Stage", "prompt_stage", "router_stage"]
+__all__ = ["Incumbent", "LayerStage", "RowStage", "Stage", "padded", "prompt_stage", "router_stage"]
 
 Points = NDArray[np.float64]
 
@@ -123,13 +123,14 @@ class LayerStage:
         start: The routed point.
         searches: One optimizer over offsets `(d,)` a layer.
         keep: See `PromptStageConfig.keep`.
+        fixed: See `PromptSpace.fixed`.
     """
 
     name = "prompt"
     optimizer = "cmaes"
 
-    def __init__(self, start: Incumbent, searches: list[Optimizer], keep: str) -> None:
-        self._start, self._searches, self._keep = start, searches, keep
+    def __init__(self, start: Incumbent, searches: list[Optimizer], keep: str, fixed: int = 0) -> None:
+        self._start, self._searches, self._keep, self._fixed = start, searches, keep, fixed
         self._offsets = np.zeros_like(start.point)
         self._current = start
         self._visit = 0
@@ -154,7 +155,7 @@ class LayerStage:
             self._visit += 1
         self._asked = self._searches[self._layer].ask()
         points = np.repeat((self._start.point + self._offsets)[None], len(self._asked), axis=0)
-        points[:, self._layer] = self._start.point[self._layer] + self._asked
+        points[:, self._layer] = self._start.point[self._layer] + padded(self._asked, self._fixed)
         return points
 
     def tell(self, losses: NDArray[np.float64]) -> None:
@@ -170,7 +171,7 @@ class LayerStage:
         else:
             offset, loss = self._asked[lowest], float(losses[lowest])
         if self._keep == "all-time" or loss < self._current.loss:
-            self._offsets[self._layer] = offset
+            self._offsets[self._layer] = padded(offset, self._fixed)
             self._current = Incumbent(self._start.point + self._offsets, loss, self._start.router)
         self._visit += 1
         self._asked = None
@@ -220,11 +221,11 @@ def router_stage(
     return stage(search, "bo-ucb")
 
 
-def prompt_stage(config: PromptStageConfig, start: Incumbent, seed: int) -> Stage:
-    """Stage II of a method, from the routed prompt."""
+def prompt_stage(config: PromptStageConfig, start: Incumbent, seed: int, fixed: int = 0) -> Stage:
+    """Stage II of a method, from the routed prompt; the last `fixed` entries of each layer stay."""
     from bbprompt.optimizers.cmaes import CMAES
 
-    layers, dim = start.point.shape
+    layers, dim = len(start.point), start.point.shape[1] - fixed
     bounds = None if config.bound is None else np.array([[-config.bound], [config.bound]])
 
     def search(size: int, sigma: float, salt: int) -> Optimizer:
@@ -234,12 +235,18 @@ def prompt_stage(config: PromptStageConfig, start: Incumbent, seed: int) -> Stag
     if config.layout == "joint":
 
         def decode(rows: NDArray[np.float64]) -> Points:
-            return start.point + rows.reshape(-1, layers, dim)
+            return start.point + padded(rows.reshape(-1, layers, dim), fixed)
 
         return RowStage("prompt", "cmaes", search(layers * dim, config.sigma_first, 0), decode, start)
     sigmas = [config.sigma_first] + [config.sigma] * (layers - 1)
     # Seeds far apart, so that no two layers and no two neighbouring runs share a generator.
-    return LayerStage(start, [search(dim, sigma, 1_000_003 * i) for i, sigma in enumerate(sigmas)], config.keep)
+    searches = [search(dim, sigma, 1_000_003 * i) for i, sigma in enumerate(sigmas)]
+    return LayerStage(start, searches, config.keep, fixed)
+
+
+def padded(offsets: Points, fixed: int) -> Points:
+    """Offsets `(..., d - fixed)` of what a search moves as offsets `(..., d)` of a point."""
+    return np.pad(offsets, [(0, 0)] * (offsets.ndim - 1) + [(0, fixed)]) if fixed else offsets
 
 
 def _upstream_rows(space: PromptSpace, binary: bool) -> NDArray[np.float64] | None:

@@ -119,12 +119,12 @@ def search(
             traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
     if method.prompt is not None:
         start = run.chosen.incumbent
-        stage = prompt_stage(method.prompt, start, seed)
+        stage = prompt_stage(method.prompt, start, seed, space.fixed)
         kept = method.refine.share if method.refine is not None else 0.0
         most = max(int((1.0 - kept) * evaluator.left), method.prompt.popsize)
         traces.append(run.stage(stage, method.prompt.popsize, method.prompt.dev_every, most if kept else None))
     if method.refine is not None:
-        stage = refine_stage(method.refine, run.chosen.incumbent, evaluator.left - 1)
+        stage = refine_stage(method.refine, run.chosen.incumbent, evaluator.left - 1, space.fixed)
         traces.append(run.stage(stage, 1, method.refine.dev_every, most=None))
     return Found(before, tuple(traces), run.chosen, run.optimizer_seconds)
 

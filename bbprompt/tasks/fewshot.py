@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from bbprompt.errors import DataError, UsageError
-from bbprompt.tasks.data import data_digest
+from bbprompt.tasks.data import DataSource, data_digest
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
 
-__all__ = ["FewShot", "pool_uids", "sample", "sizes"]
+__all__ = ["FewShot", "few_shot", "given", "pool_uids", "sample", "sizes"]
 
 _TOTAL = 32
 _MANY_LABELS = 5
@@ -113,8 +113,41 @@ def sample(
         sides[0].extend(group[i] for i in order[:size])
         sides[1].extend(group[i] for i in order[size : 2 * size])
     few, dev = (tuple(side[i] for i in rng.permutation(len(side))) for side in sides)
-    digest = hashlib.sha256(f"{data_digest(few)} {data_digest(dev)}".encode()).hexdigest()
-    return FewShot(few, dev, digest)
+    return FewShot(few, dev, _digest(few, dev))
+
+
+def given(task: Task, train: Sequence[Example], dev: Sequence[Example]) -> FewShot:
+    """Take two sets as they are, as some benchmarks fix them (FewGLUE, FewCLUE).
+
+    Raises:
+        DataError: An input stands in both, or one under two labels.
+    """
+    for side in (train, dev):
+        _distinct(task, side, allow_conflicts=False)
+    if both := {example.uid for example in train} & {example.uid for example in dev}:
+        raise DataError(
+            f"task {task.name}: {len(both)} inputs stand in train and in dev, which `few_shot: given` takes as they "
+            "are; remove them from one"
+        )
+    return FewShot(tuple(train), tuple(dev), _digest(train, dev))
+
+
+def few_shot(task: Task, data: DataSource, seed: int, shots: int | None = None) -> FewShot:
+    """The few-shot split of a task: drawn by the seed, or the data's own.
+
+    Raises:
+        DataError: As `sample` and `given`; or the split is given, and there is no test split beside it.
+        UsageError: As `sample`; or `shots` of a given split.
+    """
+    if task.few_shot == "drawn":
+        return sample(task, data.split("train"), seed, shots)
+    if shots is not None:
+        raise UsageError(f"--shots {shots}: the task {task.name} has a few-shot split of its own; leave it out")
+    if "test" not in data.splits:
+        raise DataError(
+            f"{data.id}: no test split; dev is used up by the few-shot split that {task.name} takes as given"
+        )
+    return given(task, data.split("train"), data.split("dev"))
 
 
 def pool_uids(
@@ -130,6 +163,10 @@ def pool_uids(
     """
     splits = (sample(task, train, seed, shots, allow_conflicts) for seed in seeds)
     return frozenset(example.uid for split in splits for example in (*split.train, *split.dev))
+
+
+def _digest(train: Sequence[Example], dev: Sequence[Example]) -> str:
+    return hashlib.sha256(f"{data_digest(train)} {data_digest(dev)}".encode()).hexdigest()
 
 
 def _distinct(task: Task, train: Sequence[Example], allow_conflicts: bool) -> list[Example]:

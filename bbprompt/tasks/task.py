@@ -66,6 +66,8 @@ class Task(BaseModel):
             both texts of a pair, `context` else `query` of a choice, `context` of an extraction.
         shots: Examples per label (choice, extractive: in all) on each side of a few-shot split; None: the
             papers' rule, see `bbprompt.tasks.fewshot`.
+        few_shot: "given" takes the train and dev splits as they are for the few-shot sets, which needs a test split;
+            "drawn" draws both from train.
         track: Role in multi-task pre-training: trained on (`upstream`), trained on and evaluated (`seen`),
             only evaluated (`unseen`), or evaluated and never trained on for sharing texts with other
             evaluation sets (`unseen-relative`).
@@ -95,6 +97,7 @@ class Task(BaseModel):
     terms: str | None = None
     cut: list[_Text] | None = None
     shots: Annotated[int, Field(ge=1, strict=True)] | None = None
+    few_shot: Literal["drawn", "given"] = "drawn"
     track: Track | None = None
     language: _Text = "zh"
     note: str | None = None
