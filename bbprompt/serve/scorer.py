@@ -84,7 +84,7 @@ class Scorer:
         info = self._oracle.info
         points = np.zeros((1, info.layers, info.dim), dtype=np.float32)
         try:
-            check_scores(self._oracle.score(_PROBE, points), _PROBE, 1)
+            check_scores(self._oracle.score(_PROBE, points), _PROBE, 1, channels=info.channels)
         except Exception:  # whatever it is: the model does not answer
             self._metrics.failed.inc()
             return False
@@ -95,7 +95,8 @@ class Scorer:
         began = time.monotonic()
         points, longest = request.points, request.longest_answer
         scores = self._oracle.score(batch, points, request.support, longest)
-        check_scores(scores, batch, len(points), answers=longest is not None)
+        channels = self._oracle.info.channels
+        check_scores(scores, batch, len(points), answers=longest is not None, channels=channels)
         self._worked = time.monotonic()
         self._metrics.seconds.observe(self._worked - began)
         self._metrics.candidates.observe(len(points))
