@@ -94,8 +94,9 @@ def write_repository(out: Path, kind: Format, name: str, prompts: Path, settings
         ArtifactError: The prompts are no artifact.
         DiskError: Something cannot be written.
     """
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"--model {name[:40]!r}: expected letters, digits, '.', '_' and '-'")
+    if not _NAME.fullmatch(name) or name == "bbprompt":
+        # A folder of that name would hide the package from servers that look for modules in the repository.
+        raise UsageError(f"--model {name[:40]!r}: expected letters, digits, '.', '_' and '-', and not bbprompt")
     ModularPrompt.load(prompts)  # what the server would refuse is refused here
     model = out / name
     inner = model / "1" if kind == "triton" else model
@@ -153,6 +154,12 @@ def _triton_config(name: str) -> str:
 
 
 _TRITON_MODEL = '''"""bbprompt behind Triton's Python backend; settings are in bbprompt.json."""
+
+import os
+import sys
+
+# The interpreter that Triton embeds is isolated: a virtual environment that PYTHONPATH names is unknown to it.
+sys.path += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
 
 from bbprompt.serve.triton import TritonPythonModel
 

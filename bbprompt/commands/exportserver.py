@@ -31,7 +31,7 @@ def export_server(
         str | None,
         typer.Option(metavar="ID_OR_DIR", show_default=False, help="Frozen model [default: that of the prompts]."),
     ] = None,
-    model: Annotated[str, typer.Option(metavar="NAME", help="Name of the model at the server.")] = "bbprompt",
+    model: Annotated[str, typer.Option(metavar="NAME", help="Name of the model at the server.")] = "oracle",
     device: Device = None,
     dtype: Dtype = None,
     batch_tokens: Annotated[

@@ -30,6 +30,8 @@ class BBPromptModel(mlserver.MLModel):  # type: ignore[misc]
         tensors = {tensor.name: NumpyCodec.decode_input(tensor) for tensor in payload.inputs}
         reply = await asyncio.to_thread(self._responder.answer, tensors)
         outputs = [NumpyCodec.encode_output(name, array) for name, array in reply.items()]
+        for output in outputs:
+            output.shape = list(reply[output.name].shape)  # the codec makes [n, 1] of [n]
         return mlserver.types.InferenceResponse(model_name=self.name, id=payload.id, outputs=outputs)
 
     async def unload(self) -> bool:
