@@ -72,7 +72,8 @@ def tune(
         typer.Option(
             metavar="local|URL",
             show_default=False,
-            help="Where the model answers: here, or at the http(s) URL of a `bbprompt serve` [default: local].",
+            help="Where the model answers: here, at a `bbprompt serve` (http(s)://HOST:PORT), or at Triton or "
+            "MLServer (kserve://HOST:PORT/MODEL, kserve+grpc://HOST:PORT/MODEL) [default: local].",
         ),
     ] = None,
     on_doubt: Annotated[
