@@ -76,8 +76,8 @@ def open_oracle(
         return _open_server(backend, prompt, dtype, max_tokens, threads, workers or 1)
     if backend != "local":
         raise UsageError(
-            f"--backend '{backend}': expected local, http(s)://HOST:PORT, kserve://HOST:PORT/MODEL or "
-            "kserve+grpc://HOST:PORT/MODEL"
+            f"--backend '{backend}': expected local, http://HOST:PORT, https://HOST:PORT, "
+            "kserve://HOST:PORT/MODEL or kserve+grpc://HOST:PORT/MODEL"
         )
     if ray is not None:
         from bbprompt.backends.rayoracle import open_ray

@@ -13,9 +13,11 @@ import httpx2
 import numpy as np
 import pytest
 from oipdouble import MODEL, Double, over_grpc, over_http
+from servers import serving
 from test_local_oracle import batch_of
 
 from bbprompt.backends.calls import Policy
+from bbprompt.backends.http import HttpOracle
 from bbprompt.backends.oip import OipOracle
 from bbprompt.connect import open_oracle
 from bbprompt.errors import DataError, OracleError, UsageError
@@ -126,6 +128,14 @@ def test_every_encoding_carries_the_same_numbers() -> None:
     with over_grpc(Double(ToyOracle())) as url:
         assert same(connect(url).score(BATCH, POINTS), want)
     assert offline(Double(OneChannel())).score(BATCH, POINTS).logits.shape[-1] == 1
+
+
+def test_one_channel_over_our_own_server() -> None:
+    with serving(OneChannel()) as url:
+        oracle = HttpOracle(url, policy=EAGER)
+        assert oracle.score(BATCH, POINTS).logits.shape[-1] == 1
+        assert httpx2.get(f"{url}/healthz", trust_env=False).status_code == 200
+        oracle.close()
 
 
 def test_texts_travel_once_and_again_when_they_are_gone() -> None:

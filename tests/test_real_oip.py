@@ -71,7 +71,7 @@ def running(kind: Format, prompts: Path, folder: Path) -> Iterator[tuple[int, in
         process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
         try:
             ready = f"http://127.0.0.1:{ports[0]}/v2/models/oracle/ready"
-            ends = time.monotonic() + 120
+            ends = time.monotonic() + 240
             while not answers(ready):
                 ended = process.poll() is not None or time.monotonic() > ends
                 assert not ended, (folder / "log").read_text(errors="replace")[-3000:]

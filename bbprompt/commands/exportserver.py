@@ -47,9 +47,10 @@ def export_server(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model repository for a server of the Open Inference Protocol (KServe v2).
+    """Write a model repository for Triton or MLServer.
 
-    The server must have bbprompt installed; runs reach it with --backend kserve://HOST:PORT/NAME.
+    They speak the Open Inference Protocol (KServe v2) and must have bbprompt installed; runs reach the model with
+    --backend kserve://HOST:PORT/NAME.
     """
     from bbprompt.config import load_method
     from bbprompt.exportserver import ServedModel, write_repository

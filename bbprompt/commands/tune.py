@@ -126,7 +126,7 @@ def tune(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tune a prompt with forward calls only, then score the test data."""
+    """Tune a prompt with forward calls, then score the test data."""
     flags = {
         "task": task,
         "data": data,
@@ -162,7 +162,7 @@ def resume(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a stopped or killed run, to the identical result.
+    """Go on with a stopped run, to the identical result.
 
     Where it is computed may change: --ray and --workers are free.
     """
