@@ -4,6 +4,7 @@
 #             what is promised about kills, power cuts, budgets and foreign bytes, tested in three depths; a report of
 #             each in reports/
 # make planted  plants known bugs one by one and sees that the tests turn red
+# make servers  brings NVIDIA Triton and MLServer for the tests that need them; without them these are skipped
 # make clean  removes the virtual environment
 #
 # The default torch of PyPI for Linux is a CUDA build of several GB. For the small CPU build:
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := pyproject.toml .ci/constraints.txt
 
-.PHONY: demo test promises promises-nightly promises-release planted clean
+.PHONY: demo test promises promises-nightly promises-release planted servers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bbprompt tune --task lcqmc --budget $(BUDGET)
@@ -40,8 +41,12 @@ promises promises-nightly promises-release: $(VENV)/.installed-dev
 planted: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.planted
 
+servers: $(VENV)/.installed-dev
+	PYTHON=$(BIN)/python timeout 180 tests/servers/triton.sh || echo "no Triton: its tests are skipped"
+	PYTHON=$(BIN)/python timeout 300 tests/servers/mlserver.sh || echo "no MLServer: its tests are skipped"
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .servers
 
 $(VENV)/.torch: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""One HTTP exchange with a server that may be slow, gone or hostile; the only place where anything is repeated.
+"""One exchange with a server that may be slow, gone or hostile; the only place where anything is repeated.
 
 What may pass by itself (no connection, a time limit, 429, 5xx) is tried again after a random pause that grows, or
 after what the server asks for. A malformed answer is asked for once more. Everything else is final. An answer is
@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 import ssl
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import httpx2
@@ -20,8 +20,9 @@ import tenacity
 from bbprompt.errors import OracleError
 from bbprompt.wire import WireError
 
-__all__ = ["Answer", "Caller", "Policy", "plain"]
+__all__ = ["Answer", "Caller", "Policy", "Retries", "Transient", "plain"]
 
+_A = TypeVar("_A")
 _T = TypeVar("_T")
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
@@ -53,19 +54,82 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Status, content type and body of a final answer."""
+    """Status, content type, body and headers (names in lower case) of a final answer."""
 
     status: int
     type: str
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class _Transient(OracleError):
+class Transient(OracleError):
     """What may pass by itself."""
 
     def __init__(self, message: str, after: float | None = None) -> None:
         super().__init__(message)
         self.after = after
+
+
+class Retries:
+    """Sends until there is a final answer.
+
+    Args:
+        url: Of the server, for messages.
+        policy: How patient to be.
+    """
+
+    def __init__(self, url: str, policy: Policy) -> None:
+        self._url, self._policy = url, policy
+        self._random = random.Random()  # not the global one, which a search may have seeded
+
+    def run(self, send: Callable[[], _A], read: Callable[[_A], _T]) -> _T:
+        """What `read` makes of the answer to `send`.
+
+        Args:
+            send: Makes one exchange; raises `Transient` for what may pass.
+            read: Makes the result of an answer; `WireError` means that the answer is malformed.
+
+        Raises:
+            OracleError: There is no answer, or `send` or `read` raises it.
+        """
+        malformed = 0
+
+        def once() -> _T:
+            nonlocal malformed
+            answer = send()
+            try:
+                return read(answer)
+            except WireError as error:
+                malformed += 1
+                if malformed == 2:
+                    raise OracleError(f"{self._url}: the answer is malformed: {error}") from error
+                raise Transient(f"the answer is malformed: {error}") from error
+
+        stop = tenacity.stop_any(
+            tenacity.stop_after_attempt(self._policy.attempts), tenacity.stop_before_delay(self._policy.total)
+        )
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            stop=stop,
+            wait=self._pause,
+            sleep=self._policy.sleep,
+            reraise=True,
+        )
+        try:
+            return retrying(once)
+        except Transient as error:
+            tried = retrying.statistics["attempt_number"]
+            raise OracleError(
+                f"{self._url}: {error} (tries: {tried}); check that the server runs, then go on with `bbprompt resume`"
+            ) from error
+
+    def _pause(self, state: tenacity.RetryCallState) -> float:
+        """Full jitter: anything up to a bound that doubles; or what the server asked for."""
+        error = state.outcome.exception() if state.outcome is not None else None
+        if isinstance(error, Transient) and error.after is not None:
+            return min(error.after, self._policy.obey)
+        most: float = self._policy.pause * 2 ** (state.attempt_number - 1)
+        return self._random.uniform(0.0, min(most, self._policy.longest))
 
 
 class Caller:
@@ -88,7 +152,7 @@ class Caller:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self._url, self._policy = url, policy
-        self._random = random.Random()  # not the global one, which a search may have seeded
+        self._retries = Retries(url, policy)
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {})
         self._client = httpx2.Client(
             base_url=url,
@@ -109,6 +173,7 @@ class Caller:
         body: bytes = b"",
         kind: str | None = None,
         most: int,
+        headers: Mapping[str, str] | None = None,
     ) -> _T:
         """Send a request until there is a final answer.
 
@@ -119,56 +184,22 @@ class Caller:
             body: What to send.
             kind: Its content type.
             most: Most bytes of an answer.
+            headers: More headers.
 
         Raises:
             OracleError: There is no answer, or `read` raises it.
         """
-        malformed = 0
-
-        def once() -> _T:
-            nonlocal malformed
-            answer = self._send(method, path, body, kind, most)
-            try:
-                return read(answer)
-            except WireError as error:
-                malformed += 1
-                if malformed == 2:
-                    raise OracleError(f"{self._url}: the answer is malformed: {error}") from error
-                raise _Transient(f"the answer is malformed: {error}") from error
-
-        stop = tenacity.stop_any(
-            tenacity.stop_after_attempt(self._policy.attempts), tenacity.stop_before_delay(self._policy.total)
-        )
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(_Transient),
-            stop=stop,
-            wait=self._pause,
-            sleep=self._policy.sleep,
-            reraise=True,
-        )
-        try:
-            return retrying(once)
-        except _Transient as error:
-            tried = retrying.statistics["attempt_number"]
-            raise OracleError(
-                f"{self._url}: {error} (tries: {tried}); check that the server runs, then go on with `bbprompt resume`"
-            ) from error
+        return self._retries.run(lambda: self._send(method, path, body, kind, most, headers or {}), read)
 
     def close(self) -> None:
         """Close the connections."""
         self._client.close()
 
-    def _pause(self, state: tenacity.RetryCallState) -> float:
-        """Full jitter: anything up to a bound that doubles; or what the server asked for."""
-        error = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(error, _Transient) and error.after is not None:
-            return min(error.after, self._policy.obey)
-        most: float = self._policy.pause * 2 ** (state.attempt_number - 1)
-        return self._random.uniform(0.0, min(most, self._policy.longest))
-
-    def _send(self, method: str, path: str, body: bytes, kind: str | None, most: int) -> Answer:
+    def _send(
+        self, method: str, path: str, body: bytes, kind: str | None, most: int, more: Mapping[str, str]
+    ) -> Answer:
         ends = time.monotonic() + self._policy.deadline
-        headers = {"content-type": kind} if kind else {}
+        headers = ({"content-type": kind} if kind else {}) | dict(more)
         try:
             with self._client.stream(method, path, content=body or None, headers=headers) as response:
                 if "content-encoding" in response.headers:
@@ -179,7 +210,7 @@ class Caller:
                     if size > most:
                         raise OracleError(f"{self._url}: the answer is longer than {most} bytes")
                     if time.monotonic() > ends:
-                        raise _Transient(f"no whole answer within {self._policy.deadline:g} s")
+                        raise Transient(f"no whole answer within {self._policy.deadline:g} s")
                     pieces.append(piece)
                 status, answered = response.status_code, b"".join(pieces)
                 said = response.headers
@@ -189,10 +220,10 @@ class Caller:
             raise OracleError(f"{self._url}: {plain(str(error))}; correct --backend") from error
         if status in _TRANSIENT:
             message = f"status {status}: {plain(answered.decode('utf-8', 'replace'))}"
-            raise _Transient(message, _seconds(said.get("retry-after", "")))
+            raise Transient(message, _seconds(said.get("retry-after", "")))
         if 300 <= status < 400:
             raise OracleError(f"{self._url}: redirects elsewhere, which is not followed; give the final URL")
-        return Answer(status, said.get("content-type", ""), answered)
+        return Answer(status, said.get("content-type", ""), answered, dict(said))
 
     def _unreachable(self, error: httpx2.TransportError) -> OracleError:
         cause: BaseException | None = error
@@ -204,7 +235,7 @@ class Caller:
             cause = cause.__cause__ or cause.__context__
         if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
             return OracleError(f"{self._url}: {plain(str(error))}; correct --backend")
-        return _Transient(f"cannot be reached ({type(error).__name__}: {plain(str(error))})")
+        return Transient(f"cannot be reached ({type(error).__name__}: {plain(str(error))})")
 
 
 def plain(text: str) -> str:

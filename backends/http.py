@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields
-from typing import Any, get_args
+from dataclasses import dataclass
 
 import httpx2
 import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.backends.calls import Answer, Caller, Policy, plain
+from bbprompt.backends.remote import Pieces, read_info, read_size
 from bbprompt.errors import BBPromptError, DataError, OracleError, UsageError
-from bbprompt.oracle import OracleInfo, ReadoutKind, Scores, Support, TextBatch, check_points, check_scores
-from bbprompt.units import join
+from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points, check_scores
 from bbprompt.wire import (
     CONTENT_TYPE,
     PROTOCOL,
@@ -75,7 +73,7 @@ class HttpOracle:
     ) -> None:
         self._url, self._policy = _checked(url), policy or Policy()
         self._caller = Caller(self._url, token, self._policy, workers, transport)
-        self._threads, self._workers = ThreadPoolExecutor(workers, "http-oracle"), workers
+        self._pieces = Pieces(self._url, workers, self._policy.total + self._policy.deadline)
         self._registered: set[str] = set()
         self._lock = threading.Lock()
         try:
@@ -97,25 +95,16 @@ class HttpOracle:
         longest_answer: int | None = None,
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
-        checked, digest, size = check_points(points, self.info), batch.digest(), self._server.points
-        pieces = [checked[begin : begin + size] for begin in range(0, len(checked), size)]
-        running = [self._threads.submit(self._piece, batch, digest, piece, support, longest_answer) for piece in pieces]
-        # A bound even for a server that drips its headers, which no single read times out at.
-        turns = -(-len(pieces) // self._workers)
-        done, late = wait(running, turns * (self._policy.total + self._policy.deadline), FIRST_EXCEPTION)
-        failed = [future for future in running if future in done and future.exception() is not None]
-        if failed or late:
-            for future in running:
-                future.cancel()
-        if failed:
-            failed[0].result()
-        if late:
-            raise OracleError(f"{self._url}: no answer in time; check the server, then go on with `bbprompt resume`")
-        return _joined([future.result() for future in running])
+        checked, digest = check_points(points, self.info), batch.digest()
+        return self._pieces.score(
+            checked,
+            self._server.points,
+            lambda piece: self._piece(batch, digest, piece, support, longest_answer),
+        )
 
     def close(self) -> None:
         """Close the connections; safe to call twice."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._pieces.close()
         self._caller.close()
 
     def _piece(
@@ -185,10 +174,7 @@ class HttpOracle:
                     f"{self._url}: speaks protocol {plain(repr(protocol))}, this version speaks {PROTOCOL}; "
                     "install the same version of bbprompt on both sides"
                 )
-            info = OracleInfo(
-                **{field.name: _typed(model[field.name], str(field.type)) for field in fields(OracleInfo)}
-            )
-            return _Server(info, *(_typed(limits[name], "int") for name in ("points", "texts", "body")))
+            return _Server(read_info(model), *(read_size(limits[name]) for name in ("points", "texts", "body")))
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise WireError("it does not describe a model as `bbprompt serve` does") from error
 
@@ -230,14 +216,6 @@ def _checked(url: str) -> str:
     return url.rstrip("/")
 
 
-def _typed(value: Any, kind: str) -> Any:
-    if kind == "ReadoutKind" and value in get_args(ReadoutKind):
-        return value
-    if type(value).__name__ != kind or (kind == "int" and value < 1) or (kind == "str" and not value.isprintable()):
-        raise ValueError
-    return value
-
-
 def _refusal(body: bytes) -> tuple[str, str]:
     """Word and line of a refusal; empty and raw where it is not in our form, as from a proxy."""
     try:
@@ -245,9 +223,3 @@ def _refusal(body: bytes) -> tuple[str, str]:
         return str(value["error"]), plain(str(value["message"]))
     except (ValueError, TypeError, LookupError, RecursionError):
         return "", plain(body[:400].decode("utf-8", "replace"))
-
-
-def _joined(parts: list[Scores]) -> Scores:
-    if any(part.cut != parts[0].cut for part in parts):
-        raise OracleError("the server cut the same texts differently for different candidates")
-    return join(parts)

@@ -2,8 +2,8 @@
 
 A run on a cluster is what it is here, `bbprompt.sweep.job.start_local`, held by an actor. The actor's end closes the
 pipe to the run, which then stops at its next safe point; so a driver that is killed takes its runs along, for Ray ends
-the actors of a driver that is gone. Ray starts nothing twice: a run whose machine was lost is named as failed, and goes on
-where it was when the sweep is called again.
+the actors of a driver that is gone. Ray starts nothing twice: a run whose machine was lost is named as failed, and
+goes on where it was when the sweep is called again.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from bbprompt import __version__
-from bbprompt.commands import compare, doctor, export, inspect, pretrain, report, serve, sweep, tune, use
+from bbprompt.commands import compare, doctor, export, exportserver, inspect, pretrain, report, serve, sweep, tune, use
 from bbprompt.errors import BBPromptError, Interrupted
 
 __all__ = ["app", "main", "run"]
@@ -59,6 +59,7 @@ app.command()(inspect.tasks)
 app.command()(inspect.methods)
 app.command()(doctor.doctor)
 app.command()(serve.serve)
+app.command("export-server")(exportserver.export_server)
 
 
 @_pretrain.callback()

@@ -271,7 +271,7 @@ class TuneConfig(_Settings):
         budget: Most train and dev calls together.
         seed: Of the few-shot split and the search.
         shots: Examples per label; None for the papers' rule.
-        backend: "local", or the URL of a `bbprompt serve`.
+        backend: "local", or the URL of a server; see `bbprompt.connect.open_oracle`.
         on_doubt: What becomes of calls that were sent before a crash and whose answer is unknown. "resend" makes them
             again as the same calls; a local model and `bbprompt serve` lose nothing by that. "charge" counts them as
             spent, for a server that charges for every request.

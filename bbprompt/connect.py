@@ -21,6 +21,16 @@ TOKEN_VARIABLE = "BBPROMPT_TOKEN"  # noqa: S105
 
 _log = logging.getLogger("bbprompt")
 
+#: Schemes of remote backends, and whether what is sent there is encrypted.
+_REMOTE = {
+    "http": False,
+    "https": True,
+    "kserve": False,
+    "kserve+https": True,
+    "kserve+grpc": False,
+    "kserve+grpcs": True,
+}
+
 
 def open_oracle(
     backend: str,
@@ -38,7 +48,8 @@ def open_oracle(
     """Open a frozen model.
 
     Args:
-        backend: "local", or the URL (`http://`, `https://`) of a `bbprompt serve`.
+        backend: "local", the URL (`http://`, `https://`) of a `bbprompt serve`, or that of a model of ours at a server
+            of the Open Inference Protocol (`kserve://HOST:PORT/MODEL`, `kserve+grpc://HOST:PORT/MODEL`).
         prompt: The artifact behind the oracle.
         backbone: Hub id or directory; None for the one the prompts were trained for.
         device: "auto", "cpu" or "cuda".
@@ -55,7 +66,7 @@ def open_oracle(
         ArtifactError: Backbone or prompts cannot be loaded or do not fit each other.
         OracleError: The server cannot be reached or holds another model.
     """
-    if backend.startswith(("http://", "https://")):
+    if backend.partition("://")[0] in _REMOTE and "://" in backend:
         if ray is not None:
             raise UsageError("--ray: a server shares its work out itself; leave out --ray or --backend")
         if device != "auto" or batch_tokens is not None or backbone is not None:
@@ -64,7 +75,10 @@ def open_oracle(
             )
         return _open_server(backend, prompt, dtype, max_tokens, threads, workers or 1)
     if backend != "local":
-        raise UsageError(f"--backend '{backend}': expected local, http://HOST:PORT or https://HOST:PORT")
+        raise UsageError(
+            f"--backend '{backend}': expected local, http://HOST:PORT, https://HOST:PORT, "
+            "kserve://HOST:PORT/MODEL or kserve+grpc://HOST:PORT/MODEL"
+        )
     if ray is not None:
         from bbprompt.backends.rayoracle import open_ray
 
@@ -202,11 +216,15 @@ def ask_server(url: str, workers: int = 1) -> Oracle:
         OracleError: It cannot be reached or speaks another language.
     """
     from bbprompt.backends.http import HttpOracle
+    from bbprompt.backends.oip import OipOracle
 
     token = read_token(os.environ)
-    if token is not None and url.startswith("http://") and not url.startswith(("http://127.", "http://localhost")):
-        _log.warning("--backend %s: the token travels in the clear; use https://", url)
-    return HttpOracle(url, token, workers=workers)
+    scheme, _, place = url.partition("://")
+    if scheme not in _REMOTE:
+        raise UsageError(f"--backend '{url}': expected {', '.join(f'{name}://' for name in _REMOTE)} and a host")
+    if token is not None and not _REMOTE[scheme] and not place.startswith(("127.", "localhost")):
+        _log.warning("--backend %s: the token travels in the clear; use TLS", url)
+    return (OipOracle if scheme.startswith("kserve") else HttpOracle)(url, token, workers=workers)
 
 
 def _open_server(

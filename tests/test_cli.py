@@ -25,7 +25,7 @@ COMMANDS = [
     "compare",
     "report",
 ]
-COMMANDS += ["tasks", "methods", "doctor", "serve"]
+COMMANDS += ["tasks", "methods", "doctor", "serve", "export-server"]
 
 
 @pytest.mark.parametrize("words", ["", *COMMANDS])

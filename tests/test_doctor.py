@@ -67,8 +67,10 @@ def test_a_backend_is_opened_only_on_request(
     tiny_prompt.artifact_dir(tmp_path / "e5-small-mp2-deep", tiny_bert_dir, "mp2-deep")
     (local,) = (f for f in examine("local", {}) if f.name == "backend")
     assert (local.state, local.value) == ("ok", f"local: {tiny_bert_dir}, float32 on {local.value.split(' on ')[1]}")
-    (remote,) = (f for f in examine("http://localhost:1", {}) if f.name == "backend")
-    assert remote.state == "problem"
+    for url in ("http://localhost:1", "kserve://localhost:1/oracle", "kserve+grpc://localhost:1/oracle"):
+        (remote,) = (f for f in examine(url, {}) if f.name == "backend")
+        assert remote.state == "problem"
+        assert "bbprompt resume" in remote.value
 
 
 def test_a_server_may_hold_other_prompts(

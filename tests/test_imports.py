@@ -128,6 +128,8 @@ def test_backends_know_core_alone(path: Path) -> None:
     if path.name in ("cluster.py", "rayoracle.py", "rayruns.py"):
         assert "ray" not in third_party(at_import(path)), "Ray is loaded when asked for"
         allowed |= {"ray"}
+    if path.name == "oip_grpc.py":
+        allowed |= {"grpc", "google"}
     assert third_party(names) <= allowed
 
 
@@ -143,7 +145,9 @@ def test_the_server_knows_core_alone(path: Path) -> None:
     names = everywhere(path)
     other = ("bbprompt.optimizers", "bbprompt.backends", "bbprompt.pretrain", "bbprompt.commands")
     assert not {name for name in names if name.startswith(other)}
-    assert third_party(names) <= CORE | SERVER
+    # What runs inside another server alone is imported by nothing of ours.
+    host = {"triton.py": {"torch", "triton_python_backend_utils"}, "mlserver.py": {"mlserver"}}
+    assert third_party(names) <= CORE | SERVER | host.get(path.name, set())
 
 
 BACKWARD = {"backward", "requires_grad", "autograd"}

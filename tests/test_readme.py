@@ -50,6 +50,7 @@ def test_there_are_commands() -> None:
         "methods",
         "doctor",
         "serve",
+        "export-server",
     }
 
 
@@ -68,7 +69,7 @@ def test_a_wrong_flag_would_be_noticed() -> None:
 
 
 def test_the_table_names_every_command() -> None:
-    table = set(re.findall(r"^\| `bbprompt (\w+)", TEXT, re.MULTILINE))
+    table = set(re.findall(r"^\| `bbprompt ([\w-]+)", TEXT, re.MULTILINE))
     assert table == set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 
 

@@ -18,7 +18,7 @@ _Name = Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=Fals
 
 
 def tasks(name: _Name = None, json: Json = False, debug: Debug = False) -> None:
-    """List the tasks, or show one with template, labels and sources."""
+    """List the tasks, or show one with its labels."""
     from bbprompt.tasks.task import load_task, task_names
 
     if name is not None:
@@ -42,7 +42,7 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods, or show the effective settings of one as YAML."""
+    """List the methods, or show one as effective YAML."""
     from bbprompt.config import load_method, method_names, method_with, parse_set
 
     if name is not None:

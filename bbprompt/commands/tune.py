@@ -72,7 +72,8 @@ def tune(
         typer.Option(
             metavar="local|URL",
             show_default=False,
-            help="Where the model answers: here, or at the http(s) URL of a `bbprompt serve` [default: local].",
+            help="Where the model answers: here, at a `bbprompt serve` (http(s)://HOST:PORT), or at Triton or "
+            "MLServer (kserve://HOST:PORT/MODEL, kserve+grpc://HOST:PORT/MODEL) [default: local].",
         ),
     ] = None,
     on_doubt: Annotated[
@@ -125,7 +126,7 @@ def tune(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Tune a prompt with forward calls only, then score the test data."""
+    """Tune a prompt with forward calls, then score the test data."""
     flags = {
         "task": task,
         "data": data,
@@ -161,7 +162,7 @@ def resume(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a stopped or killed run, to the identical result.
+    """Go on with a stopped run, to the identical result.
 
     Where it is computed may change: --ray and --workers are free.
     """
