@@ -184,8 +184,7 @@ def _backend(backend: str) -> Finding:
         return Finding("backend", "problem", f"{backend}: not tried without the default prompts")
     try:
         prompt = ModularPrompt.load(bundled[method.prompts])
-        served = backend.startswith(("http://", "https://"))
-        oracle = ask_server(backend) if served else open_oracle(backend, prompt)
+        oracle = ask_server(backend) if "://" in backend else open_oracle(backend, prompt)
     except BBPromptError as error:
         return Finding("backend", "problem", str(error), "see the message")
     info = oracle.info
