@@ -125,6 +125,9 @@ def test_the_tuning_side_scores_as_the_training_did(trained: Path, recipe: Pretr
     assert prompt.config.pooling.scale != 10.0, "the scale is learned"
     assert prompt.config.pooling.threshold != 0.88, "the threshold is learned"
     assert prompt.config.placeholders == (300, 300)
+    card = (trained / "artifact" / "README.md").read_text(encoding="utf-8")
+    assert "scale and threshold" in card
+    assert "span head" not in card
     oracle = LocalOracle(load_backbone(recipe.backbone), prompt, max_tokens=recipe.max_tokens)
     points = prompt.space.mix(prompt.space.routers, CODE)
     for index, task in enumerate(upstream_tasks(recipe.tasks)):

@@ -57,14 +57,15 @@ def model_card(prompt: ModularPrompt) -> str:
 def _what(config: PromptConfig, where: str) -> list[str]:
     size = f"{config.prompt_length} positions {where} backbone's layers, with intrinsic dimension"
     frozen = "The backbone was frozen; only these were trained."
+    head = "a span head" if config.readout == "span" else "scale and threshold of the similarity of embeddings"
     if config.tasks:
         return [
             f"{config.modules} modular soft prompts of {size}",
-            f"{config.intrinsic_dim}, a router for each of {len(config.tasks)} upstream tasks and a span head",
+            f"{config.intrinsic_dim}, a router for each of {len(config.tasks)} upstream tasks and {head}",
             f"(MP2, arXiv:2210.07565). {frozen}",
         ]
     paper = "PPT, arXiv:2109.04332" if config.kind == "ppt" else "SPoT, arXiv:2110.07904"
-    return [f"One soft prompt of {size}", f"{config.intrinsic_dim}, and a span head ({paper}). {frozen}"]
+    return [f"One soft prompt of {size}", f"{config.intrinsic_dim}, and {head} ({paper}). {frozen}"]
 
 
 def _left_out(recipe: dict[str, Any]) -> str:
