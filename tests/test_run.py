@@ -356,7 +356,7 @@ def test_what_is_missing_or_does_not_fit(
         prepare(config(tiny_pair_data, tiny_prompts, backbone=str(tiny_roberta_dir)))
     with pytest.raises(UsageError, match="are set where the server is started"):
         prepare(config(tiny_pair_data, tiny_prompts, backend="http://nowhere"))
-    with pytest.raises(UsageError, match="expected local, http://HOST:PORT or https://HOST:PORT"):
+    with pytest.raises(UsageError, match="expected local, http://HOST:PORT, https://HOST:PORT, kserve://"):
         prepare(config(tiny_pair_data, tiny_prompts, backend="nowhere"))
     for name in ("dev.jsonl", "test.jsonl"):
         (tmp_path / name).write_bytes((tiny_pair_data / name).read_bytes())
