@@ -45,7 +45,7 @@ def test_a_run_outlives_one_of_its_two_machines(tiny_pair_data: Path, tiny_promp
         assert "token" in refused.stderr.splitlines()[-1]
         assert "0" * 64 not in refused.stderr + refused.stdout
         tune = head.start(sys.executable, *words, "--ray", address, log=tmp_path / "tune.log")
-        wait_for(run / "curve.csv", "\n", 20, still=tune)
+        wait_for(run / "curve.csv", "\n", 20, seconds=300, still=tune)
         # Both machines must be at work before one is switched off.
         wait_for(tmp_path / "tune.log", other.address, still=tune)
         rows = (run / "curve.csv").read_text(encoding="utf-8").count("\n")
