@@ -32,7 +32,7 @@ from bbprompt.embedding import Embeddings
 from bbprompt.errors import ArtifactError, OracleError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
-from bbprompt.texts.mrc import Encoded, Frame
+from bbprompt.texts.mrc import Encoded, Frame, Offsets
 from bbprompt.units import Unit, join, plan_units
 
 __all__ = ["LocalOracle"]
@@ -105,7 +105,7 @@ class LocalOracle:
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
         self._runner = Runner(self._encoder, torch.from_numpy(prompt.projection).to(device), rough)
-        self._head = _open_head(backbone, prompt, self._frame, self._encoder.device)
+        self._head = _open_head(backbone, prompt, self._tokenize, self._frame, self._encoder.device)
         self._batch_tokens = batch_tokens
         self._fallbacks = self._populations = 0
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
@@ -275,9 +275,14 @@ class LocalOracle:
         )
 
 
-def _open_head(backbone: Backbone, prompt: ModularPrompt, frame: Frame, device: torch.device) -> Head:
+def _open_head(
+    backbone: Backbone,
+    prompt: ModularPrompt,
+    tokenize: Callable[[str], tuple[Sequence[int], Offsets]],
+    frame: Frame,
+    device: torch.device,
+) -> Head:
     """The head that the artifact's config.json names."""
-    tokenize = tokenize_with(backbone.tokenizer)
     pooling = prompt.config.pooling
     if pooling is not None:
         return PrototypeHead(
