@@ -114,6 +114,7 @@ class PromptStageConfig(_Settings):
     bound: _Positive | None = None
     keep: Literal["improving", "all-time"] = "improving"
     dev_every: _Count = 100
+    patience: _Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -133,6 +134,7 @@ class RefineStageConfig(_Settings):
             d + 1 of them are one step along each coordinate.
         share: Share of the budget that is kept for it, of what is left after stage I.
         dev_every: Train calls between two looks at the dev set.
+        patience: As in `PromptStageConfig`.
     """
 
     optimizer: Literal["cobyla"] = "cobyla"
@@ -140,6 +142,7 @@ class RefineStageConfig(_Settings):
     calls_per_layer: _Count | None = None
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     dev_every: _Count = 100
+    patience: _Count | None = None
 
 
 class ProjectionConfig(_Settings):

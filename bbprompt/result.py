@@ -42,7 +42,11 @@ class Before(_Values):
 
 
 class StageResult(_Values):
-    """One stage: its calls, best train loss and seconds; dev and test of the prompt chosen at its end."""
+    """One stage: its calls, best train loss and seconds; dev and test of the prompt chosen at its end.
+
+    `ended` says why it ended: "calls" (all of its own are made), "budget", "patience", or the optimizer's reason; it is
+    empty in results of earlier versions.
+    """
 
     name: str
     optimizer: str
@@ -51,6 +55,7 @@ class StageResult(_Values):
     dev: float
     test: float
     seconds: float
+    ended: str = ""
 
 
 class TestScore(_Values):

@@ -330,6 +330,7 @@ def _result(
             train_loss=trace.train_loss,
             dev=trace.chosen.dev_metric,
             test=float(values.mean()),
+            ended=trace.ended,
             seconds=round(trace.seconds, 3),
         )
         for trace, values in zip(found.stages, tests[1:], strict=True)

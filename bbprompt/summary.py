@@ -60,6 +60,7 @@ def notes(result: Result) -> list[str]:
     lines += _rivals(result)
     if not result.stages:
         return lines + _cut(result)
+    lines += _unspent(result)
     if result.dev <= before.dev:
         lines.append(
             f"On dev the tuned prompt is not better than the untuned one "
@@ -75,6 +76,18 @@ def notes(result: Result) -> list[str]:
     if before.majority and after.value <= before.majority:
         lines.append("On test the tuned prompt does not beat the most frequent label.")
     return lines + _cut(result)
+
+
+def _unspent(result: Result) -> list[str]:
+    """That calls were left, and why, where the search lost patience."""
+    left = result.budget - result.calls.train - result.calls.dev
+    impatient = [stage.name for stage in result.stages if stage.ended == "patience"]
+    if not impatient or not left:
+        return []
+    return [
+        f"{left} calls were left unspent: the {impatient[-1]} stage had long gained nothing on dev. To spend them all "
+        f"the same: `--set {impatient[-1]}.patience=null`."
+    ]
 
 
 def _searched(result: Result) -> bool:

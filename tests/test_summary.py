@@ -92,5 +92,14 @@ def test_what_must_be_said_is_said(changes: dict[str, Any], said: str) -> None:
     assert len(lines) == 2
 
 
+def test_calls_that_were_left_for_want_of_gain_are_spoken_of() -> None:
+    stages = [RESULT["stages"][0], {**RESULT["stages"][1], "ended": "patience"}]
+    lines = notes(result(stages=stages, calls={"train": 500, "dev": 10}))
+    (said,) = [line for line in lines if line.startswith("7490 calls were left unspent")]
+    assert "`--set prompt.patience=null`" in said
+    assert len(lines) == 2
+    assert len(notes(result(stages=stages, calls={"train": 7990, "dev": 10}))) == 1, "nothing was left"
+
+
 def test_examples_with_options_of_their_own_have_no_most_frequent_label() -> None:
     assert notes(result(before={"majority": 0.0})) == []

@@ -146,6 +146,36 @@ def test_a_look_at_the_same_point_costs_nothing(tmp_path: Path) -> None:
     assert found.chosen is found.before
 
 
+def test_a_stage_that_dev_gains_nothing_from_ends_and_leaves_the_rest(tmp_path: Path) -> None:
+    # Steps that change nothing: every look finds the untuned prompt again.
+    still = {"prompt.sigma": 1e-19, "prompt.sigma_first": 1e-19, "prompt.dev_every": 20, "prompt.patience": 3}
+    found, ledger, _ = toyruns.run(tmp_path, method_with(METHODS["layerwise"], still), 400)
+    assert [trace.ended for trace in found.stages] == ["patience"]
+    assert ledger.by_kind == {"train": 1 + 3 * 20, "dev": 1, "test": 0}
+
+
+def test_patience_begins_anew_with_every_look_that_changes_the_choice(tmp_path: Path) -> None:
+    settings = {"prompt.sigma": 0.2, "prompt.sigma_first": 0.2, "prompt.dev_every": 20, "select": "pooled-loss"}
+    method = method_with(METHODS["layerwise"], {**settings, "prompt.patience": 2})
+    found, ledger, _ = toyruns.run(tmp_path / "patient", method, 800)
+    (trace,) = found.stages
+    assert trace.ended == "patience"
+    assert trace.chosen is not found.before
+    assert 1 + 2 * 20 < ledger.by_kind["train"] < 700
+    # Up to there it is the search that spends everything.
+    (whole,) = toyruns.run(tmp_path / "all", method_with(METHODS["layerwise"], settings), ledger.reserved)[0].stages
+    np.testing.assert_array_equal(whole.chosen.incumbent.point, trace.chosen.incumbent.point)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "ended"),
+    [("router", 60, ["calls"]), ("layerwise", 60, ["budget"]), ("both", 60, ["calls", "budget"]), ("nothing", 60, [])],
+)
+def test_a_stage_says_why_it_ended(name: str, budget: int, ended: list[str], tmp_path: Path) -> None:
+    found, *_ = toyruns.run(tmp_path, METHODS[name], budget)
+    assert [trace.ended for trace in found.stages] == ended
+
+
 @pytest.mark.parametrize(("name", "stages"), [("router", ["router"]), ("layerwise", ["prompt"]), ("nothing", [])])
 def test_methods_of_one_stage_or_none(name: str, stages: list[str], tmp_path: Path) -> None:
     found, ledger, _ = toyruns.run(tmp_path, METHODS[name], 60)

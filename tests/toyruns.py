@@ -72,8 +72,8 @@ class Recorder:
 
 #: Cheap: no Gaussian process unless a test asks for it.
 METHODS: dict[str, MethodConfig] = {
-    "layerwise": method_with(load_method("mp2-deep"), {"router": None}),
-    "joint": method_with(load_method("mp2-shallow"), {"router": None}),
+    "layerwise": method_with(load_method("mp2-deep"), {"router": None, "prompt.patience": None}),
+    "joint": method_with(load_method("mp2-shallow"), {"router": None, "prompt.patience": None}),
     "all-time": method_with(load_method("mp2-deep-code"), {"router": None, "prompt.popsize": 6}),
     "router": method_with(
         load_method("mp2-deep"), {"prompt": None, "router.calls": 16, "router.random": 8, "router.warm_start": False}
@@ -86,6 +86,7 @@ METHODS: dict[str, MethodConfig] = {
             "router.warm_start": False,
             "prompt.popsize": 6,
             "prompt.dev_every": 20,
+            "prompt.patience": None,
         },
     ),
     "upstream": method_with(load_method("mp2-deep"), {"prompt": None, "router.calls": 8, "router.random": 4}),

@@ -237,6 +237,7 @@ def _result(
         dev=best.dev,
         test=value,
         seconds=0.0,
+        ended="calls",
     )
     return Result(
         task=task.name,

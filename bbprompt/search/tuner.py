@@ -62,6 +62,8 @@ class StageTrace:
         calls: Train and dev calls it made.
         train_loss: Loss of its incumbent.
         chosen: The look that the method's rule preferred at its end, which may stem from before the stage.
+        ended: Why it ended: "calls" where it made all of its own, "budget" where what is left does not hold another
+            batch, "patience" where dev had nothing to gain for long, else the optimizer's reason.
         seconds: Wall time.
     """
 
@@ -70,6 +72,7 @@ class StageTrace:
     calls: int
     train_loss: float
     chosen: Look
+    ended: str
     seconds: float
 
 
@@ -116,16 +119,17 @@ def search(
         if method.router.optimizer != "listing":
             most = min(method.router.calls, max(int(share * evaluator.left), method.router.batch))
             stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
-            traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most))
+            traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most=most))
     if method.prompt is not None:
         start = run.chosen.incumbent
         stage = prompt_stage(method.prompt, start, seed, space.fixed)
         kept = method.refine.share if method.refine is not None else 0.0
-        most = max(int((1.0 - kept) * evaluator.left), method.prompt.popsize)
-        traces.append(run.stage(stage, method.prompt.popsize, method.prompt.dev_every, most if kept else None))
+        own = max(int((1.0 - kept) * evaluator.left), method.prompt.popsize) if kept else None
+        settings = method.prompt
+        traces.append(run.stage(stage, settings.popsize, settings.dev_every, most=own, patience=settings.patience))
     if method.refine is not None:
         stage = refine_stage(method.refine, run.chosen.incumbent, evaluator.left - 1, space.fixed)
-        traces.append(run.stage(stage, 1, method.refine.dev_every, most=None))
+        traces.append(run.stage(stage, 1, method.refine.dev_every, patience=method.refine.patience))
     return Found(before, tuple(traces), run.chosen, run.optimizer_seconds)
 
 
@@ -161,10 +165,11 @@ class _Search:
         what the choice rests on. At most `most` calls are made, `size` mixtures at a time.
         """
         began, first = time.monotonic(), self._evaluator.spent
-        best = self.chosen.incumbent.loss
+        best, ended = self.chosen.incumbent.loss, "calls"
         for begin in range(0, len(space.routers), size):
             routers = space.routers[begin : begin + size]
             if self._evaluator.spent - first + 2 * len(routers) > min(most, self._evaluator.left):
+                ended = "budget"
                 break
             points = space.mix(routers, space.rule)
             losses = self._evaluator.train(points)
@@ -173,19 +178,28 @@ class _Search:
             best = min(best, float(losses.min()))
             self.report("upstream", best)
         return StageTrace(
-            "upstream", "listing", self._evaluator.spent - first, best, self.chosen, time.monotonic() - began
+            "upstream", "listing", self._evaluator.spent - first, best, self.chosen, ended, time.monotonic() - began
         )
 
-    def stage(self, stage: Stage, size: int, dev_every: int, most: int | None) -> StageTrace:
-        """Run one stage until its calls, the budget or its optimizer end.
+    def stage(
+        self, stage: Stage, size: int, dev_every: int, *, most: int | None = None, patience: int | None = None
+    ) -> StageTrace:
+        """Run one stage until its calls, the budget, its optimizer or the patience end.
 
         An ask is only made when the budget holds all of it and the look that may follow; what is left is not
         spent.
         """
         began, first, train_calls = time.monotonic(), self._evaluator.spent, 0
-        next_look = dev_every
-        while stage.stop is None and size + 1 <= self._evaluator.left:
+        next_look, idle, ended = dev_every, 0, "budget"
+        while size + 1 <= self._evaluator.left:
+            if stage.stop is not None:
+                ended = stage.stop
+                break
             if most is not None and train_calls + size > most:
+                ended = "calls"
+                break
+            if patience is not None and idle >= patience:
+                ended = "patience"
                 break
             points = self._timed(stage.ask)
             try:
@@ -195,7 +209,9 @@ class _Search:
             self._timed(functools.partial(stage.tell, losses))
             train_calls += len(points)
             if train_calls >= next_look:
+                held = self.chosen
                 self.look(stage.incumbent, searched=True)
+                idle = idle + 1 if self.chosen is held else 0
                 next_look += dev_every * ((train_calls - next_look) // dev_every + 1)
             self.report(stage.name, stage.incumbent.loss)
         if self._evaluator.left:
@@ -207,6 +223,7 @@ class _Search:
             self._evaluator.spent - first,
             stage.incumbent.loss,
             self.chosen,
+            ended,
             time.monotonic() - began,
         )
 
