@@ -12,15 +12,19 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import ThreadpoolController
 
 from bbprompt.optimizers import bits
-from bbprompt.optimizers.acquire import best_bits, best_in_cube
+from bbprompt.optimizers.acquire import best_in_cube
 from bbprompt.optimizers.checks import checked_bounds, checked_count, checked_seed
+from bbprompt.optimizers.climb import best_bits
 from bbprompt.optimizers.history import History
 from bbprompt.optimizers.posterior import Hyperparameters, Posterior
 
@@ -44,7 +48,7 @@ ARD_DIM = 20
 _INCUMBENTS = 3  # best told rows that the acquisition starts from, beside random rows
 _PRIOR_NOISE = math.exp(-5.0)  # mode of botorch's noise prior LogNormal(-4, 1)
 _MIN_LENGTHSCALE = 2.5e-2
-_GROWTH = 1.2
+_GROWTH, _GROWTH_SHARED = 1.2, 1.5
 
 _log = logging.getLogger(__name__)
 
@@ -62,13 +66,14 @@ class GPUCB:
 
     The proposals. While fewer than `n_random` rows were told, by whatever means: the `initial` rows, then a
     scrambled Sobol sequence (random distinct rows if binary). From then on the rows with the highest
-    mean + kappa * deviation (`acquire.py`); within a batch each chosen row is believed to get its predicted
-    loss, so that the next one goes elsewhere (kriging believer, Ginsbourger et al., 2010). Told rows are
-    never proposed again.
+    mean + kappa * deviation (`acquire.py`, `climb.py`); within a batch each chosen row is believed to get its
+    predicted loss, so that the next one goes elsewhere (kriging believer, Ginsbourger et al., 2010). Told rows
+    are never proposed again.
 
-    The refits. Hyperparameters are those of the first m told rows, with m = `n_random` grown by a fifth as
-    often as it stays below the number told: a dozen fits up to 200 rows, where each is independent of those
-    before. `refit_every` sets equal steps instead. An ask thus depends on nothing but arguments and tells.
+    The refits. Hyperparameters are those of the first m told rows, with m = `n_random` grown by a fifth (by half
+    with a shared lengthscale, which changes less) as often as it stays below the number told: a dozen fits up to
+    200 rows, where each is independent of those before. `refit_every` sets equal steps instead. An ask thus
+    depends on nothing but arguments and tells.
     """
 
     def __init__(
@@ -193,30 +198,24 @@ class GPUCB:
         width = self._high - self._low
         known = (self._history.rows - self._low) / width
         losses = self._history.losses
-        targets = _targets(losses)
         best = known[np.argsort(losses, kind="stable")[:_INCUMBENTS]]
-        hyper = self._hyperparameters()
-        posterior = Posterior.given(hyper, known, targets)
-        taken = set(self._taken)
-        for row in (rows - self._low) / width:
-            known, targets, posterior = _believe(posterior, known, targets, row)
-        if self._binary:
-            taken.update(bits.keys(rows))
-        total = bits.count_valid(self._history.dim, forbid_zero=self._forbid_zero)
-        while len(rows) < self._batch and not (self._binary and len(taken) == total):
+        with _one_thread():
+            posterior = Posterior.given(self._hyperparameters(), known, _targets(losses))
+            for row in (rows - self._low) / width:
+                known, posterior = np.concatenate([known, row[None]]), posterior.believing(row)
             if self._binary:
-                unit = best_bits(posterior, self._kappa, taken, best, rng, forbid_zero=self._forbid_zero)
-                taken.update(bits.keys(unit[None]))
-            else:
+                found = best_bits(posterior, self._kappa, known, best, rng, forbid_zero=self._forbid_zero)
+                return np.concatenate([rows, *(row[None] for row in islice(found, self._batch - len(rows)))])
+            while len(rows) < self._batch:
                 unit = best_in_cube(posterior, self._kappa, known, best, rng)
-            rows = np.concatenate([rows, np.clip(self._low + unit * width, self._low, self._high)[None]])
-            if len(rows) < self._batch:
-                known, targets, posterior = _believe(posterior, known, targets, unit)
+                rows = np.concatenate([rows, np.clip(self._low + unit * width, self._low, self._high)[None]])
+                known, posterior = np.concatenate([known, unit[None]]), posterior.believing(unit)
         return rows
 
     def _hyperparameters(self) -> Hyperparameters:
         """Return the hyperparameters of the last fit that is due, fitting if it was not made yet."""
-        size = _fit_size(len(self._history), self._n_random, self._refit_every)
+        growth = _GROWTH if self._ard else _GROWTH_SHARED
+        size = _fit_size(len(self._history), self._n_random, self._refit_every, growth)
         if self._fitted is None or self._fitted[0] != size:
             unit = (self._history.rows[:size] - self._low) / (self._high - self._low)
             targets = _targets(self._history.losses[:size])
@@ -224,12 +223,12 @@ class GPUCB:
         return self._fitted[1]
 
 
-def _fit_size(told: int, first: int, every: int | None) -> int:
+def _fit_size(told: int, first: int, every: int | None, growth: float) -> int:
     """Return how many rows, of those told, the hyperparameters are fitted to."""
     if every is not None:
         return first + (told - first) // every * every
     size = first
-    while (larger := max(size + 1, int(size * _GROWTH))) <= told:
+    while (larger := max(size + 1, int(size * growth))) <= told:
         size = larger
     return size
 
@@ -250,16 +249,6 @@ def _targets(losses: NDArray[np.float64]) -> NDArray[np.float64]:
     scaled = (values - values.min()) / spread
     standard: NDArray[np.float64] = (scaled.mean() - scaled) / scaled.std(ddof=1)
     return standard
-
-
-def _believe(
-    posterior: Posterior, rows: NDArray[np.float64], targets: NDArray[np.float64], row: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], Posterior]:
-    """Add one row `(dim,)` with its predicted mean as if that had been told."""
-    mean, _ = posterior.moments(row[None])
-    rows = np.concatenate([rows, row[None]])
-    targets = np.concatenate([targets, mean])
-    return rows, targets, Posterior.given(posterior.hyper, rows, targets)
 
 
 def _fit(rows: NDArray[np.float64], targets: NDArray[np.float64], *, ard: bool, seed: int) -> Hyperparameters:
@@ -309,14 +298,9 @@ def _fit(rows: NDArray[np.float64], targets: NDArray[np.float64], *, ard: bool, 
 
 @contextmanager
 def _quiet_torch(seed: int) -> Iterator[None]:
-    """One thread, a seeded generator and no warnings inside; everything as before afterwards.
-
-    Small matrices are slower with several threads, and their number would change the last digits.
-    """
-    threads = torch.get_num_threads()
+    """A seeded generator and no warnings inside; everything as before afterwards."""
     state = torch.random.get_rng_state()
     try:
-        torch.set_num_threads(1)
         torch.default_generator.manual_seed(seed % 2**63)
         with warnings.catch_warnings():
             # Attempts that botorch repeats; one that fails for good raises ModelFittingError.
@@ -324,4 +308,24 @@ def _quiet_torch(seed: int) -> Iterator[None]:
             yield
     finally:
         torch.random.set_rng_state(state)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread inside, as many as before afterwards.
+
+    Small matrices are slower with several threads (100 times where others use the cores), and their number would
+    change the last digits.
+    """
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with _libraries().limit(limits=1):
+            yield
+    finally:
         torch.set_num_threads(threads)
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()

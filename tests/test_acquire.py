@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bbprompt.optimizers import bits
-from bbprompt.optimizers.acquire import LISTED_DIM, best_bits, best_in_cube
+from bbprompt.optimizers.acquire import best_in_cube
 from bbprompt.optimizers.posterior import Hyperparameters, Posterior
 
 
@@ -45,55 +44,3 @@ def test_known_corner_is_not_proposed_again() -> None:
         found = best_in_cube(posterior, 0.0, known, known[:1], np.random.default_rng(turn))
         assert np.abs(known - found).max(axis=1).min() >= 1e-6
         known = np.concatenate([known, found[None]])
-
-
-@pytest.mark.parametrize("dim", [LISTED_DIM, LISTED_DIM + 2])
-def test_bits_maximum_is_that_of_the_whole_list(dim: int) -> None:
-    rng = np.random.default_rng(7)
-    rows = bits.draw(rng, 40, dim, set(), forbid_zero=True)
-    weights = rng.standard_normal(dim)
-    posterior = model(rows, rows @ weights + rows[:, 0] * rows[:, 1], dim**0.5)
-    taken = set(bits.keys(rows))
-    everything = bits.enumerate_bits(dim)
-    untaken = everything[[key not in taken for key in bits.keys(everything)]]
-    found = best_bits(posterior, 2.0, taken, rows[:3], rng, forbid_zero=True)
-    assert posterior.ucb(found[None], 2.0)[0] == pytest.approx(posterior.ucb(untaken, 2.0).max(), abs=1e-12)
-
-
-@pytest.mark.parametrize("dim", [24, 96])
-def test_bits_are_a_local_maximum_among_the_untaken(dim: int) -> None:
-    rng = np.random.default_rng(8)
-    rows = bits.draw(rng, 50, dim, set(), forbid_zero=True)
-    posterior = model(rows, rows @ rng.standard_normal(dim), dim**0.5)
-    taken = set(bits.keys(rows))
-    for _ in range(4):
-        found = best_bits(posterior, 2.0, taken, rows[:3], rng, forbid_zero=True)
-        assert bits.keys(found[None])[0] not in taken
-        flipped = np.abs(found - np.eye(dim))
-        flipped = flipped[[key not in taken for key in bits.keys(flipped)]]
-        assert posterior.ucb(found[None], 2.0)[0] >= posterior.ucb(flipped, 2.0).max() - 1e-12
-        taken.add(bits.keys(found[None])[0])
-
-
-@pytest.mark.parametrize("dim", [6, 13])
-@pytest.mark.parametrize("forbid_zero", [True, False])
-def test_the_zero_row_is_proposed_only_where_allowed(dim: int, forbid_zero: bool) -> None:
-    rows = bits.enumerate_bits(dim)[: 2 * dim]
-    posterior = model(rows, -rows.sum(axis=1), dim**0.5)
-    found = best_bits(posterior, 0.0, set(bits.keys(rows)), rows[:1], np.random.default_rng(0), forbid_zero=forbid_zero)
-    assert bool(found.any()) is forbid_zero
-
-
-def test_the_last_untaken_rows_are_found() -> None:
-    dim = LISTED_DIM + 1
-    rows = bits.enumerate_bits(dim)
-    rng = np.random.default_rng(0)
-    order = rng.permutation(len(rows))
-    posterior = model(rows[:50], rows[:50].sum(axis=1), dim**0.5)
-    taken = set(bits.keys(rows[order[3:]]))
-    for _ in range(3):
-        found = best_bits(posterior, 2.0, taken, rows[order[3:5]], rng, forbid_zero=True)
-        key = bits.keys(found[None])[0]
-        assert key not in taken
-        taken.add(key)
-    assert len(taken) == 2**dim - 1

@@ -116,7 +116,7 @@ def test_optimizers_know_nothing_of_the_rest(path: Path) -> None:
     if path.name == "cmaes.py":
         allowed |= {"cma"}
     if path.name == "gp.py":
-        allowed |= {"torch", "botorch", "gpytorch", "linear_operator"}
+        allowed |= {"torch", "botorch", "gpytorch", "linear_operator", "threadpoolctl"}
     assert third_party(names) <= allowed
 
 

@@ -83,6 +83,28 @@ def test_gradient_equals_finite_differences(dim: int, count: int, binary: bool) 
         np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("dim", "count", "binary"), CASES)
+def test_a_believed_row_counts_as_told_its_mean(dim: int, count: int, binary: bool) -> None:
+    hyper, rows, targets, queries = problem(dim, count, binary)
+    grown = Posterior.given(hyper, rows, targets)
+    for believed in queries[:3]:
+        mean, _ = grown.moments(believed[None])
+        rows, targets = np.concatenate([rows, believed[None]]), np.concatenate([targets, mean])
+        grown = grown.believing(believed)
+    again = Posterior.given(hyper, rows, targets)
+    np.testing.assert_allclose(grown.moments(queries), again.moments(queries), atol=1e-8)
+
+
+@pytest.mark.parametrize(("dim", "count"), [(1, 1), (8, 120), (96, 60)])
+def test_the_bounds_of_flips_are_those_of_the_flipped_rows(dim: int, count: int) -> None:
+    hyper, rows, targets, queries = problem(dim, count, True)
+    posterior = Posterior.given(hyper, rows, targets)
+    flipped = np.abs(queries[:5, None] - np.eye(dim))
+    expected = posterior.ucb(flipped.reshape(-1, dim), 2.0).reshape(5, dim)
+    # The square root of a rounding error beside a known row.
+    np.testing.assert_allclose(posterior.ucb_of_flips(queries[:5], 2.0), expected, atol=1e-7)
+
+
 def test_one_row_is_known_and_far_rows_follow_the_prior() -> None:
     hyper = Hyperparameters(lengthscale=np.full(2, 0.1), noise=1e-6, mean=0.3)
     posterior = Posterior.given(hyper, np.array([[0.5, 0.5]]), np.array([1.7]))
