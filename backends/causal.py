@@ -27,7 +27,7 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.texts.mrc import Encoded, Frame
 from bbprompt.units import Unit, join, plan_units
 
-__all__ = ["CausalOracle", "causal_frame"]
+__all__ = ["CausalOracle", "causal_frame", "last_states"]
 
 
 class CausalOracle:
@@ -164,25 +164,10 @@ class CausalOracle:
         attend to its keys and values.
         """
         front = self._frame.text_start
-        lengths = torch.as_tensor([len(item.ids) - front for item in sequences], device=self._device)
-        width = int(lengths.max())
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        for row, item in zip(ids, sequences, strict=True):
-            row[: len(item.ids) - front] = torch.as_tensor(item.ids[front:])
-        mask = (torch.arange(front + width, device=self._device) < front + lengths[:, None]).long()
-        n, texts = len(prompts), len(sequences)
         before = torch.as_tensor([sequences[0].ids[:front]], device=self._device)
         with self._prompted(prompts):
-            seen = self._model(input_ids=before.repeat(n, 1), use_cache=True).past_key_values
-        seen.batch_repeat_interleave(texts)
-        states: Tensor = self._model(
-            input_ids=ids.to(self._device).repeat(n, 1),
-            attention_mask=mask.repeat(n, 1),
-            past_key_values=seen,
-            use_cache=True,
-        ).last_hidden_state
-        last = (lengths - 1).repeat(n)
-        return states[torch.arange(len(last), device=self._device), last].view(n, texts, 1, -1)
+            seen = self._model(input_ids=before.repeat(len(prompts), 1), use_cache=True).past_key_values
+        return last_states(self._model, sequences, front, seen, len(prompts))
 
     @contextmanager
     def _prompted(self, prompts: Tensor) -> Iterator[None]:
@@ -206,6 +191,37 @@ class CausalOracle:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def last_states(model: Any, sequences: Sequence[Encoded], front: int, seen: Any, candidates: int = 1) -> Tensor:
+    """State `(n, N, 1, H)` of the last token of each text behind what stands before all of them.
+
+    Args:
+        model: The stock model.
+        sequences: The texts, with what stands before them.
+        front: How many tokens that is.
+        seen: Keys and values of these tokens, a row for each of n candidates, which are extended in place; None where
+            there are no such tokens.
+        candidates: n.
+    """
+    device = model.device
+    lengths = torch.as_tensor([len(item.ids) - front for item in sequences], device=device)
+    width = int(lengths.max())
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, item in zip(ids, sequences, strict=True):
+        row[: len(item.ids) - front] = torch.as_tensor(item.ids[front:])
+    mask = (torch.arange(front + width, device=device) < front + lengths[:, None]).long()
+    if seen is not None:
+        seen.batch_repeat_interleave(len(sequences))
+    states: Tensor = model(
+        input_ids=ids.to(device).repeat(candidates, 1),
+        attention_mask=mask.repeat(candidates, 1),
+        past_key_values=seen,
+        use_cache=seen is not None,
+    ).last_hidden_state
+    last = (lengths - 1).repeat(candidates)
+    rows = torch.arange(len(last), device=device)
+    return states[rows, last].view(candidates, len(sequences), 1, -1)
 
 
 def causal_frame(tokenizer: Any, placeholders: Sequence[int], limit: int) -> Frame:

@@ -63,9 +63,7 @@ def embed_texts(
             end += 1
         some = [sequences[i] for i in order[begin:end]]
         layout = pack([len(sequence) for sequence in some], encoder.device)
-        states = encoder.embed(some, layout)[None]
-        for layer in range(len(encoder.layers)):
-            states = encoder.layer(layer, states, layout)
+        states = encoder.last_states(some, layout)
         for at, number, sequence in zip(layout.starts.tolist(), order[begin:end], some, strict=True):
             mean = states[0, at : at + len(sequence)].float().mean(dim=0)
             vectors[number] = (mean / mean.norm().clamp_min(1e-12)).cpu().numpy()

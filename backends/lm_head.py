@@ -40,6 +40,10 @@ class LanguageHead:
         values = (features * self.weight[tokens]).sum(-1)
         return values if self.bias is None else values + self.bias[tokens]
 
+    def vocabulary(self, features: Tensor) -> Tensor:
+        """Log-probability of every token for each feature: `(..., H)` to `(..., V)`."""
+        return torch.log_softmax(nn.functional.linear(features, self.weight, self.bias), dim=-1)
+
 
 def head_of(model: Any, causal: bool) -> LanguageHead:
     """The head of a stock `...ForMaskedLM` or `...ForCausalLM` model.

@@ -66,13 +66,16 @@ class VerbalizerHead:
         self._word = functools.lru_cache(maxsize=4096)(lambda before, word: word_tokens(before, word, tokenize))
 
     def sequences(self, batch: TextBatch) -> list[Encoded]:
-        """One sequence a text; of a causal model it ends where the word would begin."""
+        """One sequence a text; of a causal model it ends where the word would begin.
+
+        The gap of a text without options is one token wide.
+        """
 
         def write(number: int) -> Encoded:
             form = batch.forms[number]
             words = self.words(form)
             if not self._head.causal:
-                return encode_cloze(form, self._tokenize, self._frame, [self._mask] * max(map(len, words)))
+                return encode_cloze(form, self._tokenize, self._frame, [self._mask] * max(map(len, words), default=1))
             if any(part.text.strip("。.！!？? ") for part in form.parts[form.gap :]):
                 raise DataError("text behind the gap: a causal model reads only what stands before it")
             ended = Form(form.parts[: form.gap], form.options, -1, gap=form.gap)

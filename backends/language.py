@@ -1,0 +1,186 @@
+"""A local language model as it is asked without prompt vectors; see `bbprompt.language.LanguageModel`.
+
+Masked models run on packed texts as under the oracle; causal ones by their stock forward, where what stands in front of
+the texts runs once and is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bbprompt.backends.backbone import Backbone
+from bbprompt.backends.causal import causal_frame, last_states
+from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.fit import describe
+from bbprompt.backends.lm_head import LanguageHead
+from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.backends.verbalizer_head import VerbalizerHead
+from bbprompt.errors import ArtifactError, UsageError
+from bbprompt.language import VocabularyScores
+from bbprompt.oracle import OracleInfo, Scores, TextBatch
+from bbprompt.tasks.example import Form
+from bbprompt.texts.demonstrations import Demonstrations, write_demonstrations
+from bbprompt.texts.mrc import Encoded, Frame
+
+__all__ = ["LocalLanguageModel"]
+
+
+class _Body(Protocol):
+    """A family's forward without prompts."""
+
+    def states(self, sequences: Sequence[Encoded], front: int) -> Tensor:
+        """States of the gaps `(1, N, R, H)`; the first `front` tokens are the same in all sequences."""
+
+
+class _Masked:
+    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: str) -> None:
+        self._encoder = Encoder(backbone.model, dtype, device, backbone.token_type)
+
+    def states(self, sequences: Sequence[Encoded], front: int) -> Tensor:
+        layout = pack([len(item.ids) for item in sequences], self._encoder.device)
+        states = self._encoder.last_states([item.ids for item in sequences], layout)
+        width = max(item.spans[0][1] - item.spans[0][0] for item in sequences) + 1
+        places = [[min(first + i, last) for i in range(width)] for first, last in (item.spans[0] for item in sequences)]
+        return states[:, layout.starts[:, None] + torch.as_tensor(places, device=self._encoder.device)]
+
+
+class _Causal:
+    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: str) -> None:
+        self._model: Any = backbone.model.to(device=torch.device(device), dtype=dtype)
+        self._front: tuple[int, ...] = ()
+        self._seen: Any = None
+
+    def states(self, sequences: Sequence[Encoded], front: int) -> Tensor:
+        before = sequences[0].ids[:front]
+        if before != self._front:
+            self._front, self._seen = before, self.run(before).past_key_values if before else None
+        return last_states(self._model, sequences, front, copy.deepcopy(self._seen))
+
+    def run(self, ids: Sequence[int]) -> Any:
+        return self._model(input_ids=torch.as_tensor([ids], device=self._model.device), use_cache=True)
+
+
+class LocalLanguageModel:
+    """A frozen masked or causal language model on this machine's CPU or GPU.
+
+    Args:
+        backbone: The stock model with tokenizer and head.
+        device: "cpu" or "cuda".
+        dtype: "float32" or "bfloat16".
+        batch_tokens: Tokens that run through the model at once, those in front of each text included.
+        max_tokens: Longest sequence; None for the backbone's limit.
+
+    Raises:
+        ArtifactError: The backbone was opened without its head.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_tokens: int = 4096,
+        max_tokens: int | None = None,
+    ) -> None:
+        if backbone.head is None:
+            raise ArtifactError(f"backbone {backbone.id}: it was opened without its language model head")
+        self._device, kind = torch.device(device), getattr(torch, dtype)
+        self._lm: LanguageHead = backbone.head.to(self._device)
+        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        self._tokenize = tokenize_with(backbone.tokenizer)
+        causal = backbone.head.causal
+        self._frame = (causal_frame if causal else frame_for)(backbone.tokenizer, (), limit)
+        self._mask = -1 if causal else int(backbone.tokenizer.mask_token_id)
+        self._body: _Masked | _Causal = (_Causal if causal else _Masked)(backbone, kind, device)
+        self._batch_tokens = batch_tokens
+        self._head = self._head_in(self._frame)
+        self._info = OracleInfo(
+            backbone=backbone.id,
+            backbone_digest=backbone.digest,
+            prompts_digest="",
+            layers=0,
+            dim=0,
+            precision=dtype,
+            device=describe(device),
+            max_tokens=limit,
+            readout="verbalizer",
+        )
+
+    @property
+    def info(self) -> OracleInfo:
+        """What this model is."""
+        return self._info
+
+    @property
+    def causal(self) -> bool:
+        """Whether it continues texts."""
+        return self._lm.causal
+
+    @torch.inference_mode()
+    def words(self, forms: Sequence[Form], before: Sequence[int] = ()) -> Scores:
+        """Score the options of each text in its gap; see `bbprompt.language.LanguageModel`."""
+        batch = TextBatch(tuple(forms))
+        head, frame = self._head, self._frame
+        if before:
+            frame = replace(frame, first=(*frame.first, *before))
+            head = self._head_in(frame)
+        plans, outputs = [], []
+        for some in self._chunks(head.sequences(batch)):
+            plan = head.plan(some, pack([len(item.ids) for item in some]), "candidates")
+            plans.append(plan)
+            outputs.append(head.apply(plan, self._body.states(some, frame.text_start if self.causal else 0)))
+        return head.scores(batch, plans, outputs, None)
+
+    @torch.inference_mode()
+    def vocabulary(self, forms: Sequence[Form], tokens: Sequence[int] | None = None) -> VocabularyScores:
+        """Score tokens in the gap of each text; see `bbprompt.language.LanguageModel`."""
+        bare = TextBatch(tuple(replace(form, options=()) for form in forms))
+        sequences = self._head.sequences(bare)
+        pieces = []
+        for some in self._chunks(sequences):
+            states = self._body.states(some, self._frame.text_start if self.causal else 0)
+            logs = self._lm.vocabulary(self._lm.transform(states[0, :, 0].float()))
+            pieces.append((logs if tokens is None else logs[:, list(tokens)]).cpu().numpy())
+        return VocabularyScores(np.concatenate(pieces), sum(item.cut for item in sequences))
+
+    def demonstrate(self, shown: Sequence[tuple[Form, int]]) -> Demonstrations:
+        """Write solved examples into half of the room for a text; see `bbprompt.language.LanguageModel`."""
+        if not self.causal:
+            raise UsageError(f"backbone {self._info.backbone}: a masked language model continues no text")
+        return write_demonstrations(shown, self._tokenize, self._frame.room // 2)
+
+    @torch.inference_mode()
+    def recall(self, shown: Sequence[tuple[Form, int]], demonstrations: Demonstrations) -> Scores:
+        """Score every demonstration behind the earlier ones; see `bbprompt.language.LanguageModel`."""
+        if not isinstance(self._body, _Causal):
+            raise UsageError(f"backbone {self._info.backbone}: a masked language model continues no text")
+        states = self._body.run((*self._frame.first, *demonstrations.ids)).last_hidden_state
+        shift = len(self._frame.first) - 1
+        rows = torch.as_tensor([shift + gap for gap in demonstrations.gaps], device=self._device)
+        batch = TextBatch(tuple(form for form, _ in shown[: len(rows)]))
+        features = self._lm.transform(states[:, rows, None].float())
+        return self._head.scores(batch, [], [features], None)
+
+    def close(self) -> None:
+        """Nothing is held beside the model."""
+
+    def _head_in(self, frame: Frame) -> VerbalizerHead:
+        return VerbalizerHead(self._lm, self._mask, self._tokenize, frame, self._device)
+
+    def _chunks(self, sequences: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+        """Consecutive sequences that fit into `batch_tokens` when padded to the longest; one at least."""
+        some: list[Encoded] = []
+        for item in sequences:
+            if some and max(len(each.ids) for each in [*some, item]) * (len(some) + 1) > self._batch_tokens:
+                yield some
+                some = []
+            some.append(item)
+        yield some
