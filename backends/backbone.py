@@ -120,6 +120,10 @@ class Backbone:
         padding = getattr(table, "padding_idx", None)
         return rows if padding is None else rows - int(padding) - 1
 
+    def limit(self, max_tokens: int | None) -> int:
+        """Longest input in tokens where `max_tokens` is asked for; None for as long as there is room for."""
+        return self.max_positions if max_tokens is None else min(max_tokens, self.max_positions)
+
     @property
     def gap_token(self) -> int:
         """The token that a gap in a text is written as; -1 for causal models, where it is the end.

@@ -15,7 +15,7 @@ from torch import Tensor
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.body import Body, CausalBody, body_of
 from bbprompt.backends.encoder import Encoder, pack
-from bbprompt.backends.fit import describe
+from bbprompt.backends.fit import info_of
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
@@ -72,7 +72,7 @@ class LocalLanguageModel:
             raise ArtifactError(f"backbone {backbone.id}: it was opened without its language model head")
         self._device, kind = torch.device(device), getattr(torch, dtype)
         self._lm: LanguageHead = backbone.head.to(self._device)
-        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        limit = backbone.limit(max_tokens)
         self._tokenize = tokenize_with(backbone.tokenizer)
         self._frame = frame_for(backbone.tokenizer, (), limit, open_end=backbone.head.causal)
         self._gap = backbone.gap_token
@@ -80,17 +80,7 @@ class LocalLanguageModel:
         self._body: Body = (_MaskedBody if masked else body_of)(backbone, self._device, kind)
         self._batch_tokens = batch_tokens
         self._head = self._head_in(self._frame)
-        self._info = OracleInfo(
-            backbone=backbone.id,
-            backbone_digest=backbone.digest,
-            prompts_digest="",
-            layers=0,
-            dim=0,
-            precision=dtype,
-            device=describe(device),
-            max_tokens=limit,
-            readout="verbalizer",
-        )
+        self._info = info_of(backbone, device, dtype, limit)
 
     @property
     def info(self) -> OracleInfo:

@@ -48,7 +48,7 @@ def measure(
     facts = facts_of(backbone)
     stds = [float(words.detach().float().std(correction=0))]
     if deep:
-        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        limit = backbone.limit(max_tokens)
         ids = _written(backbone, forms, placeholders_for(facts.vocabulary, prompt_length), limit)
         packed = backbone.head is None or backbone.head.kind == "masked"
         stds += [clipped_std(states) for states in (_states if packed else _stock_states)(backbone, ids)]

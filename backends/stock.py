@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.body import Body, body_of
 from bbprompt.backends.encoder import pack
-from bbprompt.backends.fit import check_fit, describe
+from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import ArtifactError
@@ -62,23 +62,13 @@ class StockOracle:
             )
         self._device = torch.device(device)
         self._body: Body = body_of(backbone, self._device, getattr(torch, dtype))
-        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        limit = backbone.limit(max_tokens)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit, open_end=backbone.head.causal)
         tokenize = tokenize_with(backbone.tokenizer)
         self._head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, self._frame, self._device)
         self._projection = torch.from_numpy(prompt.projection).to(self._device)
         self._batch_tokens = batch_tokens
-        self._info = OracleInfo(
-            backbone=backbone.id,
-            backbone_digest=backbone.digest,
-            prompts_digest=prompt.digest,
-            layers=config.layers,
-            dim=config.intrinsic_dim,
-            precision=dtype,
-            device=describe(device),
-            max_tokens=limit,
-            readout="verbalizer",
-        )
+        self._info = info_of(backbone, device, dtype, limit, prompt)
 
     @property
     def info(self) -> OracleInfo:

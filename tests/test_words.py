@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_baselines import begin
+from test_baselines import config as settings_for
 from test_verbalizer import causal_dir
 
 from bbprompt import cli
 from bbprompt.backends.language import LocalLanguageModel
-from bbprompt.baselines.method import PreparedBaseline
 from bbprompt.config import TuneConfig
 from bbprompt.errors import DiskError, Interrupted, ResumeMismatch, UsageError
 from bbprompt.language import VocabularyScores
 from bbprompt.predict import load_prompt
-from bbprompt.result import Result
 from bbprompt.run import Watcher, prepare, reopen, tune
-from bbprompt.store.rundir import RunDirectory
 from bbprompt.summary import notes
 
 METHODS = ("zero-shot-lm", "in-context", "promptboosting")
@@ -32,23 +31,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(data: Path, model: Path, method: str, **changes: Any) -> TuneConfig:
-    settings = {
-        "task": str(data / "task.yaml"),
-        "data": str(data),
-        "method": method,
-        "backbone": str(model),
-        "budget": 40,
-        "device": "cpu",
-        "threads": 1,
-    }
-    return TuneConfig.model_validate(settings | changes)
-
-
-def begin(settings: TuneConfig, folder: Path, watcher: Watcher | None = None) -> Result:
-    run = prepare(settings)
-    assert isinstance(run, PreparedBaseline)
-    with RunDirectory.create(folder, run.manifest()) as directory:
-        return tune(run, directory, watcher)
+    return settings_for(data, model, method, **{"budget": 40} | changes)
 
 
 @pytest.mark.parametrize(

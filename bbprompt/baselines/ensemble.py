@@ -158,26 +158,15 @@ class BoostingApproach:
         task: The task.
         asked: The language model.
         seed: Of the words that are drawn where there are too many ways to choose them.
+
+    Attributes:
+        meter: What asking costs.
     """
 
     def __init__(self, settings: BoostingConfig, task: Task, asked: Asked, seed: int) -> None:
-        self._settings, self._task, self._asked, self._seed = settings, task, asked, seed
+        self._settings, self._task, self._seed = settings, task, seed
+        self._asked = self.meter = asked
         self._prompts = pool(settings, task)
-
-    @property
-    def seconds(self) -> float:
-        """Wall time in the model so far."""
-        return self._asked.seconds
-
-    @property
-    def cut(self) -> int:
-        """Tokens of texts that did not fit the model."""
-        return self._asked.cut
-
-    @property
-    def count(self) -> int:
-        """Texts read so far."""
-        return self._asked.count
 
     def most(self, few: FewShot, test: int) -> int:
         """Few-shot and test texts under the label words and under every prompt of the pool."""

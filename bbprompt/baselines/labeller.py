@@ -13,7 +13,7 @@ from bbprompt.baselines.features import Matrix
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.fewshot import FewShot
 
-__all__ = ["Approach", "Labeller", "Solved"]
+__all__ = ["Approach", "Labeller", "Meter", "Solved"]
 
 
 class Labeller(Protocol):
@@ -41,20 +41,28 @@ class Solved:
     dev: float
 
 
+class Meter(Protocol):
+    """What a model has cost so far."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time in the model."""
+
+    @property
+    def cut(self) -> int:
+        """Tokens of texts that did not fit it."""
+
+    @property
+    def count(self) -> int:
+        """Texts read."""
+
+
 class Approach(Protocol):
     """One way to do without prompt vectors, with its model open."""
 
     @property
-    def seconds(self) -> float:
-        """Wall time in the model so far."""
-
-    @property
-    def cut(self) -> int:
-        """Tokens of few-shot and test texts that did not fit the model."""
-
-    @property
-    def count(self) -> int:
-        """Texts read so far."""
+    def meter(self) -> Meter:
+        """What its model has cost so far."""
 
     def most(self, few: FewShot, test: int) -> int:
         """Most texts that a run reads, for the progress display."""

@@ -129,7 +129,7 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
         run.reader,
         run.labels,
         run.config.seed,
-        lambda: watcher.comparing(min(approach.count, most), most),
+        lambda: watcher.comparing(min(approach.meter.count, most), most),
     )
     most = approach.most(run.few, len(run.test))
     began = time.monotonic()
@@ -142,12 +142,12 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
     untuned = final if before is best else _hits(run, before)
     watcher.testing(len(run.test), len(run.test))
     tensors = best.labeller.tensors()
-    result = _result(run, before, best, untuned, final, ledger, approach.cut, tensors)
+    result = _result(run, before, best, untuned, final, ledger, approach.meter.cut, tensors)
     tested = time.monotonic() - began
     seconds = Seconds(
         total=round(clock.total + run.load_seconds, 3),
-        oracle=round(approach.seconds, 3),
-        optimizer=round(max(fitted_in + tested - approach.seconds, 0.0), 3),
+        oracle=round(approach.meter.seconds, 3),
+        optimizer=round(max(fitted_in + tested - approach.meter.seconds, 0.0), 3),
         load=round(run.load_seconds, 3),
         test=round(tested, 3),
     )

@@ -69,25 +69,14 @@ class PooledApproach:
         task: The task.
         read: Vectors of texts.
         labels: How often each label stands in the whole training split; only the majority rule looks at it.
+
+    Attributes:
+        meter: What reading costs.
     """
 
     def __init__(self, rule: BaselineRule, task: Task, read: Reader, labels: Sequence[int]) -> None:
-        self._rule, self._task, self._read, self._labels = rule, task, read, labels
-
-    @property
-    def seconds(self) -> float:
-        """Wall time in the model so far."""
-        return self._read.seconds
-
-    @property
-    def cut(self) -> int:
-        """Tokens of distinct texts that did not fit the model."""
-        return self._read.cut
-
-    @property
-    def count(self) -> int:
-        """Texts read so far."""
-        return self._read.count
+        self._rule, self._task, self._labels = rule, task, labels
+        self._read = self.meter = read
 
     def most(self, few: FewShot, test: int) -> int:
         """Each text once; of a pair also both together."""

@@ -86,25 +86,14 @@ class WordApproach:
         asked: The language model.
         orders: How many are tried, as far as the budget holds them; 0 for the manual prompt alone.
         seed: Of the orders.
+
+    Attributes:
+        meter: What asking costs.
     """
 
     def __init__(self, task: Task, asked: Asked, orders: int, seed: int) -> None:
-        self._task, self._asked, self._orders, self._seed = task, asked, orders, seed
-
-    @property
-    def seconds(self) -> float:
-        """Wall time in the model so far."""
-        return self._asked.seconds
-
-    @property
-    def cut(self) -> int:
-        """Tokens of texts that did not fit the model."""
-        return self._asked.cut
-
-    @property
-    def count(self) -> int:
-        """Texts read so far."""
-        return self._asked.count
+        self._task, self._orders, self._seed = task, orders, seed
+        self._asked = self.meter = asked
 
     def most(self, few: FewShot, test: int) -> int:
         """Few-shot texts once an order, test texts under what is returned and without demonstrations."""
