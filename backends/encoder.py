@@ -209,6 +209,13 @@ class Encoder:
             states = self._projection(states)
         return states[0].detach().to(self.device, self.dtype)
 
+    def last_states(self, ids: Sequence[Sequence[int]], layout: Layout) -> Tensor:
+        """Run token ids through all layers without any prompt: packed states `(1, T, H)`."""
+        states = self.embed(ids, layout)[None]
+        for index in range(len(self.layers)):
+            states = self.layer(index, states, layout)
+        return states
+
     def project(self, index: int, states: Tensor, keys_only: bool = False) -> Tensor:
         """Queries, keys and values `(n, T, 3H)` of layer `index`, or keys and values `(n, T, 2H)`."""
         weights = self.layers[index]

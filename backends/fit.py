@@ -1,4 +1,4 @@
-"""Whether prompts and backbone belong together, and what a device is called."""
+"""Whether prompts and backbone belong together, and what a local model says of itself."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.errors import ArtifactError
+from bbprompt.oracle import OracleInfo
 from bbprompt.prompts import ModularPrompt
 
-__all__ = ["check_fit", "describe"]
+__all__ = ["check_fit", "info_of"]
 
 
 def check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
@@ -36,8 +37,32 @@ def check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
         raise ArtifactError(f"the prompts for {config.backbone} are damaged: their config.json says {problem}")
 
 
-def describe(device: str) -> str:
+def _describe(device: str) -> str:
     """The device in words."""
     if device == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(torch.device(device))
+
+
+def info_of(backbone: Backbone, device: str, dtype: str, limit: int, prompt: ModularPrompt | None = None) -> OracleInfo:
+    """What a local model says of itself; without prompts it has no layers that carry one.
+
+    Args:
+        backbone: The frozen model.
+        device: "cpu" or "cuda".
+        dtype: Its precision.
+        limit: Longest input in tokens.
+        prompt: The artifact behind it.
+    """
+    config = prompt.config if prompt is not None else None
+    return OracleInfo(
+        backbone=backbone.id,
+        backbone_digest=backbone.digest,
+        prompts_digest=prompt.digest if prompt is not None else "",
+        layers=config.layers if config is not None else 0,
+        dim=config.intrinsic_dim if config is not None else 0,
+        precision=dtype,
+        device=_describe(device),
+        max_tokens=limit,
+        readout=config.readout if config is not None else "span" if backbone.head is None else "verbalizer",
+    )

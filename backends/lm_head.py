@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bbprompt.errors import ArtifactError
 
-__all__ = ["LanguageHead", "head_of"]
+__all__ = ["HeadKind", "LanguageHead", "head_of"]
+
+#: How a model was taught to fill a gap: at a mask in the text; by going on where the text ends; by a decoder that is
+#: told the gap's sentinel.
+HeadKind = Literal["masked", "causal", "sentinel"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,31 +22,45 @@ class LanguageHead:
     """From a last state to the logit of a token: transform, then one row of the output matrix.
 
     Attributes:
-        transform: What comes before the output matrix; the identity for causal models.
+        transform: What comes before the output matrix; the identity for all but masked models.
         weight: `(V, H)`.
         bias: `(V,)`, or None.
-        causal: Whether a state tells the token behind it, not the token at it.
+        kind: What its states are of.
     """
 
     transform: nn.Module
     weight: Tensor
     bias: Tensor | None
-    causal: bool
+    kind: HeadKind
+
+    @property
+    def causal(self) -> bool:
+        """Whether the gap is the end of the text."""
+        return self.kind == "causal"
+
+    @property
+    def whole_words(self) -> bool:
+        """Whether a word may fill several places; otherwise its first token stands for it."""
+        return self.kind == "masked"
 
     def to(self, device: torch.device) -> LanguageHead:
         """The same in float32 on a device."""
         bias = None if self.bias is None else self.bias.to(device, torch.float32)
         transform = self.transform.to(device, torch.float32)
-        return LanguageHead(transform, self.weight.to(device, torch.float32), bias, self.causal)
+        return LanguageHead(transform, self.weight.to(device, torch.float32), bias, self.kind)
 
     def logits(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Logit of one token for each feature: `(..., E, H)` and `(E,)` to `(..., E)`."""
         values = (features * self.weight[tokens]).sum(-1)
         return values if self.bias is None else values + self.bias[tokens]
 
+    def vocabulary(self, features: Tensor) -> Tensor:
+        """Log-probability of every token for each feature: `(..., H)` to `(..., V)`."""
+        return torch.log_softmax(nn.functional.linear(features, self.weight, self.bias), dim=-1)
 
-def head_of(model: Any, causal: bool) -> LanguageHead:
-    """The head of a stock `...ForMaskedLM` or `...ForCausalLM` model.
+
+def head_of(model: Any, kind: HeadKind) -> LanguageHead:
+    """The head of a stock `...ForMaskedLM`, `...ForCausalLM` or T5 `...ForConditionalGeneration` model.
 
     Raises:
         ArtifactError: A masked model whose head is built otherwise than BERT's, RoBERTa's or ELECTRA's.
@@ -50,8 +68,10 @@ def head_of(model: Any, causal: bool) -> LanguageHead:
     output = model.get_output_embeddings()
     weight = output.weight.detach()
     bias = None if output.bias is None else output.bias.detach()
-    if causal:
-        return LanguageHead(nn.Identity(), weight, bias, causal=True)
+    if getattr(model.config, "scale_decoder_outputs", False):  # T5, not its versions from 1.1 on and not mT5
+        weight = weight * model.config.d_model**-0.5
+    if kind != "masked":
+        return LanguageHead(nn.Identity(), weight, bias, kind)
     if hasattr(model, "cls"):
         transform = model.cls.predictions.transform
     elif hasattr(model, "lm_head") and hasattr(model.lm_head, "layer_norm"):
@@ -63,4 +83,4 @@ def head_of(model: Any, causal: bool) -> LanguageHead:
         raise ArtifactError(
             f"backbone of type '{model.config.model_type}': its masked language model head is not known"
         )
-    return LanguageHead(transform, weight, bias, causal=False)
+    return LanguageHead(transform, weight, bias, kind)

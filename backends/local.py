@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
 from bbprompt.backends.encoder import Encoder, pack
-from bbprompt.backends.fit import check_fit, describe
+from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.head import Head, Plan
 from bbprompt.backends.memory import is_exhausted
 from bbprompt.backends.population import Place, Runner, Trunk
@@ -101,7 +101,7 @@ class LocalOracle:
         kind = torch.float32 if mixed else getattr(torch, dtype)
         self._encoder = Encoder(backbone.model, kind, device, backbone.token_type)
         rough = Encoder(backbone.model, torch.bfloat16, device, backbone.token_type) if mixed else None
-        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        limit = backbone.limit(max_tokens)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
         self._runner = Runner(self._encoder, torch.from_numpy(prompt.projection).to(device), rough)
@@ -109,17 +109,7 @@ class LocalOracle:
         self._batch_tokens = batch_tokens
         self._fallbacks = self._populations = 0
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
-        self._info = OracleInfo(
-            backbone=backbone.id,
-            backbone_digest=backbone.digest,
-            prompts_digest=prompt.digest,
-            layers=config.layers,
-            dim=config.intrinsic_dim,
-            precision=dtype,
-            device=describe(device),
-            max_tokens=limit,
-            readout=config.readout,
-        )
+        self._info = info_of(backbone, device, dtype, limit, prompt)
 
     @property
     def info(self) -> OracleInfo:
@@ -291,5 +281,5 @@ def _open_head(
     if prompt.config.readout == "verbalizer":
         if backbone.head is None:
             raise ArtifactError(f"backbone {backbone.id}: a verbalizer readout needs its language model head")
-        return VerbalizerHead(backbone.head, backbone.tokenizer.mask_token_id, tokenize, frame, device)
+        return VerbalizerHead(backbone.head, backbone.gap_token, tokenize, frame, device)
     return SpanHead(prompt.head_weight, prompt.head_bias, tokenize, frame, device)

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.causal import causal_frame
 from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
@@ -49,10 +48,10 @@ def measure(
     facts = facts_of(backbone)
     stds = [float(words.detach().float().std(correction=0))]
     if deep:
-        limit = backbone.max_positions if max_tokens is None else min(max_tokens, backbone.max_positions)
+        limit = backbone.limit(max_tokens)
         ids = _written(backbone, forms, placeholders_for(facts.vocabulary, prompt_length), limit)
-        causal = backbone.head is not None and backbone.head.causal
-        stds += [clipped_std(states) for states in (_causal_states if causal else _states)(backbone, ids)]
+        packed = backbone.head is None or backbone.head.kind == "masked"
+        stds += [clipped_std(states) for states in (_states if packed else _stock_states)(backbone, ids)]
     return replace(facts, stds=tuple(stds))
 
 
@@ -64,9 +63,8 @@ def _written(
     if backbone.head is None or any(form.gap < 0 for form in forms):
         frame = frame_for(backbone.tokenizer, placeholders, limit)
         return [encode(form, tokenize, frame).ids for form in forms]
-    frame = (causal_frame if backbone.head.causal else frame_for)(backbone.tokenizer, placeholders, limit)
-    mask = -1 if backbone.head.causal else backbone.tokenizer.mask_token_id
-    head = VerbalizerHead(backbone.head, mask, tokenize, frame, torch.device("cpu"))
+    frame = frame_for(backbone.tokenizer, placeholders, limit, open_end=backbone.head.causal)
+    head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, frame, torch.device("cpu"))
     return [item.ids for item in head.sequences(TextBatch(tuple(forms)))]
 
 
@@ -82,9 +80,10 @@ def _states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> list[NDArray[np
     return found
 
 
-def _causal_states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """The same of a causal model, by its own forward, text by text."""
-    model: Any = backbone.model
+def _stock_states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+    """The same of a causal model or of T5's encoder, by its own forward, text by text."""
+    causal = backbone.head is not None and backbone.head.causal
+    model: Any = backbone.model if causal else backbone.model.get_encoder()
     texts = [
         model(input_ids=torch.tensor([each]), output_hidden_states=True, use_cache=False).hidden_states for each in ids
     ]

@@ -37,12 +37,20 @@ def tokenize_with(tokenizer: Any) -> Callable[[str], tuple[Sequence[int], Offset
     return tokenize
 
 
-def frame_for(tokenizer: Any, placeholders: Sequence[int], limit: int) -> Frame:
-    """The frame that this tokenizer puts around a text: what stands before and after it."""
+def frame_for(tokenizer: Any, placeholders: Sequence[int], limit: int, *, open_end: bool = False) -> Frame:
+    """The frame that this tokenizer puts around a text: what stands before and after it.
+
+    Args:
+        tokenizer: A stock tokenizer.
+        placeholders: Token ids at the prompt positions.
+        limit: Longest sequence in tokens.
+        open_end: The text is to be continued, so that nothing stands behind it.
+    """
     probe = "a"
     bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
     full = list(tokenizer(probe)["input_ids"])
     at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), None)
     if at is None:
         raise ArtifactError(f"tokenizer {type(tokenizer).__name__}: special tokens change how a text is cut")
-    return Frame(tuple(full[:at]), tuple(placeholders), tuple(full[at + len(bare) :]), limit)
+    last = () if open_end else tuple(full[at + len(bare) :])
+    return Frame(tuple(full[:at]), tuple(placeholders), last, limit)

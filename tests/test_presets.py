@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.scale import measure
+from bbprompt.baselines.settings import BoostingConfig, InContextConfig, LabelWordsConfig
 from bbprompt.config import TuneConfig, load_method
 from bbprompt.errors import UsageError
 from bbprompt.predict import load_prompt
@@ -41,6 +42,15 @@ def test_the_constants_of_the_papers(name: str) -> None:
     assert subspace.alpha == (0.5 if name == "bbt-rgb" else 1.0)
     assert (method.refine.step if method.refine else None) == (0.2 if name == "bbt-rgb" else None)
     assert (search.bound, search.dev_every, method.loss, method.select) == (None, 100, "ce", "dev-metric")
+
+
+def test_the_constants_of_methods_without_vectors() -> None:
+    boosting = load_method("promptboosting").baseline
+    assert isinstance(boosting, BoostingConfig)
+    assert (boosting.rounds, boosting.words, boosting.combinations) == (200, 5, 20000)
+    assert {len(some) for kind in boosting.patterns.values() for some in kind.values()} == {9}
+    assert load_method("in-context").baseline == InContextConfig(rule="in-context", orders=4)
+    assert load_method("zero-shot-lm").baseline == LabelWordsConfig(rule="label-words")
 
 
 @pytest.fixture(scope="module")

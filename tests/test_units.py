@@ -14,9 +14,9 @@ from test_local_oracle import batch_of
 from test_verbalizer import batch_for, causal_dir, open_tiny, points_for
 
 from bbprompt.backends.backbone import load_backbone
-from bbprompt.backends.causal import CausalOracle
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.rayworker import Greeting, Model, Request, Worker
+from bbprompt.backends.stock import StockOracle
 from bbprompt.connect import open_oracle
 from bbprompt.oracle import Scores
 from bbprompt.units import join, plan_units
@@ -71,7 +71,7 @@ def test_a_unit_computed_elsewhere_is_the_same_bits(tiny_bert_dir: Path, kind: s
 def test_a_unit_of_a_causal_model_computed_elsewhere_is_the_same_bits(tmp_path: Path, kind: str) -> None:
     folder = causal_dir(tmp_path / "llama", "llama")
     whole, other = (open_tiny(folder, batch_tokens=150)[0] for _ in range(2))
-    assert isinstance(other, CausalOracle)
+    assert isinstance(other, StockOracle)
     batch, points = batch_for(kind), np.repeat(points_for(open_tiny(folder)[1]), 3, axis=0)
     units = plan_units(len(points), other.at_once(batch))
     assert len(units) > 1

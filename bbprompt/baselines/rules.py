@@ -23,7 +23,7 @@ from bbprompt.baselines.heads import (
     sharpness,
     threshold,
 )
-from bbprompt.config import BaselineRule
+from bbprompt.baselines.settings import BaselineRule
 from bbprompt.errors import UsageError
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task

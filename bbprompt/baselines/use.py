@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from bbprompt.baselines.features import VIEWS, Matrix, Reader
-from bbprompt.baselines.heads import LinearHead, softmax
-from bbprompt.baselines.rules import scores
-from bbprompt.embedding import Embedder
+from bbprompt.baselines.choice import Model, load_labeller
+from bbprompt.baselines.features import Matrix
+from bbprompt.baselines.heads import softmax
+from bbprompt.baselines.labeller import Labeller
+from bbprompt.baselines.settings import AnyBaseline
 from bbprompt.errors import DiskError
 from bbprompt.metrics import accuracy
 from bbprompt.store.rundir import PROMPT, RunDirectory
@@ -28,18 +28,16 @@ class FittedBaseline:
     """What a run of a baseline has fitted, with the model that reads.
 
     Args:
-        task: Its task.
-        embedder: The frozen model; None where none is read.
-        view: What is read of an example.
-        head: From features to scores.
+        fresh: Makes the labeller, with nothing kept of the texts it read before.
+        model: The frozen model; None where none is read.
     """
 
-    def __init__(self, task: Task, embedder: Embedder | None, view: int, head: LinearHead) -> None:
-        self._task, self._embedder, self._view, self._head = task, embedder, VIEWS[view], head
+    def __init__(self, fresh: Callable[[], Labeller], model: Model) -> None:
+        self._fresh, self._model = fresh, model
 
     def probabilities(self, examples: Sequence[Example]) -> list[Matrix]:
         """Probability of each option of each example."""
-        found = scores(self._view, self._head, self._task, examples, Reader(self._embedder))
+        found = self._fresh().scores(examples)
         return [row[: len(example.options)] for row, example in zip(softmax(found), examples, strict=True)]
 
     def hits(self, examples: Sequence[Example], report: Callable[[int], None]) -> tuple[Matrix, int]:
@@ -47,32 +45,30 @@ class FittedBaseline:
         pieces, cut = [], 0
         for begin in range(0, len(examples), _AT_ONCE):
             some = examples[begin : begin + _AT_ONCE]
-            read = Reader(self._embedder)
-            found = scores(self._view, self._head, self._task, some, read)
+            labeller = self._fresh()
+            found = labeller.scores(some)
             pieces.append(accuracy(found.argmax(axis=1).tolist(), [example.label for example in some]))
-            cut += read.cut
+            cut += labeller.cut
             report(begin + len(some))
         return np.concatenate(pieces), cut
 
     def close(self) -> None:
         """Let go of the model; closing twice is harmless."""
-        if self._embedder is not None:
-            self._embedder.close()
+        if self._model is not None:
+            self._model.close()
 
 
-def load_baseline(directory: RunDirectory, task: Task, embedder: Embedder | None) -> FittedBaseline:
+def load_baseline(directory: RunDirectory, settings: AnyBaseline, task: Task, model: Model) -> FittedBaseline:
     """Read what a finished run of a baseline has fitted.
 
     Raises:
         DiskError: The file is missing or damaged.
     """
     file = directory.path / PROMPT
+    content = directory.read_bytes(PROMPT)
     try:
-        tensors = load(directory.read_bytes(PROMPT))
-        view, head = int(tensors["view"]), LinearHead(tensors["weight"], tensors["bias"])
+        tensors = load(content)
+        load_labeller(settings, task, model, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise DiskError(f"{file}: damaged ({error}); tune again") from None
-    arrays: tuple[NDArray[np.float64], ...] = (head.weight, head.bias)
-    if not 0 <= view < len(VIEWS) or not all(np.isfinite(array).all() for array in arrays):
-        raise DiskError(f"{file}: damaged (no such view, or a number that is not finite); tune again")
-    return FittedBaseline(task, embedder, view, head)
+        raise DiskError(f"{file}: damaged ({' '.join(str(error).split())[:200]}); tune again") from None
+    return FittedBaseline(lambda: load_labeller(settings, task, model, tensors), model)

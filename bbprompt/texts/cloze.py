@@ -13,7 +13,7 @@ from bbprompt.errors import DataError
 from bbprompt.tasks.example import Form
 from bbprompt.texts.mrc import Encoded, Frame, Offsets, keep, owners
 
-__all__ = ["encode_cloze", "word_tokens"]
+__all__ = ["Tokenize", "encode_cloze", "word_tokens"]
 
 Tokenize = Callable[[str], tuple[Sequence[int], Offsets]]
 

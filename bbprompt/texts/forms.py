@@ -39,32 +39,27 @@ def embed_form(task: Task, example: Example) -> Form:
     A pair whose task says which label means `same` is two texts that are compared; every other text is the fields
     in the order of the template, joined by a comma, and is compared with its options.
     """
-    cut = task.cut_fields
     if task.same is not None:
         both = tuple(Part(example.fields[name], cut=True) for name in ("text_a", "text_b"))
         return Form(both, example.options, -1, second=1, same=list(task.labels).index(task.same))
-    parts: list[Part] = []
-    for name in task.field_names:
-        if parts:
-            parts.append(Part("，", cut=False))
-        parts.append(Part(example.fields[name], cut=name in cut))
+    parts = _fields(task, example)
     pattern = task.prototype or "{option}。"
     options = example.options if task.type == "choice" else tuple(_filled(pattern, word) for word in example.options)
     return Form(tuple(parts), options, -1)
 
 
-def cloze_form(task: Task, example: Example) -> Form:
+def cloze_form(task: Task, example: Example, pattern: str | None = None) -> Form:
     """An example as a text with a gap that an option word fills (pattern and verbalizer).
 
-    The text is `cloze` of the task, else its template up to the last question mark ("…的情感是？选项：" becomes
-    "…的情感是" and the gap). A multiple choice lists its options behind letters, and a letter fills the gap
-    (PPT, section 3.1); it takes at most 16.
+    The text is `pattern`, in which `{text}` stands for all fields where no field is called so; else `cloze` of the
+    task; else its template up to the last question mark ("…的情感是？选项：" becomes "…的情感是" and the gap). A
+    multiple choice lists its options behind letters, and a letter fills the gap (PPT, section 3.1); at most 16 of them.
 
     Raises:
         UsageError: A multiple choice of more than 16 options.
     """
     cut = task.cut_fields
-    template = task.cloze or _bare(task.template)
+    template = pattern or task.cloze or _bare(task.template)
     parts: list[Part] = []
     gap = -1
     for literal, name in parse_template(template):
@@ -72,6 +67,8 @@ def cloze_form(task: Task, example: Example) -> Form:
             parts.append(Part(literal, cut=False))
         if name == "gap":
             gap = len(parts)
+        elif name == "text" and name not in example.fields:
+            parts += _fields(task, example)
         elif name is not None:
             parts.append(Part(example.fields[name], cut=name in cut))
     words = tuple(task.words.values()) or example.options
@@ -84,6 +81,16 @@ def cloze_form(task: Task, example: Example) -> Form:
         parts.append(Part(f"？{listed}答案是", cut=False))
         words, gap = tuple(_LETTERS[: len(words)]), len(parts)
     return Form(tuple(parts), words, -1, gap=len(parts) if gap < 0 else gap)
+
+
+def _fields(task: Task, example: Example) -> list[Part]:
+    """The fields in the order of the template, joined by a comma."""
+    parts: list[Part] = []
+    for name in task.field_names:
+        if parts:
+            parts.append(Part("，", cut=False))
+        parts.append(Part(example.fields[name], cut=name in task.cut_fields))
+    return parts
 
 
 def _bare(template: str) -> str:

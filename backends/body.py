@@ -1,0 +1,161 @@
+"""How a family of language models runs by its stock forward, with prompts or without.
+
+A body gives for each text the state that tells the word in the gap. Prompts are added before the blocks that read the
+placeholders, by hooks, so that everything else is transformers' own code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bbprompt.backends.backbone import Backbone
+from bbprompt.texts.mrc import Encoded, Frame
+
+__all__ = ["Body", "CausalBody", "SentinelBody", "blocks_of", "body_of", "prompted"]
+
+
+class Body(Protocol):
+    """A frozen model without its output layer."""
+
+    def states(self, sequences: Sequence[Encoded], frame: Frame, prompts: Tensor | None = None) -> Tensor:
+        """State `(n, N, 1, H)` that tells the word in the gap of each text, under each candidate.
+
+        Args:
+            sequences: N texts in their frame.
+            frame: What surrounds them.
+            prompts: `(n, L, P, H)` for its placeholders; None for no prompt, which is one candidate.
+        """
+
+
+def body_of(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Body:
+    """The body of a causal model or an encoder-decoder."""
+    model: Any = backbone.model.to(device=device, dtype=dtype)
+    if backbone.head is not None and backbone.head.causal:
+        return CausalBody(model)
+    return SentinelBody(model, (int(model.config.decoder_start_token_id), backbone.gap_token))
+
+
+class CausalBody:
+    """A causal model; texts are padded on the right, where it does not look.
+
+    What stands before a text is the same for all texts of a candidate, so it runs through the model once and they
+    attend to its keys and values. Without prompts these are kept for the next texts.
+
+    Args:
+        model: The stock model without its head.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._front: tuple[int, ...] = ()
+        self._seen: Any = None
+
+    def states(self, sequences: Sequence[Encoded], frame: Frame, prompts: Tensor | None = None) -> Tensor:
+        """States of the last tokens; see `Body`."""
+        front = sequences[0].ids[: frame.text_start]
+        if prompts is None:
+            if front != self._front:
+                self._front, self._seen = front, self.run(front).past_key_values if front else None
+            return self._behind(sequences, len(front), copy.deepcopy(self._seen), 1)
+        with prompted(blocks_of(self._model), frame.prompt_start, frame.text_start, prompts):
+            seen = self.run(front, len(prompts)).past_key_values
+        return self._behind(sequences, len(front), seen, len(prompts))
+
+    def run(self, ids: Sequence[int], times: int = 1) -> Any:
+        """The stock output for one sequence of tokens, that many times, with keys and values."""
+        return self._model(input_ids=torch.as_tensor([ids], device=self._model.device).repeat(times, 1), use_cache=True)
+
+    def _behind(self, sequences: Sequence[Encoded], front: int, seen: Any, candidates: int) -> Tensor:
+        """Run what follows the first `front` tokens; `seen` has a row a candidate and is extended in place."""
+        device = self._model.device
+        lengths = torch.as_tensor([len(item.ids) - front for item in sequences], device=device)
+        ids, mask = _padded([item.ids[front:] for item in sequences], device)
+        mask = torch.cat([mask.new_ones(len(mask), front), mask], dim=1)
+        if seen is not None:
+            seen.batch_repeat_interleave(len(sequences))
+        states: Tensor = self._model(
+            input_ids=ids.repeat(candidates, 1),
+            attention_mask=mask.repeat(candidates, 1),
+            past_key_values=seen,
+            use_cache=seen is not None,
+        ).last_hidden_state
+        last = (lengths - 1).repeat(candidates)
+        return states[torch.arange(len(last), device=device), last].view(candidates, len(sequences), 1, -1)
+
+
+class SentinelBody:
+    """An encoder-decoder of the T5 family: the encoder reads the text with its prompts, the decoder the sentinel.
+
+    Args:
+        model: The stock model.
+        told: Token ids that the decoder begins with: its start, and the sentinel that stands in the gap.
+    """
+
+    def __init__(self, model: Any, told: tuple[int, int]) -> None:
+        self._encoder, self._decoder, self._told = model.get_encoder(), model.get_decoder(), told
+
+    def states(self, sequences: Sequence[Encoded], frame: Frame, prompts: Tensor | None = None) -> Tensor:
+        """States of the decoder at the sentinel; see `Body`."""
+        device = self._encoder.device
+        candidates = 1 if prompts is None else len(prompts)
+        ids, mask = (each.repeat(candidates, 1) for each in _padded([item.ids for item in sequences], device))
+        rows = torch.zeros(1, 0, 0, 0) if prompts is None else prompts.repeat_interleave(len(sequences), dim=0)
+        with prompted(blocks_of(self._encoder), frame.prompt_start, frame.text_start, rows):
+            read = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        states: Tensor = self._decoder(
+            input_ids=torch.as_tensor([self._told], device=device).repeat(len(ids), 1),
+            encoder_hidden_states=read,
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+        return states[:, -1].view(candidates, len(sequences), 1, -1)
+
+
+def blocks_of(model: Any) -> Any:
+    """The blocks of a stock model, in order, by the names that transformers gives them."""
+    return next(getattr(model, name) for name in ("h", "layers", "block") if hasattr(model, name))
+
+
+@contextmanager
+def prompted(blocks: Any, begin: int, end: int, prompts: Tensor) -> Iterator[None]:
+    """Add prompts before blocks while the context is open.
+
+    Args:
+        blocks: Of the model.
+        begin: First position of the placeholders.
+        end: Position behind the last of them.
+        prompts: `(rows, L, P, H)`, before the first L blocks; a row for each of the model's input, or one for all.
+    """
+    handles = []
+
+    def adder(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states = (args[0] if args else kwargs["hidden_states"]).clone()
+            states[:, begin:end] += prompts[:, layer].to(states.dtype)
+            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+        return hook
+
+    try:
+        for layer in range(prompts.shape[1]):
+            handles.append(blocks[layer].register_forward_pre_hook(adder(layer), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids `(N, S)`, padded on the right, and 1 where there is a token."""
+    lengths = torch.as_tensor([len(ids) for ids in sequences])
+    ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    for row, tokens in zip(ids, sequences, strict=True):
+        row[: len(tokens)] = torch.as_tensor(tokens)
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    return ids.to(device), mask.to(device)
