@@ -204,8 +204,8 @@ def _vllm(backend: str) -> Finding:
         return Finding("backend", "problem", str(error), "see the message")
     server.close()
     found = (
-        f"{backend}: vLLM {server.version}, {server.model}, at most {server.room} tokens, takes embeddings, label words "
-        f"by {server.way}"
+        f"{backend}: vLLM {server.version}, {server.model}, at most {server.room} tokens, takes embeddings, label "
+        f"words by {server.way}"
     )
     if not server.way.given and server.way.most >= 0:
         fix = "update vLLM, or start it with --max-logprobs -1: a word that is less probable ends the run"

@@ -194,6 +194,7 @@ def slow(slots: int, waves: int, asks: int) -> list[str]:
         "router.dev_every": asks * ask,
         "prompt.popsize": ask,
         "prompt.dev_every": asks * ask,
+        "prompt.patience": None,
     }
     method = method_with(load_method("mp2-deep"), settings)
     prompt = ModularPrompt.load(resolve_prompts(method.prompts))
