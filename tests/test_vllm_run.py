@@ -156,6 +156,25 @@ def resumed(path: Path) -> Result:
         run.close()
 
 
+class Spoiled(Double):
+    """Spoils its answers to whole batches."""
+
+    def __init__(self, model: Any, token: str, how: str) -> None:
+        super().__init__(model, token=token)
+        self.how = how
+
+    def complete(self, asked: dict[str, Any]) -> Reply:
+        status, headers, body = super().complete(asked)
+        value = json.loads(body)
+        if status == 200 and len(value["choices"]) > 1:
+            if self.how == "shape":
+                value["choices"].pop()
+            else:
+                table = value["choices"][0]["logprobs"]["top_logprobs"][0]
+                table.update(dict.fromkeys(table, float("nan")))
+        return status, headers, json.dumps(value).encode()
+
+
 def test_a_server_that_goes_ends_the_run_and_its_return_ends_it_as_if_nothing_had_been(
     calm: tuple[int, Path, Result],
     model: Any,
@@ -174,12 +193,15 @@ def test_a_server_that_goes_ends_the_run_and_its_return_ends_it_as_if_nothing_ha
         run.close()
     assert raised.value.exit_code == 69
     assert not (path / RESULT).exists()
-    for settings, error, code in (
-        ({"token": TOKEN + "x"}, "BBPROMPT_TOKEN", 69),
-        ({"names": ("another", "one more")}, "several models", 69),
-        ({"version": "0.33.0"}, "0.33.0", 78),
-    ):
-        with answering(Double(model, **({"token": TOKEN} | settings)).http, port):
+    servers: list[tuple[Double, str, int]] = [
+        (Double(model, token=TOKEN + "x"), "BBPROMPT_TOKEN", 69),
+        (Double(model, token=TOKEN, names=("another", "one more")), "several models", 69),
+        (Double(model, token=TOKEN, version="0.33.0"), "0.33.0", 78),
+        (Spoiled(model, TOKEN, "shape"), "malformed: it is of", 69),
+        (Spoiled(model, TOKEN, "nan"), "malformed: the log-probability .* is nan", 69),
+    ]
+    for double, error, code in servers:
+        with answering(double.http, port):
             with pytest.raises((OracleError, ResumeMismatch), match=error) as refusal:
                 resumed(path)
             assert refusal.value.exit_code == code
