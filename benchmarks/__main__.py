@@ -41,6 +41,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    texts = 8 if options.small else 32
     sizes = (options.rounds, options.threads, options.small)
     tables: dict[str, tuple[str, Callable[[], list[str]]]] = {
         "published": ("Against the published protocols", lambda: forward.against_published(*sizes)),
@@ -50,10 +51,10 @@ def main() -> None:
         "start-up": ("Start-up", overhead.start_up),
         "remote": (
             "`bbprompt serve` on loopback against the same model here",
-            lambda: remote.remote(options.rounds, options.threads, 8 if options.small else 32),
+            lambda: remote.remote(options.rounds, options.threads, texts),
         ),
         "dispatcher": ("Sharing out: the dispatcher", lambda: cluster.dispatcher(options.rounds)),
-        "workers": ("Sharing out: two Ray actors of one thread", lambda: cluster.workers(options.rounds)),
+        "workers": ("Sharing out: two Ray actors of one thread", lambda: cluster.workers(options.rounds, texts)),
         "slow": (
             "Sharing out: a model that takes 50 ms a call",
             lambda: cluster.slow(options.slots, options.waves, options.asks),

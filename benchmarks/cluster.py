@@ -240,10 +240,10 @@ def few_shot_sets() -> tuple[Task, list[Labelled]]:
     return task, [labelled(task, part, for_loss=True) for part in (few.train, few.dev)]
 
 
-def workers(rounds: int) -> list[str]:
+def workers(rounds: int, texts: int) -> list[str]:
     """One actor against two, and one bare process against two."""
     prompt = ModularPrompt.load(resolve_prompts(load_method("mp2-deep").prompts))
-    batch = few_shot_sets()[1][0].batch
+    batch = TextBatch(few_shot_sets()[1][0].batch.forms[:texts])
     rng = np.random.default_rng(0)
     everywhere = np.repeat(prompt.space.even()[None], 20, axis=0)
     everywhere += rng.normal(0, 0.05, everywhere.shape)
