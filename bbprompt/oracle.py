@@ -68,7 +68,8 @@ class OracleInfo:
         prompts_digest: SHA-256 of the prompt artifact behind it.
         layers: L, layers that carry a prompt.
         dim: d, intrinsic dimension.
-        precision: "float32", "bfloat16", or "mixed" (bfloat16 where its error is small beside what is compared).
+        precision: "float32", "bfloat16", "mixed" (bfloat16 where its error is small beside what is compared), or
+            "unknown" of a server that does not tell.
         device: Where it runs, in words.
         max_tokens: Longest sequence in tokens.
         readout: How it scores options.

@@ -15,25 +15,33 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+#: What runs unless it is said otherwise; and what starts servers or a Ray of its own, by wall time.
+_QUICK = ("published", "ablation", "scaling", "optimizers", "start-up")
+_ELSEWHERE = ("remote", "dispatcher", "workers", "slow")
+
 
 def main() -> None:
     """Run them and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", default="published,ablation,scaling,optimizers,start-up")
+    parser.add_argument("--only", default=",".join(_QUICK), help=f"also: {', '.join(_ELSEWHERE)}; or all")
     parser.add_argument("--small", action="store_true", help="8 texts instead of 32")
     parser.add_argument("--call-ms", type=float, default=250.0, help="cost of a call for the optimizers' share")
+    parser.add_argument("--slots", type=int, default=64, help="slow: calls that the model takes at once")
+    parser.add_argument("--waves", type=int, default=10, help="slow: calls of each slot in one ask of the optimizer")
+    parser.add_argument("--asks", type=int, default=5, help="slow: asks between two looks at dev")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     import torch
 
     from bbprompt.backends.memory import keep_freed_memory
-    from benchmarks import forward, overhead
+    from benchmarks import cluster, forward, overhead, remote
 
     torch.set_num_threads(options.threads)
     keep_freed_memory()
+    texts = 8 if options.small else 32
     sizes = (options.rounds, options.threads, options.small)
     tables: dict[str, tuple[str, Callable[[], list[str]]]] = {
         "published": ("Against the published protocols", lambda: forward.against_published(*sizes)),
@@ -41,11 +49,21 @@ def main() -> None:
         "scaling": ("Cost as one size changes", lambda: forward.scaling(*sizes)),
         "optimizers": ("Optimizers", lambda: overhead.optimizers(options.call_ms)),
         "start-up": ("Start-up", overhead.start_up),
+        "remote": (
+            "`bbprompt serve` on loopback against the same model here",
+            lambda: remote.remote(options.rounds, options.threads, texts),
+        ),
+        "dispatcher": ("Sharing out: the dispatcher", lambda: cluster.dispatcher(options.rounds)),
+        "workers": ("Sharing out: two Ray actors of one thread", lambda: cluster.workers(options.rounds, texts)),
+        "slow": (
+            "Sharing out: a model that takes 50 ms a call",
+            lambda: cluster.slow(options.slots, options.waves, options.asks),
+        ),
     }
     clock = "CPU time" if options.threads == 1 else "wall time"
     lines = [f"torch {torch.__version__}, {options.threads} threads, {clock}, the least of {options.rounds} rounds."]
     print(lines[0], flush=True)
-    for name in options.only.split(","):
+    for name in tables if options.only == "all" else options.only.split(","):
         if name not in tables:
             sys.exit(f"--only {name}: there are {', '.join(tables)}")
         title, work = tables[name]

@@ -1,21 +1,21 @@
-"""What sharing work out costs and gains: the dispatcher alone, two workers against one, and 64 slow ones.
+"""What sharing work out costs and gains: the dispatcher alone, two workers against one, and many slow ones.
 
-    python benchmarks/cluster.py [dispatch] [gain] [slow] [--workers 64] [--rounds 5]
-
-"dispatch": time of a candidate that costs nothing, through 64 made-up workers and through two Ray actors. "gain": wall
-time of a population of 20 on the bundled prompts' model, one Ray actor of one thread against two, interleaved; beside
-it what two bare processes gain on the same cores, for cores may be shared with others. "slow": both stages of a search
-whose model takes 50 ms a call, on `--workers` slots in four Ray actors that cost no CPU: the share of wall time that
-the slots worked, for each stage, with and without the optimizer's own time.
+"dispatcher": time of a candidate that costs nothing, through 64 made-up workers and through two Ray actors. "workers":
+wall time of a population of 20 on the bundled prompts' model, one Ray actor of one thread against two, interleaved;
+beside it what two bare processes gain on the same cores, for cores may be shared with others. "slow": a whole search by
+`mp2-deep` whose model takes 50 ms a call, on many slots in four Ray actors that cost no CPU: the share of wall time
+that the slots worked, in each stage, with everything that is not the model counted as idle.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,21 @@ from numpy.typing import NDArray
 from bbprompt.backends.cluster import join_cluster
 from bbprompt.backends.dispatch import Dispatcher, Limits
 from bbprompt.backends.rayoracle import RayOracle, open_ray
-from bbprompt.config import PromptStageConfig, RouterStageConfig
+from bbprompt.config import load_method, method_with
 from bbprompt.connect import open_oracle
-from bbprompt.oracle import TextBatch
-from bbprompt.prompts import ModularPrompt, bundled_prompts
-from bbprompt.scoring import labelled
-from bbprompt.search.stages import Incumbent, prompt_stage, router_stage
+from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch
+from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.readout import Readout
+from bbprompt.scoring import Labelled, labelled
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.search.tuner import search
+from bbprompt.store.journal import Journal
+from bbprompt.store.ledger import Ledger
 from bbprompt.tasks.data import open_data
 from bbprompt.tasks.fewshot import sample
-from bbprompt.tasks.task import load_task
+from bbprompt.tasks.task import Task, load_task
+
+__all__ = ["dispatcher", "slow", "workers"]
 
 SECONDS = 0.05
 
@@ -64,14 +70,17 @@ class Instant:
     def stop(self, worker: int) -> None: ...
 
 
-class Sleeper:
-    """A model that takes its time and no processor."""
+def sleeper() -> type:
+    """A model that takes its time and no processor; made here so that Ray sends it along."""
 
-    def hello(self) -> None: ...
+    class Sleeper:
+        def hello(self) -> None: ...
 
-    def call(self, candidates: list[int]) -> list[int]:
-        time.sleep(SECONDS * sum(candidates))
-        return candidates
+        def call(self, candidates: list[int]) -> list[int]:
+            time.sleep(SECONDS * sum(candidates))
+            return candidates
+
+    return Sleeper
 
 
 class Slots:
@@ -79,7 +88,7 @@ class Slots:
 
     def __init__(self, ray: Any, slots: int, actors: int = 4) -> None:
         each = -(-slots // actors)
-        make = ray.remote(Sleeper).options(num_cpus=0, max_concurrency=each, max_restarts=0, max_task_retries=0)
+        make = ray.remote(sleeper()).options(num_cpus=0, max_concurrency=each, max_restarts=0, max_task_retries=0)
         self.ray, self.actors, self.count = ray, [make.remote() for _ in range(actors)], 0
 
     def start(self) -> tuple[int, Any]:
@@ -101,127 +110,164 @@ class Slots:
     def stop(self, worker: int) -> None: ...
 
 
-def main() -> None:
-    """Run what is asked for; everything if nothing is named."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=[], choices=["dispatch", "gain", "slow", []])
-    parser.add_argument("--workers", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    parts = options.parts or ["dispatch", "gain", "slow"]
-    prompt = ModularPrompt.load(bundled_prompts()["e5-small-mp2-deep"])
-    cluster = join_cluster("local", cpus=4)
+class Slow:
+    """A model elsewhere whose scores are made up here: the nearer to the untuned prompt, the better."""
+
+    def __init__(self, prompt: ModularPrompt, dispatcher: Dispatcher[int, int]) -> None:
+        config = prompt.config
+        self.info = OracleInfo(
+            "slow", "0" * 64, "0" * 64, config.layers, config.intrinsic_dim, "float32", "nowhere", max_tokens=512
+        )
+        self._even, self._dispatcher = prompt.space.even(), dispatcher
+        self.calls: list[tuple[int, float]] = []  # candidates and seconds of each request
+
+    def score(
+        self,
+        batch: TextBatch,
+        points: NDArray[np.floating],
+        support: Support = "candidates",
+        longest_answer: int | None = None,
+    ) -> Scores:
+        began = time.perf_counter()
+        self._dispatcher.run([1] * len(points))
+        self.calls.append((len(points), time.perf_counter() - began))
+        far = ((points - self._even) ** 2).sum(axis=(1, 2), dtype=np.float32)
+        logits = np.repeat(far[:, None, None], sum(batch.sizes), axis=1) * np.array([0.1, 0.2], dtype=np.float32)
+        normalizer = np.repeat(far[:, None, None], len(batch.forms), axis=1) + np.float32([1.0, 1.0])
+        return Scores(logits, normalizer, None, 0)
+
+    def take(self, calls: int) -> list[tuple[int, float]]:
+        """The next requests that make up so many calls."""
+        taken = []
+        while calls > 0:
+            taken.append(self.calls.pop(0))
+            calls -= taken[-1][0]
+        return taken
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def cluster() -> Iterator[Any]:
+    """Ray on a cluster of its own."""
+    joined = join_cluster("local", cpus=4)
     try:
-        if "dispatch" in parts:
-            dispatch(cluster.ray, options.rounds)
-        if "slow" in parts:
-            slow(cluster.ray, prompt, options.workers)
-        if "gain" in parts:
-            gain(prompt, options.rounds)
+        yield joined.ray
     finally:
-        cluster.leave()
+        joined.leave()
 
 
-def dispatch(ray: Any, rounds: int) -> None:
+def dispatcher(rounds: int) -> list[str]:
     """Cost of a task that does nothing."""
     bare = Dispatcher[int, int](Instant(), 64, Limits(message=0.0))
     bare.open()
-    times = []
+    alone = []
     for _ in range(rounds):
         began = time.perf_counter()
         bare.run(range(2000))
-        times.append((time.perf_counter() - began) / 2000)
-    print(f"dispatcher alone, 64 workers: {1e6 * statistics.median(times):.0f} us a task")
-    actors = Dispatcher[int, int](Slots(ray, 2, actors=2), 2, Limits(message=0.0))
-    actors.open()
-    actors.run([0] * 50)
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        actors.run([0] * 500)
-        times.append((time.perf_counter() - began) / 500)
-    print(f"through two Ray actors: {1e3 * statistics.median(times):.2f} ms a message of any number of tasks")
-
-
-def slow(ray: Any, prompt: ModularPrompt, workers: int) -> None:
-    """Both stages on a model that takes 50 ms a call."""
-    dispatcher = Dispatcher[int, int](Slots(ray, workers), workers)
-    dispatcher.open()
-    while dispatcher.ready < workers:
-        dispatcher.run([0] * workers)
-    space = prompt.space
-    start = Incumbent(space.even(), 1.0)
-
-    def stage_one(batch: int) -> Any:
-        config = RouterStageConfig(calls=2 * batch, batch=batch, random=batch)
-        return router_stage(config, space, space.rule, start, 0)
-
-    print(f"{workers} slots, {1e3 * SECONDS:.0f} ms a call; busy = work / (slots x wall time)")
-    print("| stage | candidates an ask | busy while scoring | busy in all | optimizer, ms a candidate |")
-    print("|---|---|---|---|---|")
-    stages: dict[str, tuple[Any, int]] = {
-        "router, listed and random rows": (stage_one(10 * workers), 1),
-        "router, by the model": (stage_one(workers), 3),
-        "prompt, one wave": (prompt_stage(stage_two(workers), start, 0), 6),
-        "prompt, ten waves": (prompt_stage(stage_two(10 * workers), start, 0), 4),
-    }
-    for name, (stage, asks) in stages.items():
-        scoring = optimizing = 0.0
-        candidates = 0
-        for ask in range(asks):
+        alone.append((time.perf_counter() - began) / 2000)
+    through = []
+    with cluster() as ray:
+        actors = Dispatcher[int, int](Slots(ray, 2, actors=2), 2, Limits(message=0.0))
+        actors.open()
+        actors.run([0] * 50)
+        for _ in range(rounds):
             began = time.perf_counter()
-            points = stage.ask()
-            asked = time.perf_counter()
-            dispatcher.run([1] * len(points))
-            scored = time.perf_counter()
-            stage.tell(((points - space.even()) ** 2).sum(axis=(1, 2)))
-            told = time.perf_counter()
-            if name == "router, by the model" and ask < 2:
-                continue  # the rows before the model
-            scoring += scored - asked
-            optimizing += asked - began + told - scored
-            candidates += len(points)
-        work = candidates * SECONDS / workers
-        print(
-            f"| {name} | {candidates // max(asks - 2 * (name == 'router, by the model'), 1)} | {work / scoring:.1%} | "
-            f"{work / (scoring + optimizing):.1%} | {1e3 * optimizing / candidates:.2f} |",
-            flush=True,
+            actors.run([0] * 500)
+            through.append((time.perf_counter() - began) / 500)
+    return [
+        "| what | ms |",
+        "|---|---|",
+        f"| a candidate, by the dispatcher alone, 64 workers | {1e3 * statistics.median(alone):.3f} |",
+        f"| a message of any number of candidates, through two Ray actors | {1e3 * statistics.median(through):.2f} |",
+    ]
+
+
+def slow(slots: int, waves: int, asks: int) -> list[str]:
+    """A whole search on a model that takes 50 ms a call, ledger and journal on disk included."""
+    ask = waves * slots
+    settings = {
+        "router.batch": ask,
+        "router.random": ask,
+        "router.calls": (1 + asks) * ask,
+        "router.share": 1.0,
+        "router.dev_every": asks * ask,
+        "prompt.popsize": ask,
+        "prompt.dev_every": asks * ask,
+        "prompt.patience": None,
+    }
+    method = method_with(load_method("mp2-deep"), settings)
+    prompt = ModularPrompt.load(resolve_prompts(method.prompts))
+    task, few = few_shot_sets()
+    budget = 2 + 2 * len(prompt.space.routers) + (1 + asks) * ask + 2 * asks * ask + 8
+    with cluster() as ray, tempfile.TemporaryDirectory() as folder:
+        shared = Dispatcher[int, int](Slots(ray, slots), slots)
+        shared.open()
+        while shared.ready < slots:
+            shared.run([0] * slots)
+        oracle = Slow(prompt, shared)
+        journal = Journal(Path(folder) / "journal.log", "benchmark")
+        try:
+            evaluator = Evaluator(oracle, Ledger(journal, budget), Readout(), task, *few)
+            found = search(method, prompt.space, evaluator, 42, lambda status: None)
+        finally:
+            journal.close()
+    lines = [
+        f"{slots} slots, {1e3 * SECONDS:.0f} ms a call, {ask} candidates an ask, a look at dev (one call, for which "
+        f"the other slots wait) every {asks} asks. Busy: calls x {1e3 * SECONDS:.0f} ms / (slots x seconds).",
+        "",
+        "| stage | calls | seconds | busy while scoring candidates | busy in the whole stage | besides, ms a call |",
+        "|---|---|---|---|---|---|",
+    ]
+    oracle.take(2)  # the untuned prompt, before the first stage
+    for trace in found.stages:
+        requests = oracle.take(trace.calls)
+        candidates, seconds = (sum(column) for column in zip(*(r for r in requests if r[0] > 1), strict=True))
+        beside = trace.seconds - sum(each for _, each in requests)
+        share = SECONDS / slots
+        lines.append(
+            f"| {trace.name}, {trace.optimizer} | {trace.calls} | {trace.seconds:.2f} "
+            f"| {share * candidates / seconds:.1%} | {share * trace.calls / trace.seconds:.1%} "
+            f"| {1e3 * beside / trace.calls:.3f} |"
         )
+    return lines
 
 
-def stage_two(popsize: int) -> PromptStageConfig:
-    """The deep method's second stage with another population."""
-    return PromptStageConfig(layout="layerwise", popsize=popsize, sigma_first=0.05, sigma=0.01)
-
-
-def gain(prompt: ModularPrompt, rounds: int) -> None:
-    """One actor against two, and one bare process against two."""
+def few_shot_sets() -> tuple[Task, list[Labelled]]:
+    """A task of pairs, and 32 examples each for train and dev from the bundled sample."""
     task = load_task("lcqmc")
-    batch = labelled(task, sample(task, open_data(task, "sample").split("train"), 42, None).train, for_loss=True).batch
+    few = sample(task, open_data(task, "sample").split("train"), 42, None)
+    return task, [labelled(task, part, for_loss=True) for part in (few.train, few.dev)]
+
+
+def workers(rounds: int, texts: int) -> list[str]:
+    """One actor against two, and one bare process against two."""
+    prompt = ModularPrompt.load(resolve_prompts(load_method("mp2-deep").prompts))
+    batch = TextBatch(few_shot_sets()[1][0].batch.forms[:texts])
     rng = np.random.default_rng(0)
     everywhere = np.repeat(prompt.space.even()[None], 20, axis=0)
     everywhere += rng.normal(0, 0.05, everywhere.shape)
     layer = np.repeat(prompt.space.even()[None], 20, axis=0)
     layer[:, 6] += rng.normal(0, 0.05, layer[:, 6].shape)
-    oracles = [open_ray("local", prompt, workers=count, threads=1) for count in (1, 2)]
-    for oracle in oracles:
-        while len(oracle.workers) < oracle._dispatcher._size:
-            oracle.score(batch, everywhere)
-    for name, points in (("all layers", everywhere), ("layer 6", layer)):
-        times: list[list[float]] = [[], []]
-        for _ in range(rounds + 1):
-            for number, oracle in enumerate(oracles):
-                times[number].append(timed(oracle, batch, points))
-        ratios = [one / two for one, two in zip(times[0][1:], times[1][1:], strict=True)]
-        one, two = (statistics.median(values[1:]) for values in times)
-        print(
-            f"population of 20, {name}: one actor {one:.2f} s, two {two:.2f} s: {one / two:.2f} times "
-            f"(rounds {', '.join(f'{ratio:.2f}' for ratio in ratios)})",
-            flush=True,
-        )
-    for oracle in oracles:
-        oracle.close()
-    print(f"bare processes without Ray, same work: {bare(prompt, batch, everywhere, rounds):.2f} times", flush=True)
+    lines = [
+        "| a population of 20 | one actor, s | two actors, s | times as fast, median | rounds |",
+        "|---|---|---|---|---|",
+    ]
+    with cluster():
+        oracles = [open_ray("local", prompt, workers=count, threads=1) for count in (1, 2)]
+        for oracle, count in zip(oracles, (1, 2), strict=True):
+            while len(oracle.workers) < count:
+                oracle.score(batch, everywhere)
+        for name, points in (("that differs in all layers", everywhere), ("that differs in layer 6", layer)):
+            times = [[timed(oracle, batch, points) for oracle in oracles] for _ in range(rounds + 1)][1:]
+            ratios = [one / two for one, two in times]
+            one, two = (statistics.median(column) for column in zip(*times, strict=True))
+            each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            lines.append(f"| {name} | {one:.2f} | {two:.2f} | {statistics.median(ratios):.2f} | {each} |")
+        for oracle in oracles:
+            oracle.close()
+    allowed = bare(prompt, batch, everywhere, rounds)
+    return [*lines, "", f"Two bare processes without Ray are {allowed:.2f} times as fast as one on these cores."]
 
 
 def timed(oracle: RayOracle, batch: TextBatch, points: NDArray[np.floating]) -> float:
@@ -265,7 +311,3 @@ def child(pipe: Any, prompt: ModularPrompt, batch: TextBatch, points: NDArray[np
         first, last = pipe.recv()
         oracle.score(batch, points[first:last])
         pipe.send(None)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """Calls a second of a served model on loopback against the same model in this process, and bytes a call.
 
-    python benchmarks/remote.py [--texts 32] [--population 20] [--threads 1] [--rounds 3]
-
 The default prompts on their backbone, float32. Local and remote take turns, round by round, with the same candidates,
 so that the ratio stands although the machine's speed drifts; what is quoted is the ratio of the medians. "router" is a
 population that differs in every layer, "layer i" one that differs in layer i only. Bytes are those of bodies; the
@@ -10,10 +8,8 @@ texts, which travel once, are given apart. No reply comes from the server's memo
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -24,63 +20,65 @@ import numpy as np
 from bbprompt import wire
 from bbprompt.backends.http import HttpOracle
 from bbprompt.config import load_method
-from bbprompt.connect import open_oracle
+from bbprompt.connect import TOKEN_VARIABLE, open_oracle
 from bbprompt.oracle import Oracle, TextBatch
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.scoring import labelled
 from bbprompt.tasks.task import load_task
 
+__all__ = ["remote"]
 
-def main() -> None:
-    """Run the benchmark and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("texts", 32), ("population", 20), ("threads", 1), ("rounds", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+
+def remote(rounds: int, threads: int, texts: int, population: int = 20) -> list[str]:
+    """Local and remote by turns."""
     prompt = ModularPrompt.load(resolve_prompts(load_method("mp2-deep").prompts))
-    batch = texts(options.texts)
-    words = [sys.executable, "-m", "bbprompt", "serve", "--port", "0", "--json", "--threads", str(options.threads)]
+    batch = pairs(texts)
+    lines = [
+        f"{texts} texts, which travel once, as {len(wire.encode_batch(batch))} bytes; a population of {population}.",
+        "",
+        "| population differs in | local calls/s | remote calls/s | remote / local | rounds | bytes a call up | down |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    words = [sys.executable, "-m", "bbprompt", "serve", "--port", "0", "--json", "--threads", str(threads)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
-        remote = HttpOracle(json.loads(process.stdout.readline())["url"])
-        local = open_oracle("local", prompt, threads=options.threads)
-        print(f"\n{options.texts} texts, population {options.population}, {options.threads} threads, float32\n")
-        print("| what | local calls/s | remote calls/s | remote / local | bytes/call up | down |")
-        print("|---|---|---|---|---|---|")
-        for name, layer in (("router", None), ("layer 0", 0), ("layer 11", 11)):
-            print(row(name, layer, local, remote, batch, options))
-        print(f"\nThe texts travel once: {len(wire.encode_batch(batch))} bytes.")
-        remote.close()
+        there = HttpOracle(json.loads(process.stdout.readline())["url"], os.environ.get(TOKEN_VARIABLE))
+        here = open_oracle("local", prompt, threads=threads, dtype=there.info.precision)
+        for name, layer in (("every layer", None), ("layer 0", 0), ("layer 11", 11)):
+            lines.append(row(name, layer, here, there, batch, population, rounds))
+        there.close()
     finally:
-        os.kill(process.pid, signal.SIGTERM)
-        print(f"The server ended with {process.wait(60)}.")
+        process.terminate()
+        ended = process.wait(60)
+        process.stdout.close()
+    return [*lines, "", f"The server ended with {ended}."]
 
 
-def texts(count: int) -> TextBatch:
+def pairs(count: int) -> TextBatch:
     """Sentence pairs of about 40 tokens."""
     rng = np.random.default_rng(0)
     common = (
         "的一是不了在有人我他这中大来上个国到说们为子和你地出道也时年得就那要下以生会自着去之过家学对可里后小么心多"
     )
     task = load_task("lcqmc")
-    pairs = [["".join(rng.choice(list(common), 10)) for _ in range(2)] for _ in range(count)]
-    records = [{"text_a": a, "text_b": b, "label": str(i % 2)} for i, (a, b) in enumerate(pairs)]
+    drawn = [["".join(rng.choice(list(common), 10)) for _ in range(2)] for _ in range(count)]
+    records = [{"text_a": a, "text_b": b, "label": str(i % 2)} for i, (a, b) in enumerate(drawn)]
     return labelled(task, [task.example(record) for record in records], for_loss=True).batch
 
 
 def row(
-    name: str, layer: int | None, local: Oracle, remote: HttpOracle, batch: TextBatch, options: argparse.Namespace
+    name: str, layer: int | None, local: Oracle, there: HttpOracle, batch: TextBatch, population: int, rounds: int
 ) -> str:
     """One kind of population: both ways by turns."""
     rng = np.random.default_rng(1)
     info = local.info
     base = rng.normal(size=(1, info.layers, info.dim)).astype(np.float32)
     taken: dict[str, list[float]] = {"local": [], "remote": []}
-    for number in range(options.rounds + 1):
-        points = base.repeat(options.population, axis=0)
+    for number in range(rounds + 1):
+        points = base.repeat(population, axis=0)
         which = slice(None) if layer is None else slice(layer, layer + 1)
         points[:, which] = rng.normal(size=points[:, which].shape)
-        order = [("local", local), ("remote", remote)]
+        order = [("local", local), ("remote", there)]
         scores = {}
         for way, oracle in order if number % 2 else order[::-1]:
             began = time.perf_counter()
@@ -90,13 +88,9 @@ def row(
             raise SystemExit("local and remote scores differ")
     request = wire.request_for(info, batch.digest(), points, "candidates", None)
     up, down = len(wire.encode_request(request)), len(wire.encode_reply(request.call_id, scores["local"]))
-    rate = {way: options.population / statistics.median(seconds[1:]) for way, seconds in taken.items()}
-    n = options.population
+    rate = {way: population / statistics.median(seconds[1:]) for way, seconds in taken.items()}
+    each = ", ".join(f"{a / b:.2f}" for a, b in zip(taken["local"][1:], taken["remote"][1:], strict=True))
     return (
-        f"| {name} | {rate['local']:.2f} | {rate['remote']:.2f} | {rate['remote'] / rate['local']:.3f} "
-        f"| {up / n:.0f} | {down / n:.0f} |"
+        f"| {name} | {rate['local']:.2f} | {rate['remote']:.2f} | {rate['remote'] / rate['local']:.3f} | {each} "
+        f"| {up / population:.0f} | {down / population:.0f} |"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
 import httpx2
 import numpy as np
+from servers import answering
 
 from bbprompt.backends.oip_grpc import MESSAGES
 from bbprompt.oracle import Oracle
@@ -139,35 +138,8 @@ class Double:
 @contextlib.contextmanager
 def over_http(double: Double) -> Iterator[str]:
     """URL of a server in a thread."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", "0")))
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            status, more, reply = double.http(self.command, self.path, headers, body)
-            self.send_response(status)
-            for name, value in {**more, "content-length": str(len(reply))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(reply)
-
-        do_GET = do_POST = answer  # noqa: N815
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"kserve://127.0.0.1:{server.server_address[1]}/{MODEL}"
-    finally:
-        server.shutdown()
-        thread.join(30)
-        server.server_close()
+    with answering(double.http) as place:
+        yield f"kserve://{place}/{MODEL}"
 
 
 @contextlib.contextmanager

@@ -9,14 +9,20 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import httpx2
+import pytest
 
 from bbprompt.oracle import Oracle
 from bbprompt.serve.server import build_server, listen
 from bbprompt.serve.settings import ServeSettings
 
+ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-of-the-tests"
 
 
@@ -64,6 +70,85 @@ def stop(process: Any) -> int:
     finally:
         process.kill()
         process.stdout.close()
+
+
+#: From method, path, headers (names in lower case) and body to status, headers and body.
+Answering = Callable[[str, str, Mapping[str, str], bytes], tuple[int, dict[str, str], bytes]]
+
+
+@contextlib.contextmanager
+def answering(respond: Answering, port: int = 0) -> Iterator[str]:
+    """`host:port` of an HTTP server in a thread; with the context its connections end, too."""
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            if over.is_set():
+                self.close_connection = True
+                return
+            body = self.rfile.read(int(self.headers.get("content-length", "0")))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            status, more, reply = respond(self.command, self.path, headers, body)
+            self.send_response(status)
+            for name, value in {**more, "content-length": str(len(reply))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(reply)
+
+        do_GET = do_POST = answer  # noqa: N815
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"127.0.0.1:{server.server_address[1]}"
+    finally:
+        over.set()
+        server.shutdown()
+        thread.join(30)
+        server.server_close()
+
+
+def place(kind: str) -> Path:
+    """Where a foreign server is that a script in `tests/servers` brings; skips the test where it is not."""
+    found = Path(os.environ.get(f"BBPROMPT_{kind.upper()}", ROOT / ".servers" / kind))
+    if not found.is_dir():
+        pytest.skip(f"{kind} is not there; make it with tests/servers/{kind}.sh")
+    return found
+
+
+@contextlib.contextmanager
+def process(words: list[str], env: Mapping[str, str], folder: Path, ready: str) -> Iterator[None]:
+    """A server as a process in `folder`, once the URL `ready` answers with 200."""
+    with (folder / "log").open("wb") as log:
+        running = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        try:
+            ends = time.monotonic() + 240
+            while not answers(ready):
+                ended = running.poll() is not None or time.monotonic() > ends
+                assert not ended, (folder / "log").read_text(errors="replace")[-3000:]
+                threading.Event().wait(0.1)
+            yield
+        finally:
+            running.terminate()
+            try:
+                running.wait(30)
+            finally:
+                running.kill()
+
+
+def answers(url: str) -> bool:
+    """Whether a URL answers with 200."""
+    try:
+        return httpx2.get(url, trust_env=False).status_code == 200
+    except httpx2.TransportError:
+        return False
 
 
 def free_port() -> int:

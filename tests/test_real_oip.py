@@ -8,18 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 import sysconfig
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-import httpx2
 import numpy as np
 import pytest
-from servers import free_port
+from servers import ROOT, free_port, place, process
 from test_local_oracle import batch_of
 from test_remote_run import config, finish, numbers
 
@@ -33,17 +29,7 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.run import prepare
 from bbprompt.testing import OracleContract
 
-ROOT = Path(__file__).parent.parent
-
 pytestmark = pytest.mark.slow
-
-
-def place(kind: str) -> Path:
-    """Where a server is; skips the test where it is not."""
-    found = Path(os.environ.get(f"BBPROMPT_{kind.upper()}", ROOT / ".servers" / kind))
-    if not found.is_dir():
-        pytest.skip(f"{kind} is not there; make it with tests/servers/{kind}.sh")
-    return found
 
 
 @contextlib.contextmanager
@@ -67,29 +53,8 @@ def running(kind: Format, prompts: Path, folder: Path) -> Iterator[tuple[int, in
         (repository / "settings.json").write_text(json.dumps(settings))
         start = "import sys; from mlserver.cli import main; sys.exit(main())"
         words = [str(where / "bin" / "python"), "-c", start, "start", str(repository)]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(words, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-        try:
-            ready = f"http://127.0.0.1:{ports[0]}/v2/models/oracle/ready"
-            ends = time.monotonic() + 240
-            while not answers(ready):
-                ended = process.poll() is not None or time.monotonic() > ends
-                assert not ended, (folder / "log").read_text(errors="replace")[-3000:]
-                threading.Event().wait(0.1)
-            yield ports[0], ports[1]
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            finally:
-                process.kill()
-
-
-def answers(url: str) -> bool:
-    try:
-        return httpx2.get(url, trust_env=False).status_code == 200
-    except httpx2.TransportError:
-        return False
+    with process(words, env, folder, f"http://127.0.0.1:{ports[0]}/v2/models/oracle/ready"):
+        yield ports[0], ports[1]
 
 
 @pytest.fixture(scope="module")

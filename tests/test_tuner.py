@@ -239,6 +239,14 @@ def test_a_journal_cut_anywhere_is_gone_on_with_to_the_same_end(tmp_path: Path) 
         assert asked.calls == oracle.calls - known, "nothing settled is asked for again"
 
 
+def test_upstream_mixtures_are_looked_at_together(tmp_path: Path) -> None:
+    """So that on a cluster the looks are shared out as the candidates are."""
+    recorder = toyruns.Recorder()
+    found, _, _ = toyruns.run(tmp_path / "run", METHODS["upstream"], 40, oracle=recorder)
+    assert found.stages[0].name == "upstream"
+    assert recorder.batches[:4] == [1, 1, 2, 2], "untuned on train and dev, then two tasks on train and dev"
+
+
 @pytest.mark.parametrize("at", [1, 2, 3, 5])
 def test_a_failing_oracle_spends_nothing_twice(at: int, tmp_path: Path) -> None:
     whole, ledger, _ = toyruns.run(tmp_path / "whole", METHODS["all-time"], 60)
@@ -279,7 +287,7 @@ def test_cut_tokens_are_known_after_a_replay(tmp_path: Path) -> None:
         evaluator = Evaluator(oracle, Ledger(journal, 10), Readout(), toyruns.TASK, *data)
         evaluator.train(points)
         train = evaluator.cut
-        evaluator.dev(points[0])
+        evaluator.dev(points[:1])
         cuts.append((train, evaluator.cut))
         journal.close()
     assert cuts[0] == cuts[1]

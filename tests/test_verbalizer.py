@@ -50,8 +50,11 @@ KINDS = {
 }
 
 
-def causal_dir(folder: Path, family: str) -> Path:
-    """Write a tiny causal language model of a family, with BERT's character vocabulary and no special tokens."""
+def causal_dir(folder: Path, family: str, **changes: Any) -> Path:
+    """Write a tiny causal language model of a family, with BERT's character vocabulary and no special tokens.
+
+    `changes` are those of the sizes.
+    """
     folder.mkdir(parents=True)
     vocabulary = tiny.write_bert_vocabulary(folder / "vocab.txt")
     sizes: dict[str, Any] = {"vocab_size": len(vocabulary), "initializer_range": 0.3}
@@ -69,7 +72,7 @@ def causal_dir(folder: Path, family: str) -> Path:
             sizes |= {"n_embd": tiny.HIDDEN, "n_layer": tiny.LAYERS, "n_head": tiny.HEADS, "n_positions": 128}
             model: Any = GPT2LMHeadModel(GPT2Config(**sizes))
         elif family == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**sizes, **rotary))
+            model = LlamaForCausalLM(LlamaConfig(**(sizes | rotary | changes)))
         else:
             model = Qwen2ForCausalLM(Qwen2Config(**sizes, **rotary))
         model.save_pretrained(folder)
@@ -86,9 +89,9 @@ def folders(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     return made | {family: causal_dir(root / family, family) for family in CAUSAL}
 
 
-def load_tiny(folder: Path) -> Backbone:
+def load_tiny(folder: Path, layers: int | None = None) -> Backbone:
     """Load a tiny model; for some model types transformers puts another tokenizer in the place of the saved one."""
-    backbone = load_backbone(str(folder), head=True)
+    backbone = load_backbone(str(folder), head=True, layers=layers)
     if not (folder / "vocab.txt").is_file():
         return backbone
     return replace(backbone, tokenizer=BertTokenizer(vocab=str(folder / "vocab.txt")))

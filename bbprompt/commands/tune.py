@@ -72,8 +72,9 @@ def tune(
         typer.Option(
             metavar="local|URL",
             show_default=False,
-            help="Where the model answers: here, at a `bbprompt serve` (http(s)://HOST:PORT), or at Triton or "
-            "MLServer (kserve://HOST:PORT/MODEL, kserve+grpc://HOST:PORT/MODEL) [default: local].",
+            help="Where the model answers: here, at a `bbprompt serve` (http(s)://HOST:PORT), at Triton or MLServer "
+            "(kserve://HOST:PORT/MODEL, kserve+grpc://HOST:PORT/MODEL), or at vLLM (vllm+http(s)://HOST:PORT) "
+            "[default: local].",
         ),
     ] = None,
     on_doubt: Annotated[

@@ -79,10 +79,9 @@ class Evaluator:
         """Mean train loss of each candidate: `(n, L, d)` to `(n,)`, n calls."""
         return np.array([value["loss"] for value in self._call("train", points)])
 
-    def dev(self, point: NDArray[np.floating]) -> tuple[float, float]:
-        """Dev loss and dev metric of one candidate `(L, d)`, one call."""
-        value = self._call("dev", point[None])[0]
-        return value["loss"], value["metric"]
+    def dev(self, points: NDArray[np.floating]) -> list[tuple[float, float]]:
+        """Dev loss and dev metric of each candidate, `(n, L, d)`, n calls."""
+        return [(value["loss"], value["metric"]) for value in self._call("dev", points)]
 
     def _call(self, kind: Kind, points: NDArray[np.floating]) -> list[dict[str, float]]:
         rows = np.ascontiguousarray(points, dtype=np.float32)

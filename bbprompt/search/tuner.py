@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -148,11 +148,19 @@ class _Search:
 
     def look(self, incumbent: Incumbent, searched: bool = False) -> Look:
         """Score an incumbent on dev, unless that was done: one call."""
-        for known in self._looks:
-            if np.array_equal(known.incumbent.point, incumbent.point):
-                return known
-        self._looks.append(Look(incumbent, *self._evaluator.dev(incumbent.point), searched))
-        return self._looks[-1]
+        self.looks([incumbent], searched)
+        return next(known for known in self._looks if np.array_equal(known.incumbent.point, incumbent.point))
+
+    def looks(self, incumbents: Sequence[Incumbent], searched: bool = False) -> None:
+        """Score incumbents on dev together, but for those that were looked at before: a call each."""
+        new: list[Incumbent] = []
+        for incumbent in incumbents:
+            seen = [*(known.incumbent for known in self._looks), *new]
+            if not any(np.array_equal(incumbent.point, other.point) for other in seen):
+                new.append(incumbent)
+        if new:
+            values = self._evaluator.dev(np.stack([incumbent.point for incumbent in new]))
+            self._looks += [Look(incumbent, *value, searched) for incumbent, value in zip(new, values, strict=True)]
 
     def report(self, stage: str, train_loss: float) -> None:
         """Tell where the search stands."""
@@ -173,8 +181,7 @@ class _Search:
                 break
             points = space.mix(routers, space.rule)
             losses = self._evaluator.train(points)
-            for point, loss, router in zip(points, losses, routers, strict=True):
-                self.look(Incumbent(point, float(loss), router))
+            self.looks(list(map(Incumbent, points, map(float, losses), routers)))
             best = min(best, float(losses.min()))
             self.report("upstream", best)
         return StageTrace(

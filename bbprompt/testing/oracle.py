@@ -58,7 +58,7 @@ class OracleContract:
         """Its description is complete, and the same from an equal oracle."""
         info = self.make().info
         require(min(info.layers, info.dim, info.max_tokens) >= 1, f"a size in {info} is below 1")
-        require(info.precision in ("float32", "mixed", "bfloat16"), f"unknown precision {info.precision!r}")
+        require(info.precision in ("float32", "mixed", "bfloat16", "unknown"), f"no such precision {info.precision!r}")
         require(
             all((info.backbone, info.backbone_digest, info.prompts_digest, info.device)),
             f"something in {info} is empty",
