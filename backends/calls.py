@@ -9,6 +9,7 @@ than it asks again runs out of tries for all its requests together: many request
 from __future__ import annotations
 
 import random
+import re
 import ssl
 import threading
 import time
@@ -20,13 +21,14 @@ import httpx2
 import tenacity
 
 from bbprompt.backends.deadline import ENDS, DeadlineTransport, proxy_for
-from bbprompt.errors import OracleError
+from bbprompt.errors import OracleError, UsageError
 from bbprompt.wire import WireError
 
 __all__ = ["Answer", "Caller", "Policy", "Retries", "Transient", "plain"]
 
 _A = TypeVar("_A")
 _T = TypeVar("_T")
+_TOKEN = re.compile(r"[!-~]+")
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -176,6 +178,9 @@ class Caller:
         policy: How patient to be.
         workers: Most requests at once.
         transport: Instead of the network.
+
+    Raises:
+        UsageError: The token holds what no header may.
     """
 
     def __init__(
@@ -186,6 +191,8 @@ class Caller:
         workers: int,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
+        if token and not _TOKEN.fullmatch(token):
+            raise UsageError("the token of the server: ASCII letters, digits or signs without spaces are expected")
         self._url, self._policy = url, policy
         self._retries = Retries(url, policy)
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {})
