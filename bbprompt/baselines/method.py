@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from bbprompt.baselines.features import VIEWS, Matrix, Reader
 from bbprompt.baselines.heads import frequencies
@@ -34,6 +33,7 @@ from bbprompt.tasks.data import DataSource
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.fewshot import FewShot
 from bbprompt.tasks.task import Task
+from bbprompt.tensorfile import pack
 
 __all__ = ["NO_MODEL", "PreparedBaseline", "open_model", "prepare_baseline", "tune_baseline"]
 
@@ -163,7 +163,7 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
         "bias": best.head.bias,
         "view": np.array(VIEWS.index(best.variant.view), dtype=np.int64),
     }
-    directory.write_bytes(PROMPT, save(head))
+    directory.write_bytes(PROMPT, pack(head))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from bbprompt.baselines.features import VIEWS, Matrix, Reader
 from bbprompt.baselines.heads import LinearHead, softmax
@@ -18,6 +17,7 @@ from bbprompt.metrics import accuracy
 from bbprompt.store.rundir import PROMPT, RunDirectory
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
+from bbprompt.tensorfile import unpack
 
 __all__ = ["FittedBaseline", "load_baseline"]
 
@@ -68,7 +68,7 @@ def load_baseline(directory: RunDirectory, task: Task, embedder: Embedder | None
     """
     file = directory.path / PROMPT
     try:
-        tensors = load(directory.read_bytes(PROMPT))
+        tensors = unpack(directory.read_bytes(PROMPT))
         view, head = int(tensors["view"]), LinearHead(tensors["weight"], tensors["bias"])
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DiskError(f"{file}: damaged ({error}); tune again") from None
