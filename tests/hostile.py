@@ -429,11 +429,16 @@ def serve() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--serve", action="store_true", help="be the server")
+    parser.add_argument("--crowd", action="store_true", help="many clients at once, that trickle or bring much")
     parser.add_argument("--mutants", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     if given.serve:
         serve()
+        return
+    if given.crowd:
+        counts = {"trickling": slow_loris(), "crowding": crowd()}
+        print(json.dumps({"requests": sum(part["connections"] for part in counts.values()), **counts}))
         return
     print(json.dumps(campaign(given.mutants, given.seed)))
 

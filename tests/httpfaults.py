@@ -390,12 +390,19 @@ def cases(stage: Stage, name: str) -> Counter[str]:
     return counts
 
 
-def schedules(count: int, seed: int, stage: Stage) -> dict[str, Any]:
-    """Runs in which any exchange goes wrong by chance, each with a rate of its own; the counts."""
+def schedules(count: int, seed: int, stage: Stage, first: int = 0) -> dict[str, Any]:
+    """Runs in which any exchange goes wrong by chance, each with a rate of its own; the counts.
+
+    Args:
+        count: How many.
+        seed: Of all of them.
+        stage: What they share.
+        first: Number of the first, so that several processes can share the work.
+    """
     total: Counter[str] = Counter()
     names = [name for name, fault in FAULTS.items() if fault.course != "lie"]
     passing = [name for name in names if FAULTS[name].course == "transient"]
-    for number in range(count):
+    for number in range(first, first + count):
         random_ = random.Random(f"{seed} {number}")
         rate, deadly = random_.uniform(0.01, 0.5), random_.choice([0.0, 0.1, 0.5])
 

@@ -234,7 +234,8 @@ def campaign(kills: int, seed: int, method: str = "all-time", budget: int = 60) 
             except AssertionError as error:
                 raise AssertionError(f"{where}: {error}") from error
             total.update({"runs": 1, **counts})
-    return {"seed": seed, "seconds of a run": round(span, 3), **total}
+    killed = total["servers"] + total["clients"]
+    return {"seed": seed, "seconds of a run": round(span, 3), "killed": killed, **total}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ breaks and which tests must notice: each of them must pass on the copy before th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -87,6 +88,7 @@ def main() -> None:
             print(f"{patch.stem}: {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
             shutil.rmtree(folder)
     print(f"{len(patches) - missed} of {len(patches)} planted bugs turn the tests red")
+    print(json.dumps({"planted": len(patches), "caught": len(patches) - missed}))
     sys.exit(bool(missed))
 
 
