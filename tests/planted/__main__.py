@@ -50,6 +50,7 @@ def applied(folder: Path, patch: Path) -> None:
 def tested(folder: Path, tests: list[str]) -> tuple[int, str]:
     """Run tests of the copy; the exit code and what was said."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["RAY_worker_niceness"] = "0"  # at Ray's low priority its workers hardly start on a busy machine
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
         cwd=folder,
