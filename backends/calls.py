@@ -2,13 +2,16 @@
 
 What may pass by itself (no connection, a time limit, 429, 5xx) is tried again after a random pause that grows, or
 after what the server asks for. A malformed answer is asked for once more. Everything else is final. An answer is
-read up to a bound, in a bounded time, uncompressed and without following redirects.
+read up to a bound, in a bounded time, uncompressed and without following redirects. A client that gets fewer answers
+than it asks again runs out of tries for all its requests together: many requests must not hammer a server that is ill.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import ssl
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,13 +20,15 @@ from typing import TypeVar
 import httpx2
 import tenacity
 
-from bbprompt.errors import OracleError
+from bbprompt.backends.deadline import ENDS, DeadlineTransport, proxy_for
+from bbprompt.errors import OracleError, UsageError
 from bbprompt.wire import WireError
 
 __all__ = ["Answer", "Caller", "Policy", "Retries", "Transient", "plain"]
 
 _A = TypeVar("_A")
 _T = TypeVar("_T")
+_TOKEN = re.compile(r"[!-~]+")
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -39,7 +44,9 @@ class Policy:
         pause: Longest first pause; doubled at every try.
         longest: Longest pause.
         obey: Longest `Retry-After` that is obeyed.
+        quota: How many more repetitions than answers there may be, over all requests of a client.
         sleep: How to pause.
+        clock: Seconds, never going back.
     """
 
     attempts: int = 4
@@ -49,7 +56,9 @@ class Policy:
     pause: float = 0.5
     longest: float = 20.0
     obey: float = 60.0
+    quota: int = 50
     sleep: Callable[[float], None] = time.sleep
+    clock: Callable[[], float] = time.monotonic
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,30 @@ class Transient(OracleError):
         self.after = after
 
 
+class _Quota:
+    """Repetitions that are left to all requests of a client together: each takes one, each answer gives one back.
+
+    After the retry quota of AWS's clients: while a server answers more often than not, nothing is noticed of it.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+        self._lock = threading.Lock()
+
+    def take(self) -> bool:
+        """Take one; False if none is left."""
+        with self._lock:
+            if not self._left:
+                return False
+            self._left -= 1
+            return True
+
+    def give(self) -> None:
+        """Give one back."""
+        with self._lock:
+            self._left = min(self._left + 1, self._most)
+
+
 class Retries:
     """Sends until there is a final answer.
 
@@ -81,6 +114,7 @@ class Retries:
     def __init__(self, url: str, policy: Policy) -> None:
         self._url, self._policy = url, policy
         self._random = random.Random()  # not the global one, which a search may have seeded
+        self._quota = _Quota(policy.quota)
 
     def run(self, send: Callable[[], _A], read: Callable[[_A], _T]) -> _T:
         """What `read` makes of the answer to `send`.
@@ -93,24 +127,27 @@ class Retries:
             OracleError: There is no answer, or `send` or `read` raises it.
         """
         malformed = 0
+        began = self._policy.clock()
 
         def once() -> _T:
             nonlocal malformed
             answer = send()
             try:
-                return read(answer)
+                found = read(answer)
+                self._quota.give()
+                return found
             except WireError as error:
                 malformed += 1
                 if malformed == 2:
                     raise OracleError(f"{self._url}: the answer is malformed: {error}") from error
                 raise Transient(f"the answer is malformed: {error}") from error
 
-        stop = tenacity.stop_any(
-            tenacity.stop_after_attempt(self._policy.attempts), tenacity.stop_before_delay(self._policy.total)
-        )
+        def late(state: tenacity.RetryCallState) -> bool:
+            return self._policy.clock() - began + state.upcoming_sleep >= self._policy.total
+
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
-            stop=stop,
+            stop=lambda state: state.attempt_number >= self._policy.attempts or late(state) or not self._quota.take(),
             wait=self._pause,
             sleep=self._policy.sleep,
             reraise=True,
@@ -141,6 +178,9 @@ class Caller:
         policy: How patient to be.
         workers: Most requests at once.
         transport: Instead of the network.
+
+    Raises:
+        UsageError: The token holds what no header may.
     """
 
     def __init__(
@@ -151,17 +191,19 @@ class Caller:
         workers: int,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
+        if token and not _TOKEN.fullmatch(token):
+            raise UsageError("the token of the server: ASCII letters, digits or signs without spaces are expected")
         self._url, self._policy = url, policy
         self._retries = Retries(url, policy)
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {})
+        limits = httpx2.Limits(max_connections=workers, max_keepalive_connections=workers)
         self._client = httpx2.Client(
             base_url=url,
             headers=headers,
             timeout=httpx2.Timeout(policy.deadline, connect=policy.connect),
-            limits=httpx2.Limits(max_connections=workers, max_keepalive_connections=workers),
-            trust_env=httpx2.URL(url).host not in ("localhost", "127.0.0.1", "::1"),
+            trust_env=False,  # what the environment says of proxies is in the transport
             follow_redirects=False,
-            transport=transport,
+            transport=transport or DeadlineTransport(limits, proxy_for(httpx2.URL(url))),
         )
 
     def call(
@@ -198,10 +240,13 @@ class Caller:
     def _send(
         self, method: str, path: str, body: bytes, kind: str | None, most: int, more: Mapping[str, str]
     ) -> Answer:
-        ends = time.monotonic() + self._policy.deadline
+        ends = self._policy.clock() + self._policy.deadline
         headers = ({"content-type": kind} if kind else {}) | dict(more)
+        extensions = {ENDS: time.monotonic() + self._policy.deadline}
         try:
-            with self._client.stream(method, path, content=body or None, headers=headers) as response:
+            with self._client.stream(
+                method, path, content=body or None, headers=headers, extensions=extensions
+            ) as response:
                 if "content-encoding" in response.headers:
                     raise OracleError(f"{self._url}: the answer is compressed although that was not asked for")
                 pieces, size = [], 0
@@ -209,8 +254,8 @@ class Caller:
                     size += len(piece)
                     if size > most:
                         raise OracleError(f"{self._url}: the answer is longer than {most} bytes")
-                    if time.monotonic() > ends:
-                        raise Transient(f"no whole answer within {self._policy.deadline:g} s")
+                    if self._policy.clock() > ends:
+                        raise self._late()
                     pieces.append(piece)
                 status, answered = response.status_code, b"".join(pieces)
                 said = response.headers
@@ -225,6 +270,9 @@ class Caller:
             raise OracleError(f"{self._url}: redirects elsewhere, which is not followed; give the final URL")
         return Answer(status, said.get("content-type", ""), answered, dict(said))
 
+    def _late(self) -> Transient:
+        return Transient(f"no whole answer within {self._policy.deadline:g} s")
+
     def _unreachable(self, error: httpx2.TransportError) -> OracleError:
         cause: BaseException | None = error
         while cause is not None:
@@ -233,6 +281,8 @@ class Caller:
             if isinstance(cause, ssl.SSLError):
                 return OracleError(f"{self._url}: no TLS there; is it http:// rather than https://?")
             cause = cause.__cause__ or cause.__context__
+        if isinstance(error, httpx2.ReadTimeout | httpx2.WriteTimeout):
+            return self._late()
         if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
             return OracleError(f"{self._url}: {plain(str(error))}; correct --backend")
         return Transient(f"cannot be reached ({type(error).__name__}: {plain(str(error))})")

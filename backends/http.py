@@ -182,6 +182,8 @@ class HttpOracle:
         """Raise what a status means unless it is one of `statuses`."""
         if answer.status in statuses:
             return
+        if 200 <= answer.status < 300:
+            raise WireError(f"status {answer.status} is not what was expected")
         code, message = _refusal(answer.body)
         raise self._meaning(answer.status, code, message)
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from bbprompt.baselines.choice import open_model
 from bbprompt.baselines.use import FittedBaseline, load_baseline
@@ -32,6 +31,7 @@ from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.tasks.data import SplitName, data_digest, open_data
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
+from bbprompt.tensorfile import unpack
 from bbprompt.yamlfile import validate
 
 __all__ = ["Evaluation", "Prediction", "TunedPrompt", "load_prompt", "read_offsets", "read_result", "read_tuned"]
@@ -357,7 +357,7 @@ def read_offsets(directory: RunDirectory) -> tuple[float, ...]:
 
 def _read_tensors(directory: RunDirectory) -> dict[str, NDArray[Any]]:
     try:
-        return dict(load(directory.read_bytes(PROMPT)))
+        return unpack(directory.read_bytes(PROMPT))
     except (SafetensorError, ValueError) as error:
         raise DiskError(
             f"{directory.path / PROMPT}: damaged ({' '.join(str(error).split())[:200]}); tune again"

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save
 
 from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, measure_backbone, named_language_model, open_oracle
@@ -39,6 +38,7 @@ from bbprompt.tasks.data import DataSource, open_data
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.fewshot import FewShot, few_shot
 from bbprompt.tasks.task import Task, load_task
+from bbprompt.tensorfile import pack
 from bbprompt.texts.forms import write
 from bbprompt.yamlfile import validate
 
@@ -291,7 +291,7 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
     result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
     result = result.model_copy(update={"baselines": _baselines(run, watcher)})
-    directory.write_bytes(PROMPT, save(_tensors(run, found, evaluator.readout)))
+    directory.write_bytes(PROMPT, pack(_tensors(run, found, evaluator.readout)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
 

@@ -19,13 +19,15 @@ from typing import Any
 import toyruns
 from audit import Execution, doubtful, paid
 from faultdisk import IMAGES, Crash, FaultDisk, Image
+from safetensors import SafetensorError
 
-from bbprompt.errors import DiskError
+from bbprompt.errors import DiskError, ResumeMismatch
 from bbprompt.oracle import OracleInfo, Scores, TextBatch
 from bbprompt.run import Prepared
 from bbprompt.scoring import labelled
 from bbprompt.store.journal import Journal
-from bbprompt.store.rundir import CURVE, JOURNAL, MANIFEST
+from bbprompt.store.rundir import CURVE, JOURNAL, MANIFEST, PROMPT, RunDirectory
+from bbprompt.tensorfile import unpack
 
 RUN = Path("/runs/run")
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -177,6 +179,46 @@ def byte_cuts(run: Prepared) -> int:
     """The journal ends after every single byte; then resume."""
     expected, _ = alone(run)
     return _cuts(run, expected, range(len(expected[JOURNAL]) + 1))
+
+
+def flips(run: Prepared, singles: int, doubles: int, seed: int) -> dict[str, int]:
+    """One or two flipped bits in manifest, journal or prompt: an error that is documented, or what was there before."""
+    expected, _ = alone(run)
+    manifest = json.loads(expected[MANIFEST])
+    truth = unpack(expected[PROMPT])
+    records = _records(expected[JOURNAL], manifest["run_id"])
+    random_, noticed = random.Random(seed), 0
+    for number in range(singles + doubles):
+        name = random_.choice((MANIFEST, JOURNAL, PROMPT))
+        data = bytearray(expected[name])
+        places = random_.sample(range(8 * len(data)), 1 if number < singles else 2)
+        for place in places:
+            data[place // 8] ^= 1 << place % 8
+        where = f"{name}, seed {seed}, bits {places}"
+        try:
+            if name == JOURNAL:
+                found = _records(bytes(data), manifest["run_id"])
+                assert found == records[: len(found)], where
+                assert len(found) >= len(records) - 1, f"{where}: more than a torn last line was cut"
+            elif name == MANIFEST:
+                disk = FaultDisk()
+                for folder in (RUN.parent, RUN):
+                    disk.make_folder(folder)
+                disk.put(RUN / MANIFEST, bytes(data), durable=True)
+                assert RunDirectory.open(RUN, disk).manifest == manifest, where
+            else:
+                found_ = unpack(bytes(data))
+                assert found_.keys() == truth.keys(), where
+                assert all(found_[key].tobytes() == array.tobytes() for key, array in truth.items()), where
+        except (DiskError, ValueError, SafetensorError, ResumeMismatch):
+            noticed += 1
+    return {"files": singles + doubles, "noticed": noticed}
+
+
+def _records(data: bytes, run_id: str) -> list[Any]:
+    disk = FaultDisk()
+    disk.put(RUN / JOURNAL, data, durable=True)
+    return Journal(RUN / JOURNAL, run_id, disk).records
 
 
 def _cuts(run: Prepared, expected: dict[str, bytes], ends: Iterable[int]) -> int:

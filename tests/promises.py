@@ -1,8 +1,8 @@
 """The three tiers of the promises' tests, each one command and one report in plain text.
 
-``python tests/promises.py commit|nightly|release [--seed N] [--report FILE]``. Every line of the report has a check's
-name, its counts and seed, and its seconds; the last line says whether all held. A check that fails prints the seed
-and the place, and the others still run.
+``python tests/promises.py commit|nightly|release [--seed N] [--jobs N] [--report FILE]``. Every line of the report
+has a check's name, its counts and seed, and its seconds; then come the totals, and the last line says whether all
+held. A check that fails prints the seed and the place, and the others still run.
 
 With n trials and no failure the rate of failure is below 3/n (95 %): a thousand clean kills mean "less than 0.3 % a
 kill", and no more. The exhaustive sweeps prove their statement for the one scenario they sweep.
@@ -11,96 +11,185 @@ kill", and no more. The exhaustive sweeps prove their statement for the one scen
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import crashes
 import fuzz
 import fuzztargets
+import httpfaults
 import ledgerwalk
+import rawserver
 import references
 
 TIERS = ("commit", "nightly", "release")
 HERE = Path(__file__).parent
 
-Check = Callable[[], Any]
+CRASHES, KILLS, FAULTS, OPERATIONS = (
+    "simulated crash points",
+    "real SIGKILLs",
+    "HTTP faults injected",
+    "ledger operations",
+)
+FILES, RAY, REQUESTS, PLANTED = "corrupted files opened", "Ray kills", "hostile requests", "planted bugs caught"
+FIGURES = (CRASHES, KILLS, FAULTS, OPERATIONS, FILES, RAY, REQUESTS, PLANTED)
 
 
-def checks(tier: str, seed: int) -> Iterator[tuple[str, Check]]:
-    """Name and function of every check of a tier, the quick ones first."""
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: Of its line.
+        work: Returns what it counted; an error means that a promise is broken.
+        figure: The total that it adds to; empty for none.
+        key: Of the number to add, in what `work` returns; empty for all of it.
+    """
+
+    name: str
+    work: Callable[[], Any]
+    figure: str = ""
+    key: str = ""
+
+    def counted(self, result: Any) -> int:
+        """What it adds to its figure."""
+        return int(result[self.key] if self.key else result) if self.figure else 0
+
+
+def checks(tier: str, seed: int) -> Iterator[Check]:
+    """The checks of a tier, those that take long first."""
     level = TIERS.index(tier)
-    yield "ledger walk", lambda: ledgerwalk.walks((100_000, 2_500_000, 10_000_000)[level], seed)
-    budgets = ([40], [40, 60], [40, 60, 120])[level]
-    names = (["joint"], ["joint", "all-time"], ["joint", "all-time", "layerwise"])[level]
-    for name, budget in zip(names, budgets, strict=True):
-        run = crashes.small(name, budget)
-        scenario = f"{name} {budget}"
-        yield f"power cut at every operation, 4 images: {scenario}", lambda run=run: crashes.crash_points(run)
-        codes = crashes.CODES[: (1, 4, 4)[level]]
-        yield (
-            f"failing disk at every operation, {len(codes)} codes: {scenario}",
-            lambda run=run, codes=codes: crashes.failing_disk(run, codes),
-        )
-        yield f"journal cut after every record: {scenario}", lambda run=run: crashes.prefixes(run)
-        yield f"journal cut after every byte, repaired: {scenario}", lambda run=run: crashes.repairs(run)
-        chains = (15, 500, 3_000)[level]
-        yield (
-            f"power cuts in a row: {scenario}",
-            lambda run=run, chains=chains: {"seed": seed, "cuts": crashes.crash_chains(run, chains, seed)},
-        )
     if level:
-        run = crashes.small("joint", 40)
-        yield "journal cut after every byte, resumed: joint 40", lambda: crashes.byte_cuts(run)
-    mutants = (200, 5_000, 5_000)[level]
-    for name in fuzztargets.NAMES:
-        yield f"mutants: {name}", lambda name=name: {"seed": seed, **fuzz.mutations(name, mutants, seed)}
-    kills = (40, 1_000, 3_000)[level]
-    yield "SIGKILL at random", lambda: _script("kills.py", "--kills", str(kills), "--seed", str(seed))
+        kills = [f"--{kind}={count * level}" for kind, count in (("workers", 30), ("drivers", 5), ("nodes", 5))]
+        if importlib.util.find_spec("ray"):
+            yield Check("SIGKILL on Ray", _script("raykills.py", *kills, f"--seed={seed}"), RAY, "kills")
+        yield Check("fuzz with coverage", _script("fuzz.py", "--seconds", str((0, 600, 3_600)[level])))
+        yield Check("planted bugs", _script("planted/__main__.py"), PLANTED, "caught")
+        servers = ("--kills", str((0, 100, 500)[level]), "--seed", str(seed))
+        yield Check("SIGKILL of servers and clients", _script("serverkills.py", *servers), KILLS, "killed")
+    kills_ = ("--kills", str((40, 1_000, 3_000)[level]), "--seed", str(seed))
+    yield Check("SIGKILL at random", _script("kills.py", *kills_), KILLS, "kills")
+    yield from _http(level, seed)
+    attacks = ("--mutants", str((150, 5_000, 50_000)[level]), "--seed", str(seed))
+    yield Check("hostile requests", _script("hostile.py", *attacks), REQUESTS, "requests")
+    if level:
+        yield Check("trickling and crowding clients", _script("hostile.py", "--crowd"), REQUESTS, "requests")
+    walk = (100_000, 2_500_000, 10_000_000)[level]
+    yield Check("ledger walk", partial(ledgerwalk.walks, walk, seed), OPERATIONS, "operations")
+    yield from _disk(level, seed)
     seeds = (3, 15, 50)[level]
     functions = ("sphere", "rotated ellipsoid") if not level else tuple(references.FUNCTIONS)
-    yield "CMA-ES beside cma", lambda: references.evolution(seeds, functions, 0.2 if level else 0.35)
+    yield Check("CMA-ES beside cma", partial(references.evolution, seeds, functions, 0.2 if level else 0.35))
     boxes = ("three wells",) if not level else tuple(references.BOX_FUNCTIONS)
-    yield "UCB beside random search", lambda: references.bayesian((1, 5, 15)[level], boxes)
+    yield Check("UCB beside random search", partial(references.bayesian, (1, 5, 15)[level], boxes))
+
+
+def _http(level: int, seed: int) -> Iterator[Check]:
+    """Faults of servers, as the client sees them."""
+    count, share = (2_000, 20_000, 60_000)[level], (500, 2_500, 5_000)[level]
+    for first in range(0, count, share):
+        name = f"HTTP faults at random: {first} to {first + share - 1}"
+        yield Check(
+            name, lambda first=first: httpfaults.schedules(share, seed, httpfaults.Stage(), first), FAULTS, "faults"
+        )
     if level:
-        yield "fuzz with coverage", lambda: _script("fuzz.py", "--seconds", str((0, 600, 3_600)[level]))
-        yield "planted bugs", lambda: _script("planted/__main__.py")
+        yield Check("KServe faults at random", partial(_schedules, "kserve", 2_000, seed, 0), FAULTS, "faults")
+    names = tuple(httpfaults.FAULTS) if level else httpfaults.ONE_OF_EACH
+    for protocol in httpfaults.PROTOCOLS:
+        name = f"{len(names)} faults, 3 places, 3 times: {protocol}"
+        yield Check(name, partial(httpfaults.matrix, protocol, names), FAULTS, "faults")
+    yield Check("what only sockets do", rawserver.exchanges, FAULTS, "tricks")
 
 
-def _script(name: str, *arguments: str) -> Any:
+def _schedules(protocol: httpfaults.Protocol, count: int, seed: int, first: int) -> Any:
+    return httpfaults.schedules(count, seed, httpfaults.Stage(protocol), first)
+
+
+def _disk(level: int, seed: int) -> Iterator[Check]:
+    """Power cuts, failing disks, damaged files."""
+    budgets = ([40, 40], [40, 60], [40, 60, 120])[level]
+    names = (["joint", "all-time"], ["joint", "all-time"], ["joint", "all-time", "layerwise"])[level]
+    for number, (name, budget) in enumerate(zip(names, budgets, strict=True)):
+        scenario, run = f"{name} {budget}", partial(crashes.small, name, budget)
+        yield Check(f"power cut at every operation, 4 images: {scenario}", _on(run, crashes.crash_points), CRASHES)
+        if number and not level:
+            continue
+        yield Check(f"failing disk at every operation, 4 codes: {scenario}", _on(run, crashes.failing_disk), CRASHES)
+        yield Check(f"journal cut after every record: {scenario}", _on(run, crashes.prefixes), CRASHES)
+        yield Check(f"journal cut after every byte, repaired: {scenario}", _on(run, crashes.repairs), FILES)
+        chains = (40, 500, 3_000)[level]
+        yield Check(f"power cuts in a row: {scenario}", _on(run, crashes.crash_chains, chains, seed), CRASHES)
+    joint = partial(crashes.small, "joint", 40)
+    if level:
+        yield Check("journal cut after every byte, resumed: joint 40", _on(joint, crashes.byte_cuts), CRASHES)
+    flips = (5_000, 1_000) if not level else (100_000, 20_000)
+    yield Check("flipped bits", _on(joint, crashes.flips, *flips, seed), FILES, "files")
+    mutants = (200, 5_000, 5_000)[level]
+    for name in fuzztargets.NAMES:
+        yield Check(f"mutants: {name}", partial(fuzz.mutations, name, mutants, seed), FILES, "inputs")
+
+
+def _on(run: Callable[[], Any], work: Callable[..., Any], *more: Any) -> Callable[[], Any]:
+    return lambda: work(run(), *more)
+
+
+def _script(name: str, *arguments: str) -> Callable[[], Any]:
     """Run a script of this folder in a process of its own; its last line, or all of them where they are no JSON."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / name), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    if done.returncode:
-        raise AssertionError(f"{name} ended with {done.returncode}: {done.stdout[-4000:]}{done.stderr[-4000:]}")
-    lines = done.stdout.splitlines()
+
+    def work() -> Any:
+        done = subprocess.run(
+            [sys.executable, str(HERE / name), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        if done.returncode:
+            raise AssertionError(f"{name} ended with {done.returncode}: {done.stdout[-4000:]}{done.stderr[-4000:]}")
+        lines = done.stdout.splitlines()
+        try:
+            return json.loads(lines[-1])
+        except ValueError:
+            return "\n    " + "\n    ".join(lines)
+
+    return work
+
+
+def judged(tier: str, seed: int, number: int) -> tuple[str, bool, int]:
+    """Do the check of that number: its line, whether it held, and what it adds to its figure."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("error")
+    check, start = list(checks(tier, seed))[number], time.monotonic()
     try:
-        return json.loads(lines[-1])
-    except ValueError:
-        return "\n    " + "\n    ".join(lines)
+        result = check.work()
+        said, held, counted = f"ok: {result}", True, check.counted(result)
+    except Exception as error:
+        said, held, counted = f"FAILED: {type(error).__name__}: {error}", False, 0
+    return f"{check.name}: {said} ({time.monotonic() - start:.1f} s)", held, counted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tier", choices=TIERS)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="checks at once")
     parser.add_argument("--report", type=Path, help="write the report here too")
     given = parser.parse_args()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("error")
     lines: list[str] = []
 
     def say(line: str) -> None:
@@ -113,16 +202,19 @@ def main() -> None:
     from bbprompt import __version__
 
     say(f"bbprompt {__version__}, tier {given.tier}, seed {given.seed}")
-    say(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    began, failed = time.monotonic(), 0
-    for name, check in checks(given.tier, given.seed):
-        start = time.monotonic()
-        try:
-            said = f"ok: {check()}"
-        except Exception as error:
-            failed += 1
-            said = f"FAILED: {type(error).__name__}: {error}"
-        say(f"{name}: {said} ({time.monotonic() - start:.1f} s)")
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {given.jobs} checks at once"
+    say(f"{machine}, Python {platform.python_version()}")
+    began, failed, totals = time.monotonic(), 0, Counter[str]()
+    figures = [check.figure for check in checks(given.tier, given.seed)]
+    with ProcessPoolExecutor(given.jobs, multiprocessing.get_context("fork")) as pool:
+        running = [pool.submit(judged, given.tier, given.seed, number) for number in range(len(figures))]
+        for figure, future in zip(figures, running, strict=True):
+            line, held, counted = future.result()
+            say(line)
+            failed += not held
+            totals[figure] += counted
+    for figure in FIGURES:
+        say(f"{figure}: {totals[figure] if figure in figures else '-'}")
     say(f"{'all held' if not failed else f'{failed} FAILED'} ({time.monotonic() - began:.0f} s)")
     sys.exit(bool(failed))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -425,6 +426,23 @@ def test_what_is_no_url(url: str) -> None:
     with pytest.raises(UsageError) as raised:
         connect(url)
     assert "secret" not in str(raised.value)
+
+
+INJECTIONS = ("\r\nX: 1", "\n", "\r", "\0", "\t", " ", "\x0b", "\x7f", "\x85", "\xa0", "é", "是", "\u2028", "\ud800")
+
+
+@pytest.mark.parametrize("odd", INJECTIONS)
+def test_nothing_is_smuggled_into_a_header(odd: str) -> None:
+    stage = Stage()
+    for token in (odd, f"a{odd}b", f"{odd}b"):
+        with pytest.raises(UsageError) as raised:
+            connect("http://test", f"sec{token}ret", transport=httpx2.MockTransport(stage))
+        assert "sec" not in str(raised.value)
+    for url in (f"http://te{odd}st", f"http://test{odd}"):
+        with contextlib.suppress(UsageError, OracleError):
+            connect(url, transport=httpx2.MockTransport(stage))
+    assert all(name.isascii() and name.isprintable() for name in stage.sent)
+    assert all("X:" not in name for name in stage.sent)
 
 
 def test_the_token_is_nowhere_to_be_seen(capsys: pytest.CaptureFixture[str]) -> None:

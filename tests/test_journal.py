@@ -177,7 +177,7 @@ def test_editors_are_recognised(path: Path, change: Any, text: str) -> None:
         opened(path)
 
 
-@pytest.mark.parametrize("payload", [b"[]", b'{"n":1,"run":"0123456789abcdef"}', b'"x"', b"{"])
+@pytest.mark.parametrize("payload", [b"[]", b'{"n":1,"run":"0123456789abcdef"}', b'"x"', b"{", b"[" * 10**5])
 def test_a_right_checksum_on_nonsense_is_refused(path: Path, payload: bytes) -> None:
     path.write_bytes(b"%s %08x\n" % (payload, zlib.crc32(payload)))
     with pytest.raises(JournalCorrupt, match=":1: this line"):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import crashes
+import httpfaults
 import ledgerwalk
 import pytest
 from audit import Execution, audit, settled
@@ -71,6 +72,18 @@ def test_a_long_walk_of_the_ledger() -> None:
     counts = ledgerwalk.walks(100_000, seed=1)
     assert counts["operations"] == 100_000
     assert counts["crashes"] > 8_000
+
+
+@pytest.mark.parametrize("protocol", httpfaults.PROTOCOLS)
+def test_every_kind_of_fault_of_a_server_at_first_middle_and_last_call(protocol: httpfaults.Protocol) -> None:
+    # One form of each kind here, all forms in promises.py.
+    assert httpfaults.matrix(protocol, httpfaults.ONE_OF_EACH)["cases"] == 24 * 9
+
+
+def test_faults_of_a_server_at_random() -> None:
+    counts = httpfaults.schedules(100, 1, httpfaults.Stage())
+    assert counts["faults"] > 400
+    assert counts["deaths"] > 20
 
 
 # ------------------------------------------------------------------------------------------- the checker

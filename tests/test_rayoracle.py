@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_prompt
+from raykills import STAGES, Murderer, found
 from raylock import only_ray
 from test_local_oracle import batch_of
 
@@ -40,9 +40,6 @@ pytestmark = [
     pytest.mark.timeout(600),  # waits for the other tests of Ray, too
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'bbprompt[ray]'"),
 ]
-
-#: Both stages, small.
-STAGES = {"router.calls": 8, "router.random": 4, "prompt.popsize": 8, "prompt.dev_every": 16}
 
 
 class Shared:
@@ -131,12 +128,6 @@ def serial(tiny_pair_data: Path, tiny_prompts: Path, tmp_path_factory: pytest.Te
     return folder
 
 
-def found(folder: Path) -> tuple[Any, ...]:
-    """What a run found and how: result, prompt and journal (but its run's own name)."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return result["digest"], result["calls"], (folder / "prompt.safetensors").read_bytes()
-
-
 def decides(folder: Path) -> dict[str, Any]:
     """The manifest without what names this very run."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -150,39 +141,14 @@ def ray_run(cluster: Cluster, tiny_pair_data: Path, tiny_prompts: Path) -> Itera
     run.oracle.close()
 
 
-class Murderer:
-    """An oracle one of whose workers is killed while it works on the n-th request."""
-
-    def __init__(self, inner: RayOracle, requests: set[int]) -> None:
-        self.inner, self.info, self.requests, self.seen, self.killed = inner, inner.info, requests, 0, 0
-        send = inner._carrier.send
-
-        def sending(worker: Any, task: Any) -> Any:
-            ticket = send(worker, task)
-            if self.seen in self.requests:
-                self.requests.discard(self.seen)
-                os.kill(inner.workers[self.killed].process, signal.SIGKILL)
-                self.killed += 1
-            return ticket
-
-        inner._carrier.send = sending  # type: ignore[method-assign]
-
-    def score(self, *request: Any) -> Any:
-        self.seen += 1
-        return self.inner.score(*request)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
 def test_a_run_whose_workers_are_killed_finds_what_the_serial_run_finds(
     ray_run: Prepared, serial: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert isinstance(ray_run.oracle, RayOracle)
-    murderer = Murderer(ray_run.oracle, {4, 9})
+    murderer = Murderer(ray_run.oracle, {4: "during", 9: "during"})
     with RunDirectory.create(tmp_path / "run", ray_run.manifest()) as directory:
         tune(replace(ray_run, oracle=murderer), directory)
-    assert murderer.killed == 2
+    assert murderer.kills.total() == 2
     assert ray_run.oracle.lost == 2
     assert found(tmp_path / "run") == found(serial)
     # Neither the cluster nor the number of workers is part of what a run is.

@@ -200,19 +200,31 @@ def test_texts_are_kept_and_forgotten() -> None:
 
 def test_a_lease_ends_unless_it_is_used() -> None:
     now = 0.0
-    kept = Batches(2, 10.0, lambda: now)
-    kept.put("a", BATCH)
+    kept = Batches(2, 10.0, 100, lambda: now)
+    kept.put("a", BATCH, 1)
     now = 9.0
-    kept.put("b", BATCH)
+    kept.put("b", BATCH, 1)
     assert kept.get("a") is BATCH
     now = 18.0
     assert kept.get("a") is BATCH
     now = 19.0
     assert kept.get("b") is None
     assert len(kept) == 1
-    kept.put("c", BATCH)
-    kept.put("d", BATCH)
+    kept.put("c", BATCH, 1)
+    kept.put("d", BATCH, 1)
     assert kept.get("a") is None
+
+
+def test_texts_are_kept_up_to_a_number_of_bytes() -> None:
+    kept = Batches(9, 10.0, 100, lambda: 0.0)
+    for digest, size in (("a", 40), ("b", 40), ("a", 40), ("c", 60)):
+        kept.put(digest, BATCH, size)
+    assert [kept.get(digest) is None for digest in "abc"] == [False, True, False]
+    kept.put("d", BATCH, 1000)
+    assert len(kept) == 1
+    kept.put("e", BATCH, 60)
+    kept.put("f", BATCH, 40)
+    assert len(kept) == 2
 
 
 NAN = np.where(np.arange(5)[:, None, None] == 2, np.float32("nan"), POINTS)
@@ -255,6 +267,18 @@ def test_only_so_many_at_once() -> None:
     threading.Timer(0.2, oracle.gate.set).start()
     answers = client.send(*(("POST", "/v1/score", request(POINTS + np.float32(i)), TYPE) for i in range(5)))
     assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503, 503]
+    assert client.one("POST", "/v1/score", request()).status_code == 200
+
+
+def test_only_so_many_bytes_at_once() -> None:
+    oracle = Counting()
+    client = Client(oracle, body=1000)
+    client.keep()
+    oracle.gate.clear()
+    threading.Timer(0.2, oracle.gate.set).start()
+    answers = client.send(*(("POST", "/v1/score", request(POINTS + np.float32(i)), TYPE) for i in range(9)))
+    size = len(request())
+    assert [answer.status_code for answer in answers].count(200) == 4000 // size
     assert client.one("POST", "/v1/score", request()).status_code == 200
 
 

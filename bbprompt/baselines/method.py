@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from bbprompt.baselines.calls import Calls
 from bbprompt.baselines.choice import Model, approach_for, check_task, open_model
@@ -36,6 +35,7 @@ from bbprompt.tasks.data import DataSource
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.fewshot import FewShot
 from bbprompt.tasks.task import Task
+from bbprompt.tensorfile import pack
 
 __all__ = ["NO_MODEL", "PreparedBaseline", "prepare_baseline", "tune_baseline"]
 
@@ -153,7 +153,7 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
     )
     stages = tuple(stage.model_copy(update={"seconds": round(fitted_in, 3)}) for stage in result.stages)
     result = result.model_copy(update={"seconds": seconds, "stages": stages})
-    directory.write_bytes(PROMPT, save(tensors))
+    directory.write_bytes(PROMPT, pack(tensors))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from bbprompt.baselines.choice import Model, load_labeller
 from bbprompt.baselines.features import Matrix
@@ -18,6 +17,7 @@ from bbprompt.metrics import accuracy
 from bbprompt.store.rundir import PROMPT, RunDirectory
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
+from bbprompt.tensorfile import unpack
 
 __all__ = ["FittedBaseline", "load_baseline"]
 
@@ -67,7 +67,7 @@ def load_baseline(directory: RunDirectory, settings: AnyBaseline, task: Task, mo
     file = directory.path / PROMPT
     content = directory.read_bytes(PROMPT)
     try:
-        tensors = load(content)
+        tensors = unpack(content)
         load_labeller(settings, task, model, tensors)
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DiskError(f"{file}: damaged ({' '.join(str(error).split())[:200]}); tune again") from None

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from bbprompt.compare.runs import read_curve
 from bbprompt.config import MethodConfig, TuneConfig
@@ -25,6 +24,7 @@ from bbprompt.result import Result
 from bbprompt.run import reopen
 from bbprompt.store.rundir import MANIFEST, PROMPT, RunDirectory
 from bbprompt.tasks.task import Task
+from bbprompt.tensorfile import unpack
 from bbprompt.yamlfile import validate
 
 __all__ = ["leaves", "reproduce", "run_page"]
@@ -159,7 +159,7 @@ def _router_part(router: NDArray[np.float32], method: MethodConfig) -> Html:
 
 def _router(directory: RunDirectory) -> NDArray[np.float32] | None:
     try:
-        router = load(directory.read_bytes(PROMPT)).get("router")
+        router = unpack(directory.read_bytes(PROMPT)).get("router")
     except (SafetensorError, ValueError) as error:
         raise DiskError(f"{directory.path / PROMPT}: damaged ({error}); tune again") from None
     if router is None or router.ndim != 2 or not np.isfinite(router).all():

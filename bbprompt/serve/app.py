@@ -43,9 +43,9 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
         metrics: Where it counts.
     """
     info = oracle.info
-    kept = Batches(settings.batches, settings.lease)
+    kept = Batches(settings.batches, settings.lease, settings.room)
     scorer = Scorer(oracle, metrics, settings.replies)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     @app.get("/v1/info")
     async def describe() -> JSONResponse:
@@ -58,13 +58,14 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
             return refused
         if kept.get(digest) is not None:
             return Response(status_code=204)
+        body = await request.body()
         try:
-            batch = decode_batch(await request.body(), most=settings.texts)
+            batch = decode_batch(body, most=settings.texts)
         except WireError as error:
             return _refusal(400, "message", str(error))
         if batch.digest() != digest:
             return _refusal(422, "digest", "the texts are not those of this digest")
-        kept.put(digest, batch)
+        kept.put(digest, batch, len(body))
         metrics.batches.set(len(kept))
         return Response(status_code=201)
 

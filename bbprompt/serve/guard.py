@@ -19,6 +19,7 @@ from bbprompt.wire import PROTOCOL
 __all__ = ["MOST_HEADERS", "Guard", "problem"]
 
 MOST_HEADERS = 16384  # bytes
+_BODIES = 4  # bodies of the greatest size that may be in memory at once
 
 _Scope = MutableMapping[str, Any]
 _Message = MutableMapping[str, Any]
@@ -53,7 +54,7 @@ class Guard:
     def __init__(self, app: _App, settings: ServeSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._token = None if settings.token is None else b"Bearer " + settings.token.encode("ascii")
-        self._inside = 0
+        self._inside = self._bytes = 0
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Handle one request; see the ASGI specification."""
@@ -74,6 +75,7 @@ class Guard:
                 return  # no web sockets here: the server closes the connection
             size = self._check(scope)
             self._inside += 1
+            self._bytes += size
             try:
                 async with asyncio.timeout(self._settings.deadline):
                     await self._app(scope, self._bounded(receive, size, cut), watched)
@@ -82,6 +84,7 @@ class Guard:
                 raise _Refused(503, "deadline", message, Retry_After="1") from None
             finally:
                 self._inside -= 1
+                self._bytes -= size
         except _Refused as refused:
             self._metrics.refused.labels(str(refused.status)).inc()
             if started:
@@ -114,6 +117,8 @@ class Guard:
         most = 0 if scope["method"] in ("GET", "HEAD") else self._settings.body
         if size > most:
             raise _Refused(413, "size", f"a body of {size} bytes, {most} are allowed")
+        if self._bytes + size > _BODIES * self._settings.body:
+            raise _Refused(503, "busy", f"requests of {self._bytes} bytes are being worked on", Retry_After="1")
         return size
 
     def _bounded(self, receive: _Receive, size: int, cut: asyncio.Event) -> _Receive:

@@ -35,7 +35,7 @@ class Responder:
 
     def __init__(self, oracle: Oracle, settings: ServeSettings | None = None) -> None:
         self._oracle, self._settings = oracle, settings or ServeSettings()
-        self._batches = Batches(self._settings.batches, self._settings.lease)
+        self._batches = Batches(self._settings.batches, self._settings.lease, self._settings.room)
         self._replies: OrderedDict[str, dict[str, NDArray[Any]]] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
@@ -87,7 +87,7 @@ class Responder:
         batch = decode_batch(tensors["texts"].tobytes(), most=self._settings.texts)
         if batch.digest() != asked.batch:
             raise WireError("the texts are not those of the digest")
-        self._batches.put(asked.batch, batch)
+        self._batches.put(asked.batch, batch, tensors["texts"].nbytes)
         return batch
 
     def _keep(self, call_id: str, reply: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

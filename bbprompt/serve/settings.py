@@ -16,8 +16,9 @@ class ServeSettings:
         points: Most candidates in a request. Clients cut larger populations into pieces of this size, whatever
             the number of their workers, so it is also what decides which candidates run together.
         texts: Most texts in a batch.
-        body: Most bytes in the body of a request.
+        body: Most bytes in the body of a request. Requests in the server at once may have four times as many together.
         batches: Batches that are kept; the one that was used longest ago goes first.
+        room: Bytes of batches, as they were sent, that are kept.
         lease: Seconds that a batch is kept after its last use.
         replies: Bytes of replies that are kept to answer a repeated request without computing it again.
         at_once: Requests in the server at once; more are asked to come again later.
@@ -31,6 +32,7 @@ class ServeSettings:
     texts: int = 4096
     body: int = 64 * 2**20
     batches: int = 64
+    room: int = 256 * 2**20
     lease: float = 3600.0
     replies: int = 64 * 2**20
     at_once: int = 64

@@ -6,6 +6,7 @@ breaks and which tests must notice: each of them must pass on the copy before th
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,7 @@ def applied(folder: Path, patch: Path) -> None:
 def tested(folder: Path, tests: list[str]) -> tuple[int, str]:
     """Run tests of the copy; the exit code and what was said."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["RAY_worker_niceness"] = "0"  # at Ray's low priority its workers hardly start on a busy machine
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests],
         cwd=folder,
@@ -87,6 +89,7 @@ def main() -> None:
             print(f"{patch.stem}: {verdict} ({time.monotonic() - began:.0f} s)", flush=True)
             shutil.rmtree(folder)
     print(f"{len(patches) - missed} of {len(patches)} planted bugs turn the tests red")
+    print(json.dumps({"planted": len(patches), "caught": len(patches) - missed}))
     sys.exit(bool(missed))
 
 

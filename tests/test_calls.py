@@ -1,0 +1,75 @@
+"""How often and after what pauses a request is made again."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from httpfaults import Clock
+
+from bbprompt.backends.calls import Policy, Retries, Transient
+from bbprompt.errors import OracleError
+from bbprompt.wire import WireError
+
+
+def failing(retries: Retries, after: float | None = None) -> int:
+    """Make a request that never succeeds; how often it was sent."""
+    sent = 0
+
+    def send() -> None:
+        nonlocal sent
+        sent += 1
+        raise Transient("down", after)
+
+    with pytest.raises(OracleError, match=r"tries: \d.*bbprompt resume"):
+        retries.run(send, lambda answer: answer)
+    return sent
+
+
+def test_pauses_have_full_jitter_under_a_bound_that_doubles() -> None:
+    pauses: list[float] = []
+    for _ in range(1000):
+        assert failing(Retries("http://a", Policy(attempts=8, sleep=pauses.append, quota=10))) == 8
+    for turn in range(7):
+        own, most = sorted(pauses[turn::7]), min(0.5 * 2**turn, 20.0)
+        assert 0.0 <= own[0] <= own[-1] <= most
+        # Kolmogorov and Smirnov: further from the uniform distribution than this once in a million.
+        distance = max(abs(value / most - (number + 0.5) / 1000) for number, value in enumerate(own))
+        assert distance < 2.7 / math.sqrt(1000)
+
+
+@pytest.mark.parametrize(("asked", "waited"), [(0.0, 0.0), (7.0, 7.0), (60.0, 60.0), (86_400.0, 60.0)])
+def test_what_the_server_asks_for_is_obeyed_up_to_a_bound(asked: float, waited: float) -> None:
+    pauses: list[float] = []
+    failing(Retries("http://a", Policy(sleep=pauses.append)), asked)
+    assert pauses == [waited] * 3
+
+
+def test_all_tries_together_end_in_time() -> None:
+    clock = Clock()
+    policy = Policy(total=100.0, attempts=99, sleep=clock.sleep, clock=clock)
+    assert failing(Retries("http://a", policy), after=30.0) == 4
+    assert clock.now == 90.0
+
+
+def test_requests_share_a_quota() -> None:
+    retries = Retries("http://a", Policy(quota=10, sleep=lambda seconds: None))
+    assert [failing(retries) for _ in range(6)] == [4, 4, 4, 2, 1, 1], "ten repetitions, and no more"
+    for _ in range(2):
+        assert retries.run(lambda: "x", lambda answer: answer) == "x"
+    assert [failing(retries) for _ in range(2)] == [3, 1], "each answer gives one back"
+    for _ in range(100):
+        retries.run(lambda: "x", lambda answer: answer)
+    assert sum(failing(retries) - 1 for _ in range(20)) == 10, "and never more than there were"
+
+
+def test_a_malformed_answer_is_no_answer() -> None:
+    def read(answer: str) -> str:
+        raise WireError("torn")
+
+    retries = Retries("http://a", Policy(quota=2, sleep=lambda seconds: None))
+    sent: list[int] = []
+    for _ in range(3):
+        with pytest.raises(OracleError, match="malformed: torn"):
+            retries.run(lambda: sent.append(1) or "x", read)
+    assert len(sent) == 5, "two each, until the quota is used up"

@@ -1,0 +1,64 @@
+"""The time limit of an exchange, over real sockets; and who stands between us and a server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+import rawserver
+
+from bbprompt.backends.calls import Policy
+from bbprompt.backends.deadline import proxy_for
+from bbprompt.backends.http import HttpOracle
+from bbprompt.errors import OracleError
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(2.0)
+        assert not thread.is_alive(), f"{thread.name} goes on"
+
+
+@pytest.mark.parametrize("trick", rawserver.TRICKS)
+def test_whatever_a_socket_does_ends_in_time(trick: str) -> None:
+    for at, times in ((3, 1), (3, 99)):
+        assert rawserver.exchange(trick, at, times)["tricks"]
+
+
+@pytest.mark.parametrize("trick", [name for name, trick in rawserver.TRICKS.items() if trick.slow])
+def test_first_contact_ends_in_time_too(trick: str) -> None:
+    assert rawserver.exchange(trick, 1)["tricks"] == 1
+
+
+def test_what_is_said_of_a_late_answer() -> None:
+    server = rawserver.RawServer(lambda request: httpx2.Response(200), lambda number: "silence")
+    with server.running() as url, pytest.raises(OracleError, match=r"no whole answer within 0\.4 s \(tries: 1\)"):
+        HttpOracle(url, policy=Policy(attempts=1, deadline=0.4))
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "proxy"),
+    [
+        ("http://gpu.example", {"http_proxy": "http://proxy:3128"}, "http://proxy:3128"),
+        ("http://gpu.example", {"http_proxy": "proxy:3128"}, "http://proxy:3128"),
+        ("https://gpu.example", {"http_proxy": "http://proxy:3128"}, None),
+        ("https://gpu.example", {"all_proxy": "socks5://proxy:1080"}, "socks5://proxy:1080"),
+        ("http://gpu.example", {"http_proxy": "http://proxy:3128", "no_proxy": "gpu.example"}, None),
+        ("http://127.0.0.1:8765", {"http_proxy": "http://proxy:3128"}, None),
+        ("http://localhost:8765", {"http_proxy": "http://proxy:3128"}, None),
+    ],
+)
+def test_proxies_of_the_environment(
+    url: str, environment: dict[str, str], proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_for(httpx2.URL(url)) == proxy
