@@ -70,6 +70,7 @@ class RouterStageConfig(_Settings):
         warm_start: Score the upstream tasks' own mixtures before the search (a stage of its own, two calls a task), and
             try their routers first in it.
         dev_every: Train calls between two looks at the dev set.
+        bare: Try the backbone without any prompt along with the upstream mixtures: two calls.
     """
 
     optimizer: Literal["bo", "enumerate", "listing"] = "bo"
@@ -81,6 +82,7 @@ class RouterStageConfig(_Settings):
     batch: _Count = 4
     warm_start: bool = True
     dev_every: _Count = 10
+    bare: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:

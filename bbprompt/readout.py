@@ -9,7 +9,7 @@ logits win; `legacy` keeps that rule for comparison.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,12 @@ from bbprompt.errors import UsageError
 from bbprompt.losses import hinge
 from bbprompt.oracle import Scores, Support, TextBatch
 
-__all__ = ["Readout", "fitted_threshold"]
+__all__ = ["Readout", "fitted_offsets"]
+
+#: Ridge penalty on what the offsets of more than two compared options have beside a threshold.
+_RIDGE = 0.3
+#: Newton steps at most; some ten are usual.
+_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +103,6 @@ class Readout:
         rows = self.option_scores(scores)
         return np.array([[int(piece.argmax()) for piece in np.split(row, bounds)] for row in rows])
 
-    def at(self, threshold: float, batch: TextBatch) -> Readout:
-        """This readout with the offsets that put the border between "same" and "other" at `threshold`."""
-        same = batch.forms[0].same
-        return replace(self, offsets=(threshold, -threshold) if same else (-threshold, threshold))
-
     def _shifted(self, scores: Scores, batch: TextBatch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logits with the offsets added and their log-sum-exp over the options of each text."""
         offsets = np.resize(np.array(self.offsets)[:, None], (scores.logits.shape[1], 1))
@@ -118,29 +118,47 @@ class Readout:
         return [[text[a:b] for text, (a, b) in zip(contexts, row, strict=True)] for row in scores.best]
 
 
-def fitted_threshold(scores: Scores, batch: TextBatch, gold: Sequence[int]) -> float | None:
-    """Where "same" begins, for texts that are compared with each other; None for texts of another form.
+def fitted_offsets(scores: Scores, batch: TextBatch, gold: Sequence[int]) -> NDArray[np.float64] | None:
+    """Offsets of the options, for texts that are compared with each other; None for texts of another form.
 
-    "Same" and "other" have the logits +s and -s, s the scaled similarity, which tells nothing of where one ends and
-    the other begins. With the offsets -b and +b the cross-entropy is convex in b; this is its minimum.
+    Options of grade g, from 1 for "same" to -1, have the logits g * s, s the scaled similarity, which tells nothing of
+    where one ends and the next begins. Offsets -g * t say where "alike" begins; they are fitted by the cross-entropy
+    alone. What they have beside that, where there are more than two options, is held near 0 by a ridge penalty. The
+    sum is convex; Newton's method finds its minimum, with steps that no pair of options moves by more than 1/2 in, in
+    which the curvature changes by a bounded factor.
 
     Args:
-        scores: Of one candidate or more; the first counts.
-        batch: The texts.
+        scores: Of n candidates.
+        batch: The N texts.
         gold: Index of the right option of each.
+
+    Returns:
+        `(n, C)`, each candidate's own; they sum to 0.
     """
     if any(form.second < 0 for form in batch.forms):
         return None
-    same = batch.forms[0].same
-    similarity = scores.logits[0, same::2, 0].astype(np.float64)
-    labels = np.where(np.asarray(gold) == same, 1.0, -1.0)
-    low, high = float(similarity.min()) - 10.0, float(similarity.max()) + 10.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        # Slope of the mean of log(1 + exp(-2 y (s - b))) in b, up to a positive factor.
-        slope = float((labels / (1.0 + np.exp(2.0 * labels * (similarity - middle)))).sum())
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return middle
+    grades = np.array(batch.forms[0].grades)
+    count = len(grades)
+    held = _RIDGE * (np.eye(count) - np.outer(grades, grades) / (grades @ grades))
+    logits = scores.logits[..., 0].astype(np.float64).reshape(len(scores.logits), -1, count)
+    right = np.eye(count)[np.asarray(gold)]
+    # The threshold begins at the mean similarity.
+    offsets = -grades * (logits @ grades).mean(axis=1, keepdims=True) / (grades @ grades)
+    for _ in range(_STEPS):
+        shifted = logits + offsets[:, None]
+        shares = np.exp(shifted - shifted.max(axis=2, keepdims=True))
+        shares /= shares.sum(axis=2, keepdims=True)
+        slope = (shares - right).mean(axis=1) + offsets @ held
+        curvature = -np.einsum("knc,knd->kcd", shares, shares) / shares.shape[1] + held
+        curvature[:, range(count), range(count)] += shares.mean(axis=1)
+        # A constant added to all offsets changes nothing: that direction is given a curvature of its own.
+        step = np.linalg.solve(curvature + 1.0 / count + 1e-12 * np.eye(count), -slope[..., None])[..., 0]
+        step /= np.maximum(2.0 * np.ptp(step, axis=1, keepdims=True), 1.0)
+        offsets += step
+        if np.abs(step).max() < 1e-9:
+            break
+    centred: NDArray[np.float64] = offsets - offsets.mean(axis=1, keepdims=True)
+    return centred
 
 
 def _first_span(batch: TextBatch) -> NDArray[np.int64]:

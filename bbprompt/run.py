@@ -282,7 +282,12 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     searched = time.monotonic()
     points, which = np.unique(found.points.astype(np.float32), axis=0, return_inverse=True)
     score = score_split(
-        run.oracle, evaluator.readout, run.task, run.test, points, lambda done: watcher.testing(done, len(run.test))
+        run.oracle,
+        [evaluator.readout(point) for point in points],
+        run.task,
+        run.test,
+        points,
+        lambda done: watcher.testing(done, len(run.test)),
     )
     ended = time.monotonic()
     seconds = Seconds(
@@ -295,7 +300,7 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
     result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
     result = result.model_copy(update={"baselines": _baselines(run, watcher)})
-    directory.write_bytes(PROMPT, save(_tensors(run, found, evaluator.readout)))
+    directory.write_bytes(PROMPT, save(_tensors(run, found, evaluator.readout(found.chosen.incumbent.point))))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
 

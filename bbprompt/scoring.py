@@ -82,13 +82,17 @@ def metric_values(task: Task, readout: Readout, scores: Scores, data: Labelled) 
 
 def score_split(
     oracle: Oracle,
-    readout: Readout,
+    readouts: Sequence[Readout],
     task: Task,
     examples: Sequence[Example],
     points: NDArray[np.floating],
     report: Callable[[int], None] = lambda done: None,
 ) -> SplitScore:
-    """Metric of `points` `(n, L, d)` on every example; `report` is told how many examples are done."""
+    """Metric of `points` `(n, L, d)` on every example, each read in its own way; `report` is told how many are done.
+
+    What the readouts ask of the oracle, support and longest answer, must be the same for all.
+    """
+    readout = readouts[0]
     longest = readout.longest_answer if task.type == "extractive" else None
     pieces, cut = [], 0
     for begin in range(0, len(examples), _TEXTS_AT_ONCE):
@@ -100,7 +104,8 @@ def score_split(
             answers=longest is not None,
             channels=oracle.info.channels,
         )
-        pieces.append(metric_values(task, readout, scores, data))
+        rows = [metric_values(task, each, scores.of(n), data) for n, each in enumerate(readouts)]
+        pieces.append(np.concatenate(rows))
         cut += scores.cut
         report(begin + len(data.gold))
     return SplitScore(np.concatenate(pieces, axis=1), cut)

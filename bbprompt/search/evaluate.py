@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.errors import OracleError, ResumeMismatch
 from bbprompt.oracle import Oracle, check_scores
-from bbprompt.readout import Readout, fitted_threshold
+from bbprompt.readout import Readout, fitted_offsets
 from bbprompt.scoring import Labelled, metric_values
 from bbprompt.store.ledger import Kind, Ledger
 from bbprompt.tasks.task import Task
@@ -53,6 +54,7 @@ class Evaluator:
         self._data = {"train": train, "dev": dev}
         self._cut = {"train": 0, "dev": 0}
         self._lost = frozenset(ledger.in_doubt if charge else ())
+        self._offsets: dict[bytes, tuple[float, ...]] = {}
         self.oracle_seconds = 0.0
 
     @property
@@ -70,10 +72,14 @@ class Evaluator:
         """Train and dev calls it may still ask for, the same at the same step of a resumed run."""
         return self._ledger.limit - self._ledger.asked
 
-    @property
-    def readout(self) -> Readout:
-        """How scores are read: the one given, and once a train call is settled with the threshold it gave."""
-        return self._readout
+    def readout(self, point: NDArray[np.floating]) -> Readout:
+        """How the scores of a point `(L, d)` are read: as was given, with the offsets that its train scores gave.
+
+        A point that was put together from several candidates has no train scores of its own; it is read as the first
+        candidate of all, the untuned prompt.
+        """
+        first = next(iter(self._offsets.values()), ())
+        return replace(self._readout, offsets=self._offsets.get(_bytes(point), first))
 
     def train(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Mean train loss of each candidate: `(n, L, d)` to `(n,)`, n calls."""
@@ -106,8 +112,10 @@ class Evaluator:
             for i, value in zip(new, fresh, strict=True):
                 values[i] = value
         self._cut[kind] = int(values[0].get("cut", 0))
-        if "threshold" in values[0] and not self._readout.offsets:
-            self._readout = self._readout.at(values[0]["threshold"], self._data[kind].batch)
+        for row, value in zip(rows, values, strict=True):
+            if "offset.0" in value:
+                count = sum(name.startswith("offset.") for name in value)
+                self._offsets[_bytes(row)] = tuple(value[f"offset.{option}"] for option in range(count))
         return values
 
     def _made_anew(self, kind: Kind, ids: list[str]) -> list[str]:
@@ -139,26 +147,32 @@ class Evaluator:
             channels=self._oracle.info.channels,
         )
         self.oracle_seconds += time.monotonic() - began
-        readout, threshold = self._readout, None
-        if kind == "train" and not readout.offsets:
-            # From the untuned prompt, which is scored first; from then on it stands.
-            threshold = fitted_threshold(scores, data.batch, data.gold)
-            readout = readout if threshold is None else readout.at(threshold, data.batch)
-        losses = readout.losses(scores, data.batch, data.gold).mean(axis=1)
+        fitted = fitted_offsets(scores, data.batch, data.gold) if kind == "train" else None
+        if fitted is None:
+            readouts = [self.readout(row) for row in rows]
+        else:
+            readouts = [replace(self._readout, offsets=tuple(each.tolist())) for each in fitted]
+        each_alone = [(readout, scores.of(number)) for number, readout in enumerate(readouts)]
+        losses = np.array([readout.losses(own, data.batch, data.gold).mean() for readout, own in each_alone])
         if not np.isfinite(losses).all():
             raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
         # With the loss, so that a resumed run can report what it does not see again.
         also = {"cut": float(scores.cut)} if scores.cut else {}
         values = [{"loss": float(loss), **also} for loss in losses]
-        if threshold is not None:
-            values[0]["threshold"] = threshold
+        if fitted is not None:
+            for value, offsets in zip(values, fitted.tolist(), strict=True):
+                value |= {f"offset.{option}": offset for option, offset in enumerate(offsets)}
         if kind == "dev":
-            metrics = metric_values(self._task, readout, scores, data).mean(axis=1)
-            for value, metric in zip(values, metrics, strict=True):
-                value["metric"] = float(metric)
+            for value, (readout, own) in zip(values, each_alone, strict=True):
+                value["metric"] = float(metric_values(self._task, readout, own, data).mean())
         return values
 
     def _id(self, kind: Kind, number: int, row: NDArray[np.float32]) -> str:
         sha = hashlib.sha256(f"{kind}:{self._ledger.asked}:{number}:".encode())
         sha.update(row.tobytes())
         return sha.hexdigest()[:24]
+
+
+def _bytes(point: NDArray[np.floating]) -> bytes:
+    """A point as it is sent."""
+    return np.ascontiguousarray(point, dtype=np.float32).tobytes()

@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.config import MethodConfig
+from bbprompt.config import MethodConfig, RouterStageConfig
 from bbprompt.prompts import PromptSpace
 from bbprompt.search.evaluate import Evaluator
 from bbprompt.search.refine import refine_stage
@@ -112,7 +112,7 @@ def search(
     if method.router is not None:
         share = 1.0 if method.prompt is None and method.refine is None else method.router.share
         if method.router.warm_start and len(space.routers):
-            traces.append(run.upstream(space, method.router.batch, int(share * evaluator.left)))
+            traces.append(run.upstream(space, method.router, int(share * evaluator.left)))
         if method.router.optimizer != "listing":
             most = min(method.router.calls, max(int(share * evaluator.left), method.router.batch))
             stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
@@ -154,21 +154,27 @@ class _Search:
         """Tell where the search stands."""
         self._report(Status(self._evaluator.spent, stage, train_loss, self.chosen.dev_metric))
 
-    def upstream(self, space: PromptSpace, size: int, most: int) -> StageTrace:
+    def upstream(self, space: PromptSpace, config: RouterStageConfig, most: int) -> StageTrace:
         """Score the upstream tasks' own mixtures, each on train and on dev: is this task like one of them?
 
         Few candidates of which many may fit the 32 training texts by chance: looking at all of them on dev doubles
-        what the choice rests on. At most `most` calls are made, `size` mixtures at a time.
+        what the choice rests on. At most `most` calls are made, a batch of mixtures at a time. With `config.bare` no
+        prompt at all is tried first, so that the choice does not end below the backbone for want of looking at it.
         """
         began, first = time.monotonic(), self._evaluator.spent
         best = self.chosen.incumbent.loss
-        for begin in range(0, len(space.routers), size):
-            routers = space.routers[begin : begin + size]
-            if self._evaluator.spent - first + 2 * len(routers) > min(most, self._evaluator.left):
+        points = space.mix(space.routers, space.rule)
+        candidates: list[tuple[NDArray[np.float64], NDArray[np.float64] | None]] = list(
+            zip(points, space.routers, strict=True)
+        )
+        if config.bare:
+            candidates.insert(0, (np.zeros(space.shape), None))
+        for begin in range(0, len(candidates), config.batch):
+            batch = candidates[begin : begin + config.batch]
+            if self._evaluator.spent - first + 2 * len(batch) > min(most, self._evaluator.left):
                 break
-            points = space.mix(routers, space.rule)
-            losses = self._evaluator.train(points)
-            for point, loss, router in zip(points, losses, routers, strict=True):
+            losses = self._evaluator.train(np.stack([point for point, _ in batch]))
+            for (point, router), loss in zip(batch, losses, strict=True):
                 self.look(Incumbent(point, float(loss), router))
             best = min(best, float(losses.min()))
             self.report("upstream", best)
