@@ -22,11 +22,14 @@ from bbprompt.backends.scale import facts_of
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError, DataError, UsageError
-from bbprompt.oracle import Oracle, Scores, TextBatch, check_scores
+from bbprompt.oracle import Oracle, OracleInfo, Scores, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt, Pooling
 from bbprompt.random_projection import random_prompt
 from bbprompt.readout import Readout, fitted_offsets
 from bbprompt.scoring import Labelled, labelled
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.store.journal import Journal
+from bbprompt.store.ledger import Ledger
 from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
 from bbprompt.texts.forms import write
@@ -200,6 +203,38 @@ def test_offsets_of_graded_labels_are_each_candidates_own() -> None:
         best = minimize(loss, np.zeros(2), method="BFGS")
         assert loss((row + grades * threshold)[:2]) == pytest.approx(best.fun, abs=1e-6)
         assert -row @ grades / 2 == pytest.approx(threshold, abs=1.0)
+
+
+def test_every_candidate_is_read_with_offsets_of_its_own(backbone: Backbone, tmp_path: Path) -> None:
+    prompt, train = prompt_for(backbone), data_for("same")
+    points = np.random.default_rng(0).normal(size=(3, *prompt.space.shape))
+    oracle = LocalOracle(backbone, prompt)
+    fitted = fitted_offsets(oracle.score(train.batch, points.astype(np.float32)), train.batch, train.gold)
+    assert fitted is not None
+    for again in (False, True):
+        asked: Oracle = Untouchable(oracle.info) if again else oracle
+        journal = Journal(tmp_path / "journal.log", "run")
+        evaluator = Evaluator(asked, Ledger(journal, 5), Readout(), Task.model_validate(SAME), train, train)
+        losses = evaluator.train(points)
+        for number, (point, offsets, loss) in enumerate(zip(points, fitted, losses, strict=True)):
+            assert evaluator.readout(point).offsets == pytest.approx(tuple(offsets), abs=1e-6)
+            if number:
+                assert evaluator.dev(point)[0] == pytest.approx(loss, abs=1e-6)
+        assert evaluator.readout(points[0] + 1.0) == evaluator.readout(points[0]), "never scored: as the first"
+        journal.close()
+
+
+class Untouchable:
+    """An oracle that must not be asked."""
+
+    def __init__(self, info: OracleInfo) -> None:
+        self.info = info
+
+    def score(self, *request: object) -> Scores:
+        raise AssertionError("asked again for what the journal holds")
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def test_the_same_seed_gives_the_same_subspace(backbone: Backbone, tmp_path: Path) -> None:

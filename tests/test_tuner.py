@@ -169,6 +169,15 @@ def test_the_upstream_mixtures_are_tried_before_the_search(tmp_path: Path) -> No
     assert best is found.before.incumbent or any(np.array_equal(best.point, mixture) for mixture in mixtures)
 
 
+def test_the_bare_backbone_is_tried_before_the_mixtures(tmp_path: Path) -> None:
+    oracle = toyruns.Remembering(ToyOracle())
+    method = method_with(METHODS["upstream"], {"router.bare": True, "router.optimizer": "listing", "router.batch": 1})
+    found, *_ = toyruns.run(tmp_path, method, 60, oracle=oracle)
+    assert found.stages[0].calls == 2 + 2 * len(toyruns.space().routers)
+    points = [np.frombuffer(key[1], np.float32) for key in oracle.known]
+    assert [point.any() for point in points] == [True, True, False, False, *[True] * 4], "train and dev of each"
+
+
 def test_reports(tmp_path: Path) -> None:
     reports: list[Status] = []
     found, ledger, _ = toyruns.run(tmp_path, METHODS["both"], 100, report=reports.append)
