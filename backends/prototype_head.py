@@ -2,8 +2,8 @@
 
 For embedding models, which have no output layer: the mean of a text's last states is its embedding (E5, section 3),
 the options are embedded the same way, and the logit of an option is scale * cos(text, option). Where the question
-is whether two texts say the same, no words are needed: each text is embedded alone, and the logits of "same" and
-"other" are +scale * (cos - t) and -scale * (cos - t); a task's own threshold is the readout's, see `bbprompt.readout`.
+is how alike two texts are, no words are needed: each text is embedded alone, and the logit of an option of grade g,
+from 1 for "same" down to -1, is scale * g * (cos - t); a task's own borders are the readout's, see `bbprompt.readout`.
 """
 
 from __future__ import annotations
@@ -112,22 +112,20 @@ class PrototypeHead:
         """One logit an option, `(n, O, 1)`, normalised over the options of the text whatever the support."""
         embeddings = torch.cat(list(outputs), dim=1)
         at = {piece: i for i, piece in enumerate(dict.fromkeys(p for form in batch.forms for p in pieces(form)))}
-        left, right, sign, bounds = [], [], [], [0]
+        left, right, grades, bounds = [], [], [], [0]
         compared = []
         for form in batch.forms:
             first, *others = (at[piece] for piece in pieces(form))
             if form.second >= 0:
                 others = others * len(form.options)
-                sign += [1.0 if option == form.same else -1.0 for option in range(len(form.options))]
-            else:
-                sign += [1.0] * len(others)
+            grades += form.grades or [1.0] * len(others)
             compared += [form.second >= 0] * len(others)
             left += [first] * len(others)
             right += others
             bounds.append(len(left))
         cosine = (embeddings[:, left] * embeddings[:, right]).sum(-1)
         cosine = cosine - self._threshold * torch.as_tensor(compared, device=self._device)
-        logits = cosine * (self._scale * torch.as_tensor(sign, device=self._device))
+        logits = cosine * (self._scale * torch.as_tensor(grades, device=self._device))
         normalizer = [logits[:, a:b].logsumexp(-1) for a, b in itertools.pairwise(bounds)]
         return Scores(
             logits[..., None].cpu().numpy().astype(np.float32),

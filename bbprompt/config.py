@@ -66,6 +66,7 @@ class RouterStageConfig(_Settings):
         warm_start: Score the upstream tasks' own mixtures before the search (a stage of its own, two calls a task), and
             try their routers first in it.
         dev_every: Train calls between two looks at the dev set.
+        bare: Try the backbone without any prompt along with the upstream mixtures: two calls.
     """
 
     optimizer: Literal["bo", "enumerate", "listing"] = "bo"
@@ -77,6 +78,7 @@ class RouterStageConfig(_Settings):
     batch: _Count = 4
     warm_start: bool = True
     dev_every: _Count = 10
+    bare: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -196,6 +198,8 @@ class MethodConfig(_Settings):
         router: Stage I; None leaves it out.
         prompt: Stage II; None leaves it out.
         refine: A stage after it; None leaves it out.
+        calibrate: Fit offsets of the labels to the chosen prompt on train and dev at the end, two calls; nothing where
+            texts have options of their own.
         select: Which looked-at prompt is returned. "both-losses": among the untuned mixtures the lowest train and dev
             loss together; a prompt that was searched for, whose train loss is biased, replaces it only if its dev
             loss is lower too. "dev-loss": the lowest dev loss; "pooled-loss": the lowest train and dev loss together;
@@ -216,6 +220,7 @@ class MethodConfig(_Settings):
     router: RouterStageConfig | None = None
     prompt: PromptStageConfig | None = None
     refine: RefineStageConfig | None = None
+    calibrate: Annotated[bool, Field(strict=True)] = False
     select: Literal["both-losses", "dev-loss", "pooled-loss", "dev-metric"] = "both-losses"
 
     @model_validator(mode="after")
@@ -227,6 +232,11 @@ class MethodConfig(_Settings):
             raise ValueError("prompts: 'none' goes with a baseline or a projection, and with nothing else")
         if self.projection is not None and self.router is not None:
             raise ValueError("router: a random projection has no modules to route")
+        if self.calibrate and (self.baseline is not None or self.legacy_decision or self.support == "sequence"):
+            raise ValueError(
+                "calibrate: offsets belong to the sum of log-probabilities over candidates; set it to false for a "
+                "baseline, with legacy_decision, or with support 'sequence'"
+            )
         return self
 
     @property
@@ -236,15 +246,20 @@ class MethodConfig(_Settings):
         return next((known for known in (PAPER, CODE) if known == rule), rule)
 
     @property
+    def calibration_calls(self) -> int:
+        """Calls that are kept for the calibration."""
+        return 2 if self.calibrate else 0
+
+    @property
     def least_budget(self) -> int:
         """Fewest calls of a run: the untuned prompt on train and dev, then one ask and one look."""
         if self.baseline is not None:
             return self.baseline.least_budget
         if self.router is None and self.prompt is None and self.refine is None:
-            return 2
+            return 2 + self.calibration_calls
         first = self.router.batch if self.router else 1
         second = self.prompt.popsize if self.prompt else 1
-        return 2 + max(first, second) + 1
+        return 2 + max(first, second) + 1 + self.calibration_calls
 
 
 class TuneConfig(_Settings):

@@ -111,6 +111,12 @@ class Scores:
     best: NDArray[np.int64] | None
     cut: int
 
+    def of(self, candidate: int) -> Scores:
+        """What one of the candidates gives."""
+        at = slice(candidate, candidate + 1)
+        best = None if self.best is None else self.best[at]
+        return Scores(self.logits[at], self.normalizer[at], best, self.cut)
+
 
 class Oracle(Protocol):
     """A frozen model that can only be called forward.

@@ -205,7 +205,7 @@ class TunedPrompt:
         else:
             score = score_split(
                 self._oracle,
-                self._readout,
+                [(0, self._readout)],
                 self.task,
                 examples,
                 self.point[None],

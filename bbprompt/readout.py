@@ -9,7 +9,7 @@ logits win; `legacy` keeps that rule for comparison.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from bbprompt.errors import UsageError
 from bbprompt.losses import hinge
 from bbprompt.oracle import Scores, Support, TextBatch
 
-__all__ = ["Readout", "fitted_threshold"]
+__all__ = ["Readout"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +98,6 @@ class Readout:
         rows = self.option_scores(scores)
         return np.array([[int(piece.argmax()) for piece in np.split(row, bounds)] for row in rows])
 
-    def at(self, threshold: float, batch: TextBatch) -> Readout:
-        """This readout with the offsets that put the border between "same" and "other" at `threshold`."""
-        same = batch.forms[0].same
-        return replace(self, offsets=(threshold, -threshold) if same else (-threshold, threshold))
-
     def _shifted(self, scores: Scores, batch: TextBatch) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Logits with the offsets added and their log-sum-exp over the options of each text."""
         offsets = np.resize(np.array(self.offsets)[:, None], (scores.logits.shape[1], 1))
@@ -116,31 +111,6 @@ class Readout:
             raise ValueError("these scores were asked for without answers")
         contexts = [form.parts[form.context].text for form in batch.forms]
         return [[text[a:b] for text, (a, b) in zip(contexts, row, strict=True)] for row in scores.best]
-
-
-def fitted_threshold(scores: Scores, batch: TextBatch, gold: Sequence[int]) -> float | None:
-    """Where "same" begins, for texts that are compared with each other; None for texts of another form.
-
-    "Same" and "other" have the logits +s and -s, s the scaled similarity, which tells nothing of where one ends and
-    the other begins. With the offsets -b and +b the cross-entropy is convex in b; this is its minimum.
-
-    Args:
-        scores: Of one candidate or more; the first counts.
-        batch: The texts.
-        gold: Index of the right option of each.
-    """
-    if any(form.second < 0 for form in batch.forms):
-        return None
-    same = batch.forms[0].same
-    similarity = scores.logits[0, same::2, 0].astype(np.float64)
-    labels = np.where(np.asarray(gold) == same, 1.0, -1.0)
-    low, high = float(similarity.min()) - 10.0, float(similarity.max()) + 10.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        # Slope of the mean of log(1 + exp(-2 y (s - b))) in b, up to a positive factor.
-        slope = float((labels / (1.0 + np.exp(2.0 * labels * (similarity - middle)))).sum())
-        low, high = (middle, high) if slope < 0 else (low, middle)
-    return middle
 
 
 def _first_span(batch: TextBatch) -> NDArray[np.int64]:

@@ -124,7 +124,8 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
     if config.budget < method.least_budget:
         raise UsageError(
             f"--budget {config.budget}: method {method.name} needs at least {method.least_budget} calls "
-            "(the untuned prompt, one population and one look at dev)"
+            f"(the untuned prompt, one population{', ' if method.calibrate else ' and '}one look at dev"
+            f"{' and a calibration' if method.calibrate else ''})"
         )
     if method.loss == "hinge" and task.type == "extractive":
         raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
@@ -265,7 +266,9 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     train = labelled(run.task, run.few.train, for_loss=True, readout=kind)
     dev = labelled(run.task, run.few.dev, for_loss=True, readout=kind)
     charge = run.config.on_doubt == "charge"
-    evaluator = Evaluator(run.oracle, ledger, run.readout, run.task, train, dev, charge)
+    evaluator = Evaluator(
+        run.oracle, ledger, run.readout, run.task, train, dev, charge=charge, calibrates=run.method.calibrate
+    )
     watcher.prepared(run)
 
     def report(status: Status) -> None:
@@ -278,7 +281,12 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
     searched = time.monotonic()
     points, which = np.unique(found.points.astype(np.float32), axis=0, return_inverse=True)
     score = score_split(
-        run.oracle, evaluator.readout, run.task, run.test, points, lambda done: watcher.testing(done, len(run.test))
+        run.oracle,
+        [(int(row), look.readout) for row, look in zip(which.flatten(), found.looks, strict=True)],
+        run.task,
+        run.test,
+        points,
+        lambda done: watcher.testing(done, len(run.test)),
     )
     ended = time.monotonic()
     seconds = Seconds(
@@ -289,9 +297,9 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
         test=round(ended - searched, 3),
     )
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
-    result = _result(run, found, score, which.flatten(), calls, evaluator.cut, seconds)
+    result = _result(run, found, score, calls, evaluator.cut, seconds)
     result = result.model_copy(update={"baselines": _baselines(run, watcher)})
-    directory.write_bytes(PROMPT, pack(_tensors(run, found, evaluator.readout)))
+    directory.write_bytes(PROMPT, pack(_tensors(run, found)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
 
@@ -309,13 +317,12 @@ def _result(
     run: Prepared,
     found: Found,
     score: SplitScore,
-    which: np.ndarray,
     calls: Calls,
     cut: int,
     seconds: Seconds,
 ) -> Result:
     metric = run.task.metric
-    tests = [score.values[row] for row in which]
+    tests = list(score.values)
     gold = [example.label for example in run.test]
     most = majority(gold, len(run.task.options)) if run.task.labelled else 0.0
     stages = tuple(
@@ -365,7 +372,7 @@ def _result(
     )
 
 
-def _tensors(run: Prepared, found: Found, readout: Readout) -> dict[str, NDArray[Any]]:
+def _tensors(run: Prepared, found: Found) -> dict[str, NDArray[Any]]:
     """What was tuned: the point, and where there are such its router, the options' offsets, prompts of no artifact."""
     chosen = found.chosen.incumbent
     tensors: dict[str, NDArray[Any]] = {"point": chosen.point.astype(np.float32)}
@@ -373,8 +380,8 @@ def _tensors(run: Prepared, found: Found, readout: Readout) -> dict[str, NDArray
         tensors["router"] = chosen.router.astype(np.float32)
     if run.method.projection is not None:
         tensors |= frozen_tensors(run.prompt, chosen.point)
-    if readout.offsets:
-        tensors["offsets"] = np.array(readout.offsets, dtype=np.float64)
+    if found.chosen.readout.offsets:
+        tensors["offsets"] = np.array(found.chosen.readout.offsets, dtype=np.float64)
     return tensors
 
 

@@ -37,7 +37,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class SplitScore:
-    """Metric values `(n, N)` of n points on the N examples of a split, and how many tokens were cut."""
+    """Metric values `(n, N)` of n readings on the N examples of a split, and how many tokens were cut."""
 
     values: NDArray[np.float64]
     cut: int
@@ -82,13 +82,27 @@ def metric_values(task: Task, readout: Readout, scores: Scores, data: Labelled) 
 
 def score_split(
     oracle: Oracle,
-    readout: Readout,
+    readings: Sequence[tuple[int, Readout]],
     task: Task,
     examples: Sequence[Example],
     points: NDArray[np.floating],
     report: Callable[[int], None] = lambda done: None,
 ) -> SplitScore:
-    """Metric of `points` `(n, L, d)` on every example; `report` is told how many examples are done."""
+    """Metric of prompts on every example.
+
+    Args:
+        oracle: The frozen model.
+        readings: Which of the points is read in which way; what they ask of the oracle, support and longest answer,
+            must be the same for all.
+        task: The examples' task.
+        examples: The split.
+        points: `(n, L, d)`, each of which is scored once.
+        report: Told how many examples are done.
+
+    Returns:
+        A row for each reading.
+    """
+    readout = readings[0][1]
     longest = readout.longest_answer if task.type == "extractive" else None
     pieces, cut = [], 0
     for begin in range(0, len(examples), _TEXTS_AT_ONCE):
@@ -100,7 +114,7 @@ def score_split(
             answers=longest is not None,
             channels=oracle.info.channels,
         )
-        pieces.append(metric_values(task, readout, scores, data))
+        pieces.append(np.concatenate([metric_values(task, each, scores.of(point), data) for point, each in readings]))
         cut += scores.cut
         report(begin + len(data.gold))
     return SplitScore(np.concatenate(pieces, axis=1), cut)

@@ -23,14 +23,16 @@ class Paid(Recorder):
     """Counts candidates as a server does that charges for every request, also those it fails to answer."""
 
 
-def run(folder: Path, oracle: Recorder, charge: bool) -> tuple[Found, Ledger]:
+def run(
+    folder: Path, oracle: Recorder, charge: bool, name: str = "all-time", budget: int = BUDGET
+) -> tuple[Found, Ledger]:
     folder.mkdir(exist_ok=True)
     journal = Journal(folder / "journal.log", "toy")
     try:
-        ledger = Ledger(journal, BUDGET)
-        method = METHODS["all-time"]
+        ledger = Ledger(journal, budget)
+        method = METHODS[name]
         readout = Readout(method.support, method.legacy_decision)
-        evaluator = Evaluator(oracle, ledger, readout, TASK, data(12, 1), data(10, 2), charge)
+        evaluator = Evaluator(oracle, ledger, readout, TASK, data(12, 1), data(10, 2), charge, method.calibrate)
         return search(method, space(), evaluator, 1, lambda status: None), ledger
     finally:
         journal.close()
@@ -60,3 +62,19 @@ def test_after_crashes(tmp_path: Path, crashes: list[int], charge: bool) -> None
     again, _ = run(tmp_path / "run", silent, charge)
     assert silent.calls == 0, "what is finished is replayed without a call"
     assert np.array_equal(again.chosen.incumbent.point, found.chosen.incumbent.point)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize(("budget", "ended"), [(45, "budget"), (47, "calls")])
+def test_a_calibration_that_a_crash_was_charged_for(tmp_path: Path, last: int, budget: int, ended: str) -> None:
+    """Both its calls are lost; they are made anew where what is left holds them, else the labels stay as they are."""
+    calm = Paid()
+    run(tmp_path / "calm", calm, charge=True, name="calibrated", budget=budget)
+    assert calm.calls == 45
+    server = Paid(FaultyOracle(ToyOracle(), len(calm.batches) - 2 + last))
+    with pytest.raises(OracleError):
+        run(tmp_path / "run", server, charge=True, name="calibrated", budget=budget)
+    found, ledger = run(tmp_path / "run", Paid(), charge=True, name="calibrated", budget=budget)
+    assert found.stages[-1].ended == ended
+    assert bool(found.chosen.readout.offsets) == (ended == "calls")
+    assert ledger.reserved == budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,8 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.router import CODE
 from bbprompt.scoring import labelled
-from bbprompt.tasks.example import Example
+from bbprompt.tasks.example import Example, Form, Part
+from bbprompt.tasks.task import Task
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 
@@ -99,13 +101,13 @@ def test_a_batch_has_each_text_once_and_the_right_option(mixture: PrototypeMixtu
     )
     assert batch.rows_read == sum(len(ids) for ids in batch.ids)
     for row in range(6):
-        signs = batch.sign[row, batch.present[row]]
+        grades = batch.grades[row, batch.present[row]]
         if batch.compared[row]:
             # "1" is the same; for two different labels one similarity and its opposite.
-            assert sorted(signs.tolist()) == [-1.0, 1.0]
+            assert grades.tolist() == [-1.0, 1.0]
             assert len(set(batch.right[row, batch.present[row]].tolist())) == 1
         else:
-            assert (signs == 1).all()
+            assert (grades == 1).all()
         assert batch.members[batch.left[row, 0]] == batch.tasks[row]
     assert [item.ids for item in mixture.batch(3).sequences] == [item.ids for item in batch.sequences]
 
@@ -135,7 +137,9 @@ def test_the_tuning_side_scores_as_the_training_did(trained: Path, recipe: Pretr
         examples = [task.example(record) for record in make(12, 5)]
         some = labelled(task, examples, for_loss=True, readout="prototype")
         scores = oracle.score(some.batch, points[index : index + 1])
-        given = Readout().losses(scores, some.batch, some.gold)[0]
+        offsets = load_checkpoint(trained / "checkpoint.safetensors", torch.device("cpu"))[0]["offsets"]
+        own = tuple(offsets[index].tolist()) if task.same else ()
+        given = Readout(offsets=own).losses(scores, some.batch, some.gold)[0]
         expected = _training_losses(trained, recipe, index, examples)
         np.testing.assert_allclose(given, expected, atol=5e-3)  # artifacts are stored in float16
 
@@ -146,7 +150,7 @@ def _training_losses(trained: Path, recipe: PretrainConfig, index: int, examples
     frame = frame_for(backbone.tokenizer, recipe.placeholders, recipe.max_tokens)
     encoder = Encoder(backbone.model, torch.float32, "cpu", backbone.token_type, prepack=False)
     prompts = ModularPrompts(
-        2, 3, 3, 4, frame, encoder.hidden, 0.05, torch.Generator().manual_seed(0), True, recipe.scale
+        2, 3, 3, 4, frame, encoder.hidden, 0.05, torch.Generator().manual_seed(0), True, recipe.scale, 2
     )
     tensors, _ = load_checkpoint(trained / "checkpoint.safetensors", encoder.device)
     with torch.no_grad():
@@ -195,6 +199,44 @@ def test_extraction_has_no_prototypes(recipe: PretrainConfig, data: Path, tmp_pa
         pretrain(recipe.model_copy(update={"tasks": tasks}), tmp_path / "out", data, silent)
     with pytest.raises(ValidationError, match="readout: kind ppt"):
         PretrainConfig.model_validate(recipe.model_dump() | {"kind": "ppt", "modules": 1})
+
+
+def test_the_options_of_a_task_serve_all_its_examples(mixture: PrototypeMixture) -> None:
+    words = [f"词{n}" for n in range(9)]
+    task = Task.model_validate(tiny_prompt.SINGLE | {"labels": {f"l{n}": word for n, word in enumerate(words)}})
+    kept = [(0, 4), (4, 7), (7, 8)]
+    examples = [
+        Example({"text": f"文{n}"}, tuple(words[i] for i in pair), n % 2, (), f"{n:016x}")
+        for n, pair in enumerate(kept)
+    ]
+    head = mixture.head
+    batch = collate_prototypes([(task, 0, example) for example in examples], head)
+    options = [batch.sequences[row].ids for row in batch.right[0].tolist()]
+    assert options == [head.write(Form((Part(f"词{n}。", cut=True),), (), -1)).ids for n in (0, 4, 7, 8)]
+    assert batch.present.all()
+    assert (batch.right == batch.right[0]).all()
+    assert batch.gold.tolist() == [0, 2, 2], "each keeps its answer"
+
+
+def test_graded_pairs_train_with_all_their_labels(mixture: PrototypeMixture) -> None:
+    graded = {"labels": {"0": "无关", "1": "相近", "2": "相同"}, "same": "2"}
+    task = Task.model_validate(tiny_prompt.PAIR | graded)
+    example = task.example({"text_a": "甲乙", "text_b": "甲丙", "label": "1"})
+    batch = collate_prototypes([(task, 0, example)], mixture.head)
+    assert batch.grades.tolist() == [[-1.0, 0.0, 1.0]]
+    assert len(batch.sequences) == 2
+    assert batch.gold.tolist() == [1]
+
+
+def test_the_untrained_prompts_are_validated_too(trained: Path, recipe: PretrainConfig) -> None:
+    first = json.loads((trained / "train.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert first["step"] == 0
+    training = ModularPrompt.load(trained / "artifact").config.training
+    assert training["untrained"] == first["valid"]
+    assert set(first["valid"]) == {task.name for task in upstream_tasks(recipe.tasks)}
+    card = (trained / "artifact" / "README.md").read_text(encoding="utf-8")
+    name, score = next(iter(first["valid"].items()))
+    assert f"| {name} | {score:.3f} | {training['validation'][name]:.3f} |" in card
 
 
 def test_thinned_examples_keep_their_answer(mixture: PrototypeMixture, recipe: PretrainConfig) -> None:

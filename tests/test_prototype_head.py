@@ -10,21 +10,27 @@ import pytest
 import tiny
 import tiny_prompt
 import yaml
+from numpy.typing import NDArray
 from reference import plain_states
 from safetensors.numpy import load_file
+from scipy.optimize import minimize
 
 import bbprompt
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.calibration import compared_offsets
 from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError, DataError, UsageError
-from bbprompt.oracle import Oracle, Scores, TextBatch, check_scores
+from bbprompt.oracle import Oracle, OracleInfo, Scores, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt, Pooling
 from bbprompt.random_projection import random_prompt
-from bbprompt.readout import Readout, fitted_threshold
+from bbprompt.readout import Readout
 from bbprompt.scoring import Labelled, labelled
+from bbprompt.search.evaluate import Evaluator
+from bbprompt.store.journal import Journal
+from bbprompt.store.ledger import Ledger
 from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
 from bbprompt.texts.forms import write
@@ -120,10 +126,16 @@ def test_forms() -> None:
     assert write(extract, example, "span") == extract.render(example)
 
 
-def test_same_belongs_to_pairs_of_two() -> None:
-    for task in (tiny_prompt.SINGLE | {"same": "l0"}, tiny_prompt.PAIR | {"same": "2"}):
-        with pytest.raises(ValueError, match="same: names one of the two labels"):
+def test_same_is_an_end_of_the_labels_of_a_pair() -> None:
+    graded = tiny_prompt.PAIR | {"labels": {"0": "无关", "1": "相近", "2": "相同"}}
+    for task in (tiny_prompt.SINGLE | {"same": "l0"}, tiny_prompt.PAIR | {"same": "2"}, graded | {"same": "1"}):
+        with pytest.raises(ValueError, match="same: names the first or the last label of a pair task"):
             Task.model_validate(task)
+    for same, grades in (("2", (-1.0, 0.0, 1.0)), ("0", (1.0, 0.0, -1.0))):
+        pair = Task.model_validate(graded | {"same": same})
+        form = write(pair, pair.example({"text_a": "甲", "text_b": "乙", "label": "1"}), "prototype")
+        assert form.grades == grades
+    assert write(pair, pair.example({"text_a": "甲", "text_b": "乙", "label": "1"}), "span").grades == ()
 
 
 def test_a_text_that_does_not_fit_is_named(backbone: Backbone) -> None:
@@ -135,7 +147,7 @@ def test_a_text_that_does_not_fit_is_named(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("same", [0, 1])
-def test_the_threshold_has_the_least_cross_entropy(same: int) -> None:
+def test_a_threshold_has_the_least_cross_entropy(same: int) -> None:
     rng = np.random.default_rng(1)
     forms = tuple(replace(form, same=same) for form in data_for("same").batch.forms)
     batch = TextBatch(forms)
@@ -145,19 +157,85 @@ def test_the_threshold_has_the_least_cross_entropy(same: int) -> None:
     logits = (similarity[:, None] * sign).reshape(1, -1, 1).astype(np.float32)
     normalizer = np.logaddexp(logits[:, ::2], logits[:, 1::2])
     scores = Scores(logits, normalizer, None, 0)
-    fitted = fitted_threshold(scores, batch, gold)
-    assert fitted is not None
+    offsets = compared_offsets(scores, batch, gold)
+    assert offsets is not None
+    assert offsets.shape == (1, 2)
+    assert offsets.sum() == pytest.approx(0.0, abs=1e-9)
+    fitted = -float(offsets[0] @ sign) / 2
+    assert similarity.min() < fitted < similarity.max()
+
+    def readout(at: float) -> Readout:
+        return Readout(offsets=tuple((-sign * at).tolist()))
 
     def loss(at: float) -> float:
-        return float(Readout().at(at, batch).losses(scores, batch, gold).mean())
+        return float(readout(at).losses(scores, batch, gold).mean())
 
     assert loss(fitted) < min(
         loss(fitted - 0.05), loss(fitted + 0.05), float(Readout().losses(scores, batch, gold).mean())
     )
     margin = np.where(np.array(gold) == same, 1, -1) * (similarity - fitted)
     assert loss(fitted) == pytest.approx(np.logaddexp(0, -2 * margin).mean(), abs=1e-4)
-    assert (Readout().at(fitted, batch).choices(scores, batch)[0] == gold).tolist() == (margin > 0).tolist()
-    assert fitted_threshold(scores, data_for("single").batch, gold) is None
+    assert (readout(fitted).choices(scores, batch)[0] == gold).tolist() == (margin > 0).tolist()
+    assert compared_offsets(scores, data_for("single").batch, gold) is None
+
+
+def test_offsets_of_graded_labels_are_each_candidates_own() -> None:
+    """Against a general minimiser: a free threshold, and a ridge on what the offsets have beside it."""
+    rng = np.random.default_rng(3)
+    graded = replace(data_for("same").batch.forms[0], options=("无关", "相近", "相同"), same=2)
+    batch = TextBatch((graded,) * 40)
+    gold = np.arange(40) % 3
+    grades = np.array(graded.grades)
+    similarity = np.array([[15.0], [-300.0]]) + rng.normal(0.0, 1.0, (2, 40)) + gold - 1.0
+    logits = similarity[..., None] * grades
+    normalizer = np.log(np.exp(logits - logits.max(2, keepdims=True)).sum(2)) + logits.max(2)
+    scores = Scores(logits.reshape(2, -1, 1).astype(np.float32), normalizer[..., None].astype(np.float32), None, 0)
+    offsets = compared_offsets(scores, batch, gold.tolist())
+    assert offsets is not None
+    for own, row, threshold in zip(logits, offsets, (15.0, -300.0), strict=True):
+
+        def loss(free: NDArray[np.float64], own: NDArray[np.float64] = own, at: float = threshold) -> float:
+            whole = np.append(free, -free.sum()) - grades * at
+            shifted = own + whole
+            rest = whole - grades * (whole @ grades) / 2
+            entropy = np.logaddexp.reduce(shifted, axis=1) - shifted[range(40), gold]
+            return float(entropy.mean() + 0.15 * rest @ rest)
+
+        best = minimize(loss, np.zeros(2), method="BFGS")
+        assert loss((row + grades * threshold)[:2]) == pytest.approx(best.fun, abs=1e-6)
+        assert -row @ grades / 2 == pytest.approx(threshold, abs=1.0)
+
+
+def test_every_candidate_is_read_with_offsets_of_its_own(backbone: Backbone, tmp_path: Path) -> None:
+    prompt, train = prompt_for(backbone), data_for("same")
+    points = np.random.default_rng(0).normal(size=(3, *prompt.space.shape))
+    oracle = LocalOracle(backbone, prompt)
+    fitted = compared_offsets(oracle.score(train.batch, points.astype(np.float32)), train.batch, train.gold)
+    assert fitted is not None
+    for again in (False, True):
+        asked: Oracle = Untouchable(oracle.info) if again else oracle
+        journal = Journal(tmp_path / "journal.log", "run")
+        evaluator = Evaluator(asked, Ledger(journal, 5), Readout(), Task.model_validate(SAME), train, train)
+        losses = evaluator.train(points)
+        for number, (point, offsets, loss) in enumerate(zip(points, fitted, losses, strict=True)):
+            assert evaluator.readout(point).offsets == pytest.approx(tuple(offsets), abs=1e-6)
+            if number:
+                assert evaluator.dev(point)[0] == pytest.approx(loss, abs=1e-6)
+        assert evaluator.readout(points[0] + 1.0) == evaluator.readout(points[0]), "never scored: as the first"
+        journal.close()
+
+
+class Untouchable:
+    """An oracle that must not be asked."""
+
+    def __init__(self, info: OracleInfo) -> None:
+        self.info = info
+
+    def score(self, *request: object) -> Scores:
+        raise AssertionError("asked again for what the journal holds")
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def test_the_same_seed_gives_the_same_subspace(backbone: Backbone, tmp_path: Path) -> None:
@@ -199,7 +277,7 @@ def test_a_run_keeps_its_threshold(tiny_bert_dir: Path, tmp_path: Path) -> None:
         threads=1,
         run_dir=tmp_path / "run",
     )
-    assert load_file(tmp_path / "run" / "prompt.safetensors")["offsets"].sum() == 0.0
+    assert load_file(tmp_path / "run" / "prompt.safetensors")["offsets"].sum() == pytest.approx(0.0, abs=1e-12)
     with bbprompt.load_prompt(tmp_path / "run", threads=1) as prompt:
         assert prompt.evaluate().value == found.test.value
         bare = prompt.predict([{"text_a": "甲乙", "text_b": "甲乙"}])[0]

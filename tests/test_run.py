@@ -79,7 +79,7 @@ def test_the_files_of_a_run(finished: Path, pair: Prepared) -> None:
     assert manifest["model"]["device"].startswith("cpu")
     assert {"bbprompt", "python", "torch", "numpy", "cma"} <= set(manifest["versions"])
     tensors = load_file(finished / "prompt.safetensors")
-    assert {name: array.shape for name, array in tensors.items()} == {"point": (3, 4)}
+    assert {name: array.shape for name, array in tensors.items()} == {"point": (3, 4), "offsets": (2,)}
 
 
 def test_the_fields_of_a_result(finished: Path, pair: Prepared) -> None:
@@ -95,7 +95,8 @@ def test_the_fields_of_a_result(finished: Path, pair: Prepared) -> None:
     assert result.calls.test in (1, 2)
     assert data["before"].keys() >= {"metric", "dev", "test"}
     assert data["stages"][0].keys() >= {"name", "optimizer", "calls", "train_loss", "dev", "seconds"}
-    assert data["stages"][0]["calls"] == result.calls.train + result.calls.dev - 2
+    assert [stage["name"] for stage in data["stages"]] == ["prompt", "calibration"]
+    assert sum(stage["calls"] for stage in data["stages"]) == result.calls.train + result.calls.dev - 2
     assert data["test"].keys() == {"metric", "value", "stderr", "n"}
     assert data["test"]["metric"] == data["before"]["metric"] == "accuracy"
     assert data["test"]["n"] == 30
@@ -115,7 +116,7 @@ def test_the_curve(finished: Path) -> None:
     assert calls == sorted(calls)
     assert calls[-1] == result.calls.train + result.calls.dev
     assert seconds == sorted(seconds)
-    assert {row[1] for row in rows} == {"start", "prompt"}
+    assert {row[1] for row in rows} == {"start", "prompt", "calibration"}
 
 
 @pytest.mark.parametrize("kind", ["single", "choice", "extract"])
@@ -136,8 +137,9 @@ def test_both_stages(method: str, tiny_pair_data: Path, tiny_prompts: Path, tmp_
     run = prepare(config(tiny_pair_data, tiny_prompts, method=method, set=changes, budget=50))
     result = begin(run, tmp_path / "run")
     listing = ["upstream"] if method == "mp2-deep" else []
-    assert [stage.name for stage in result.stages] == [*listing, "router", "prompt"]
-    assert [stage.optimizer for stage in result.stages][-2:] == ["bo-ucb", "cmaes"]
+    last = ["calibration"] if method == "mp2-deep" else []
+    assert [stage.name for stage in result.stages] == [*listing, "router", "prompt", *last]
+    assert [stage.optimizer for stage in result.stages if stage.name in ("router", "prompt")] == ["bo-ucb", "cmaes"]
     assert result.calls.test <= 4
     assert begin(run, tmp_path / "again").digest == result.digest
 
@@ -335,16 +337,16 @@ def test_a_changed_byte_of_data_is_noticed(
 # ------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("budget", [-5, 0, 1, 10])
+@pytest.mark.parametrize("budget", [-5, 0, 1, 12])
 def test_a_budget_below_one_population(budget: int, tiny_pair_data: Path, tiny_prompts: Path) -> None:
-    with pytest.raises(UsageError, match=f"--budget {budget}: method mp2-deep needs at least 11 calls"):
+    with pytest.raises(UsageError, match=f"--budget {budget}: method mp2-deep needs at least 13 calls"):
         prepare(config(tiny_pair_data, tiny_prompts, budget=budget))
 
 
 def test_the_smallest_budget_runs(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
-    result = begin(prepare(config(tiny_pair_data, tiny_prompts, budget=11)), tmp_path / "run")
-    assert result.calls.train + result.calls.dev <= 11
-    assert result.calls.train == 9
+    result = begin(prepare(config(tiny_pair_data, tiny_prompts, budget=13)), tmp_path / "run")
+    assert result.calls.train + result.calls.dev <= 13
+    assert result.calls.train == 10
 
 
 def test_what_is_missing_or_does_not_fit(

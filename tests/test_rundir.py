@@ -82,7 +82,7 @@ def work(disk: Disk, model: Model, path: Path = RUN) -> None:
             run.append_curve(ledger.asked, "prompt", best, None, 0.0)
         ledger.reserve(["test"], "test")
         ledger.settle(["test"], [{"loss": model.score("test", disk)}])
-        assert ledger.unclaimed == 0
+        assert not ledger.unclaimed
         assert ledger.in_doubt == ()
         run.write_bytes(PROMPT, best.hex().encode() * 10)
         run.write_json(RESULT, {"dev": best, "calls": ledger.by_kind})

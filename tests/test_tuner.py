@@ -13,6 +13,7 @@ from toyruns import METHODS
 
 from bbprompt.config import method_with
 from bbprompt.errors import OracleError, ResumeMismatch
+from bbprompt.readout import Readout
 from bbprompt.search.tuner import Found, Look, Status
 from bbprompt.testing import FaultyOracle, ToyOracle
 
@@ -112,7 +113,7 @@ def test_a_searched_prompt_must_lower_both_losses(tmp_path: Path) -> None:
     run = tuner._Search(method_with(METHODS["both"], {"select": "both-losses"}), None, lambda status: None)  # type: ignore[arg-type]
 
     def chosen(*looks: tuple[float, float, bool]) -> int:
-        run._looks = [Look(Incumbent(point, train), dev, 0.5, searched) for train, dev, searched in looks]
+        run._looks = [Look(Incumbent(point, train), dev, 0.5, Readout(), searched) for train, dev, searched in looks]
         return run._looks.index(run.chosen)
 
     assert chosen((0.7, 0.7, False), (0.4, 0.8, False)) == 1, "unsearched: both losses together"
@@ -197,6 +198,43 @@ def test_the_upstream_mixtures_are_tried_before_the_search(tmp_path: Path) -> No
     assert first.calls == 2 * len(known.routers), "each upstream task on train and on dev"
     best = first.chosen.incumbent
     assert best is found.before.incumbent or any(np.array_equal(best.point, mixture) for mixture in mixtures)
+
+
+def test_the_bare_backbone_is_tried_before_the_mixtures(tmp_path: Path) -> None:
+    oracle = toyruns.Remembering(ToyOracle())
+    method = method_with(METHODS["upstream"], {"router.bare": True, "router.optimizer": "listing", "router.batch": 1})
+    found, *_ = toyruns.run(tmp_path, method, 60, oracle=oracle)
+    assert found.stages[0].calls == 2 + 2 * len(toyruns.space().routers)
+    points = [np.frombuffer(key[1], np.float32) for key in oracle.known]
+    assert [point.any() for point in points] == [True, True, False, False, *[True] * 4], "train and dev of each"
+
+
+@pytest.mark.parametrize("budget", [25, 45, 67, 100, 200])
+def test_a_calibration_has_the_last_two_calls(budget: int, tmp_path: Path) -> None:
+    found, ledger, oracle = toyruns.run(tmp_path, METHODS["calibrated"], budget)
+    assert oracle.calls == ledger.reserved <= budget
+    assert [trace.name for trace in found.stages] == ["prompt", "calibration"]
+    assert oracle.batches[-2:] == [1, 1]
+    searched, last = found.stages
+    assert last.calls == 2
+    assert last.chosen is found.chosen
+    np.testing.assert_array_equal(last.chosen.incumbent.point, searched.chosen.incumbent.point)
+    assert searched.chosen.readout.offsets == ()
+    assert sum(last.chosen.readout.offsets) == pytest.approx(0.0, abs=1e-9)
+    # Fitted to both, so both together can only fall.
+    sizes = np.array([12, 10])
+    before = np.array([searched.chosen.incumbent.loss, searched.chosen.dev_loss]) @ sizes
+    after = np.array([last.chosen.incumbent.loss, last.chosen.dev_loss]) @ sizes
+    assert after < before - 1e-4
+
+
+def test_a_method_without_stages_can_be_calibrated_too(tmp_path: Path) -> None:
+    method = method_with(METHODS["nothing"], {"calibrate": True})
+    assert method.least_budget == 4
+    found, ledger, _ = toyruns.run(tmp_path, method, 4)
+    assert [trace.name for trace in found.stages] == ["calibration"]
+    assert ledger.by_kind == {"train": 2, "dev": 2, "test": 0}
+    assert found.before.readout.offsets == ()
 
 
 def test_reports(tmp_path: Path) -> None:

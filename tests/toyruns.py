@@ -72,11 +72,18 @@ class Recorder:
 
 #: Cheap: no Gaussian process unless a test asks for it.
 METHODS: dict[str, MethodConfig] = {
-    "layerwise": method_with(load_method("mp2-deep"), {"router": None, "prompt.patience": None}),
-    "joint": method_with(load_method("mp2-shallow"), {"router": None, "prompt.patience": None}),
+    "layerwise": method_with(load_method("mp2-deep"), {"router": None, "prompt.patience": None, "calibrate": False}),
+    "joint": method_with(load_method("mp2-shallow"), {"router": None, "prompt.patience": None, "calibrate": False}),
     "all-time": method_with(load_method("mp2-deep-code"), {"router": None, "prompt.popsize": 6}),
     "router": method_with(
-        load_method("mp2-deep"), {"prompt": None, "router.calls": 16, "router.random": 8, "router.warm_start": False}
+        load_method("mp2-deep"),
+        {
+            "prompt": None,
+            "router.calls": 16,
+            "router.random": 8,
+            "router.warm_start": False,
+            "calibrate": False,
+        },
     ),
     "both": method_with(
         load_method("mp2-deep"),
@@ -87,10 +94,14 @@ METHODS: dict[str, MethodConfig] = {
             "prompt.popsize": 6,
             "prompt.dev_every": 20,
             "prompt.patience": None,
+            "calibrate": False,
         },
     ),
-    "upstream": method_with(load_method("mp2-deep"), {"prompt": None, "router.calls": 8, "router.random": 4}),
-    "nothing": method_with(load_method("mp2-deep"), {"router": None, "prompt": None}),
+    "upstream": method_with(
+        load_method("mp2-deep"), {"prompt": None, "router.calls": 8, "router.random": 4, "calibrate": False}
+    ),
+    "nothing": method_with(load_method("mp2-deep"), {"router": None, "prompt": None, "calibrate": False}),
+    "calibrated": method_with(load_method("mp2-deep"), {"router": None, "prompt.patience": None}),
 }
 
 
@@ -191,6 +202,7 @@ def run(
             TASK,
             data(sizes[0], 1),
             data(sizes[1], 2),
+            calibrates=method.calibrate,
         )
         found = search(method, space(), evaluator, seed, report)
     finally:

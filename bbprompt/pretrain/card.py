@@ -41,10 +41,7 @@ def model_card(prompt: ModularPrompt) -> str:
         f"{routed}, options as in training; for extraction the",
         "share of right answer starts. This says how well the training fits, not how well a new task will go.",
         "",
-        "| task | right |",
-        "|---|---|",
-        *(f"| {name} | {score:.3f} |" for name, score in sorted(scores.items())),
-        f"| mean of {len(scores)} | {sum(scores.values()) / len(scores):.3f} |",
+        *_table(scores, config.training.get("untrained") or {}),
         "",
         "## Data sources and their terms, as stated there",
         "",
@@ -52,6 +49,19 @@ def model_card(prompt: ModularPrompt) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _table(scores: dict[str, float], untrained: dict[str, float]) -> list[str]:
+    """The validation, beside that of the untrained prompts where it is known."""
+    columns = [untrained, scores] if untrained else [scores]
+    names = ["before training", "right"] if untrained else ["right"]
+    rows = [(name, [column[name] for column in columns]) for name in sorted(scores)]
+    rows.append((f"mean of {len(scores)}", [sum(column.values()) / len(column) for column in columns]))
+    return [
+        f"| task | {' | '.join(names)} |",
+        "|---|" + "---|" * len(columns),
+        *(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |" for name, values in rows),
+    ]
 
 
 def _what(config: PromptConfig, where: str) -> list[str]:

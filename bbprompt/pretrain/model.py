@@ -154,8 +154,8 @@ class ModularPrompts(nn.Module):
     Initialisation: w ~ U(-1e-3, 1e-3), head ~ N(0, 0.02), z ~ N(0, 1) and A ~ N(0, scale^2 / d), so that the
     prompt of one module has entries of size `scale`. (Released: z and A so small that their product starts near
     a saddle and, at learning rates that leave it soon, grows past any useful size within a few dozen steps.)
-    Under prototypes there is no head, but a scale and a threshold. Without `routed` there are no routers and all tasks
-    share the mean of the modules: with K = 1 one soft prompt.
+    Under prototypes there is no head, but a scale, a threshold, and offsets (T, G) of the labels of compared texts.
+    Without `routed` there are no routers and all tasks share the mean of the modules: with K = 1 one soft prompt.
     """
 
     def __init__(
@@ -170,6 +170,7 @@ class ModularPrompts(nn.Module):
         generator: torch.Generator,
         routed: bool = True,
         prototype_scale: float | None = None,
+        grades: int = 0,
     ) -> None:
         super().__init__()
         length = len(frame.placeholders)
@@ -191,6 +192,7 @@ class ModularPrompts(nn.Module):
         if prototype_scale is not None:
             self.log_scale = nn.Parameter(torch.tensor(math.log(prototype_scale)))
             self.threshold = nn.Parameter(torch.tensor(_THRESHOLD))
+            self.offsets = nn.Parameter(torch.zeros(tasks, grades))
 
     def points(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
         """Intrinsic points `(G, L, d)` of the given tasks."""

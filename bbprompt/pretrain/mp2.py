@@ -75,6 +75,7 @@ class Trainer:
         team: The processes that train together.
         identity: What a checkpoint must have been made with to be gone on with, in words, beside the data.
         head: Reads embeddings, where the recipe's readout is prototypes.
+        grades: Then the most labels of a task whose texts are compared.
         ffn: Width of the encoder's feed-forward part, for the arithmetic of the speed; 0 leaves that out.
     """
 
@@ -91,6 +92,7 @@ class Trainer:
         identity: dict[str, str] | None = None,
         ffn: int = 0,
         head: PrototypeHead | None = None,
+        grades: int = 0,
     ) -> None:
         self.config, self.encoder, self.batches, self.frame = config, encoder, batches, frame
         self.directory, self.disk, self.team, self._ffn, self._head = directory, disk or RealDisk(), team, ffn, head
@@ -107,6 +109,7 @@ class Trainer:
             generator,
             config.routed,
             config.scale if config.readout == "prototype" else None,
+            grades,
         ).to(encoder.device)
         p = self.prompts
         groups: list[tuple[list[torch.nn.Parameter], float]] = [
@@ -115,6 +118,7 @@ class Trainer:
             # Without fast and slow learning routers learn as fast as prompts (MP2, Table 5).
             ([p.router] if config.routed else [], config.router_rate if config.fsl else config.module_rate),
             ([p.log_scale, p.threshold] if head else [p.head_weight, p.head_bias], config.head_rate),
+            ([p.offsets] if head and grades else [], config.router_rate),
         ]
         self.optimizer = torch.optim.Adam(
             [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters],
@@ -122,6 +126,7 @@ class Trainer:
         )
         self.step = 0
         self.best: tuple[float, int] | None = None
+        self.untrained: dict[str, float] = {}
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
         self._window: list[tuple[float, float]] = []
 
@@ -134,6 +139,9 @@ class Trainer:
         """
         config, meter = self.config, _Meter(self)
         first = self.team.rank * config.accumulate
+        if not self.step:
+            self.untrained = self.validate(config.valid_size)
+            self.log({"step": 0, "valid": self.untrained})
         with Ahead(self.batches, range(first, first + config.accumulate), config.steps) as ahead:
             while self.step < config.steps:
                 slices = [ahead.get(self.step, part) for part in range(first, first + config.accumulate)]
@@ -269,7 +277,12 @@ class Trainer:
             tensors[name] = parameter
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
-        words = {"step": str(self.step), "best": json.dumps(self.best), "data": json.dumps(self.batches.digests)}
+        words = {
+            "step": str(self.step),
+            "best": json.dumps(self.best),
+            "untrained": json.dumps(self.untrained),
+            "data": json.dumps(self.batches.digests),
+        }
         save_checkpoint(self.disk, self.directory / "checkpoint.safetensors", tensors, words | self._identity)
 
     def load(self) -> None:
@@ -288,6 +301,7 @@ class Trainer:
         try:
             step = int(words["step"])
             data, best = json.loads(words.get("data", "null")), json.loads(words.get("best", "null"))
+            untrained = json.loads(words.get("untrained", "{}"))
             with torch.no_grad():
                 for name, parameter in self.prompts.named_parameters():
                     parameter.copy_(tensors[name])
@@ -301,6 +315,7 @@ class Trainer:
             other = sorted(name for name in {*data, *present} if data.get(name) != present.get(name))
             raise ResumeMismatch(f"{file}: was made with other data of {', '.join(other)}; give the same --data")
         self.step, self.best = step, None if best is None else (float(best[0]), int(best[1]))
+        self.untrained = untrained
 
     def restore_best(self) -> None:
         """Take the prompts of the best validation back, where the recipe says so.
@@ -332,7 +347,7 @@ class Trainer:
                 record = json.loads(line)
             except ValueError:  # torn by a kill
                 continue
-            if record["step"] <= self.step and "speed" not in record:
+            if record["step"] <= self.step > 0 and "speed" not in record:
                 kept.append(line + "\n")
         write_atomic(self.disk, file, "".join(kept).encode())
 

@@ -137,6 +137,7 @@ def _pretrain(
         team=team,
         identity={"backbone": backbone.digest},
         head=head,
+        grades=batches.grades if isinstance(batches, PrototypeMixture) else 0,
         ffn=int(getattr(backbone.model.config, "intermediate_size", 0)),
     )
     if resume:
@@ -166,7 +167,7 @@ def _pretrain(
         recipe = config.model_dump(mode="json")
         if config.ppt is not None:  # where a corpus lay on this machine is nobody's business
             recipe["ppt"]["corpus"] = [Path(name).name for name in config.ppt.corpus]
-        training = {"recipe": recipe, "validation": scores, **_chosen_step(trainer)}
+        training = {"recipe": recipe, "untrained": trainer.untrained, "validation": scores, **_chosen_step(trainer)}
         prompt = artifact(trainer, backbone.id, backbone.digest, training)
         try:
             prompt.save(out / "artifact")

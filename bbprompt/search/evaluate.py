@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bbprompt.calibration import compared_offsets, label_offsets
 from bbprompt.errors import OracleError, ResumeMismatch
-from bbprompt.oracle import Oracle, check_scores
-from bbprompt.readout import Readout, fitted_threshold
+from bbprompt.oracle import Oracle, Scores, check_scores
+from bbprompt.readout import Readout
 from bbprompt.scoring import Labelled, metric_values
 from bbprompt.store.ledger import Kind, Ledger
 from bbprompt.tasks.task import Task
@@ -19,6 +23,8 @@ from bbprompt.tasks.task import Task
 __all__ = ["Evaluator"]
 
 _log = logging.getLogger("bbprompt")
+
+_KINDS: tuple[Kind, Kind] = ("train", "dev")
 
 
 class Evaluator:
@@ -37,6 +43,7 @@ class Evaluator:
         charge: What becomes of calls that were sent before a crash and whose answer is not known. True: they count as
             spent and are made anew, so that a server that does not know repeated calls charges no more than the
             budget. False: they are made again as the same calls, so that the result is that of a run without a crash.
+        calibrates: Keep the calls of a calibration at the end, where the task's labels allow one.
     """
 
     def __init__(
@@ -48,11 +55,14 @@ class Evaluator:
         train: Labelled,
         dev: Labelled,
         charge: bool = False,
+        calibrates: bool = False,
     ) -> None:
         self._oracle, self._ledger, self._readout, self._task = oracle, ledger, readout, task
         self._data = {"train": train, "dev": dev}
         self._cut = {"train": 0, "dev": 0}
         self._lost = frozenset(ledger.in_doubt if charge else ())
+        self.calibrates = calibrates and task.labelled
+        self._offsets: dict[bytes, tuple[float, ...]] = {}
         self.oracle_seconds = 0.0
 
     @property
@@ -67,13 +77,17 @@ class Evaluator:
 
     @property
     def left(self) -> int:
-        """Train and dev calls it may still ask for, the same at the same step of a resumed run."""
-        return self._ledger.limit - self._ledger.asked
+        """Train and dev calls the search may still ask for, the same at the same step of a resumed run."""
+        return self._ledger.limit - self._ledger.asked - (len(_KINDS) if self.calibrates else 0)
 
-    @property
-    def readout(self) -> Readout:
-        """How scores are read: the one given, and once a train call is settled with the threshold it gave."""
-        return self._readout
+    def readout(self, point: NDArray[np.floating]) -> Readout:
+        """How the scores of a point `(L, d)` are read: as was given, with the offsets that its train scores gave.
+
+        A point that was put together from several candidates has no train scores of its own; it is read as the first
+        candidate of all, the untuned prompt.
+        """
+        first = next(iter(self._offsets.values()), ())
+        return replace(self._readout, offsets=self._offsets.get(_bytes(point), first))
 
     def train(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Mean train loss of each candidate: `(n, L, d)` to `(n,)`, n calls."""
@@ -83,50 +97,77 @@ class Evaluator:
         """Dev loss and dev metric of each candidate, `(n, L, d)`, n calls."""
         return [(value["loss"], value["metric"]) for value in self._call("dev", points)]
 
+    def calibrate(self, point: NDArray[np.floating]) -> tuple[float, float, float]:
+        """Fit offsets of the labels to a candidate `(L, d)` on train and dev together: two of the calls that are kept.
+
+        From then on `readout` reads the point with them. Both calls are settled as one: offsets come from both.
+
+        Returns:
+            Train loss, dev loss and dev metric under the offsets. They were fitted to these texts.
+        """
+        row = np.ascontiguousarray(point, dtype=np.float32)[None]
+        ids = self._reserved(_KINDS, row.repeat(len(_KINDS), axis=0))
+        train, dev = (self._ledger.settled(call_id) for call_id in ids)
+        if train is None or dev is None:
+            train, dev = self._calibrated(row)
+            self._ledger.settle(ids, [train, dev])
+        self._offsets[_bytes(row[0])] = _offsets_of(dev)
+        return train["loss"], dev["loss"], dev["metric"]
+
     def _call(self, kind: Kind, points: NDArray[np.floating]) -> list[dict[str, float]]:
         rows = np.ascontiguousarray(points, dtype=np.float32)
-        ids = [self._id(kind, number, row) for number, row in enumerate(rows)]
-        if self._lost:
-            ids = self._made_anew(kind, ids)
+        ids = self._reserved([kind] * len(rows), rows)
         known = [self._ledger.settled(call_id) for call_id in ids]
         new = [i for i, value in enumerate(known) if value is None]
-        # What the journal holds is asked for first and in order, so a call it does not know must be the first
-        # after all of it. A batch in doubt was reserved whole.
-        if new and self._ledger.unclaimed and not {ids[i] for i in new} <= set(self._ledger.in_doubt):
-            raise ResumeMismatch(
-                "the search asks for other calls than the journal holds: code, libraries or the processor "
-                "differ from those the run began with; start a new run"
-            )
-        self._ledger.reserve(ids, kind)
         values = [dict(value) if value is not None else {} for value in known]
         if new:
-            fresh = self._score(kind, rows[new])
+            fresh = self._values(kind, rows[new])
             self._ledger.settle([ids[i] for i in new], fresh)
             for i, value in zip(new, fresh, strict=True):
                 values[i] = value
         self._cut[kind] = int(values[0].get("cut", 0))
-        if "threshold" in values[0] and not self._readout.offsets:
-            self._readout = self._readout.at(values[0]["threshold"], self._data[kind].batch)
+        for row, value in zip(rows, values, strict=True):
+            if offsets := _offsets_of(value):
+                self._offsets[_bytes(row)] = offsets
         return values
 
-    def _made_anew(self, kind: Kind, ids: list[str]) -> list[str]:
+    def _reserved(self, kinds: Sequence[Kind], rows: NDArray[np.float32]) -> list[str]:
+        """Ids of the calls that score `rows`, each on the batch of its kind; reserved."""
+        ids = [self._id(kind, number, row) for number, (kind, row) in enumerate(zip(kinds, rows, strict=True))]
+        if self._lost:
+            ids = self._made_anew(kinds, ids)
+        new = {call_id for call_id in ids if self._ledger.settled(call_id) is None}
+        # What the journal holds is asked for first and in order. So a call that it has not settled is one in doubt, or
+        # nothing may be left in it but what is asked for here.
+        if new and not self._ledger.unclaimed <= set(ids) and not new <= set(self._ledger.in_doubt):
+            raise ResumeMismatch(
+                "the search asks for other calls than the journal holds: code, libraries or the processor "
+                "differ from those the run began with; start a new run"
+            )
+        for kind in _KINDS:
+            if some := [call_id for call_id, own in zip(ids, kinds, strict=True) if own == kind]:
+                self._ledger.reserve(some, kind)
+        return ids
+
+    def _made_anew(self, kinds: Sequence[Kind], ids: list[str]) -> list[str]:
         """Count calls in doubt as spent; the ids under which they are made instead.
 
         A lost call is never settled, so every later resume finds it lost and goes the same way.
         """
         lost, made = [], []
-        for call_id in ids:
+        for kind, call_id in zip(kinds, ids, strict=True):
             current = call_id
             while current in self._lost:
-                lost.append(current)
+                lost.append((current, kind))
                 current += "+"
             made.append(current)
         if lost:
-            _log.warning("%d %s calls were sent before a crash and may have been charged; they count", len(lost), kind)
-            self._ledger.reserve(lost, kind)
+            _log.warning("%d calls were sent before a crash and may have been charged; they count", len(lost))
+            for call_id, kind in lost:
+                self._ledger.reserve([call_id], kind)
         return made
 
-    def _score(self, kind: Kind, rows: NDArray[np.float32]) -> list[dict[str, float]]:
+    def _scores(self, kind: Kind, rows: NDArray[np.float32]) -> Scores:
         data = self._data[kind]
         longest = self._readout.longest_answer if kind == "dev" and self._task.type == "extractive" else None
         began = time.monotonic()
@@ -138,26 +179,61 @@ class Evaluator:
             channels=self._oracle.info.channels,
         )
         self.oracle_seconds += time.monotonic() - began
-        readout, threshold = self._readout, None
-        if kind == "train" and not readout.offsets:
-            # From the untuned prompt, which is scored first; from then on it stands.
-            threshold = fitted_threshold(scores, data.batch, data.gold)
-            readout = readout if threshold is None else readout.at(threshold, data.batch)
-        losses = readout.losses(scores, data.batch, data.gold).mean(axis=1)
-        if not np.isfinite(losses).all():
+        return scores
+
+    def _values(self, kind: Kind, rows: NDArray[np.float32]) -> list[dict[str, float]]:
+        data, scores = self._data[kind], self._scores(kind, rows)
+        fitted = compared_offsets(scores, data.batch, data.gold) if kind == "train" else None
+        if fitted is None:
+            return [self._value(kind, self.readout(row), scores.of(number)) for number, row in enumerate(rows)]
+        return [
+            self._value(kind, replace(self._readout, offsets=tuple(offsets)), scores.of(number)) | _named(offsets)
+            for number, offsets in enumerate(fitted.tolist())
+        ]
+
+    def _calibrated(self, row: NDArray[np.float32]) -> tuple[dict[str, float], dict[str, float]]:
+        """Values of the train and the dev call of a candidate, the offsets with the second."""
+        before = self.readout(row[0])
+        scores = {kind: self._scores(kind, row) for kind in _KINDS}
+        options = len(self._task.options)
+        told = [before.option_scores(scores[kind])[0].reshape(-1, options) for kind in _KINDS]
+        gold = [label for kind in _KINDS for label in self._data[kind].gold]
+        # An option's score is the sum over its channels, to each of which the offsets are added.
+        more = label_offsets(np.concatenate(told), gold) / self._oracle.info.channels
+        offsets = (np.array(before.offsets or (0.0,) * options) + more).tolist()
+        readout = replace(before, offsets=tuple(offsets))
+        train, dev = (self._value(kind, readout, scores[kind]) for kind in _KINDS)
+        return train, dev | _named(offsets)
+
+    def _value(self, kind: Kind, readout: Readout, scores: Scores) -> dict[str, float]:
+        """What the journal keeps of one candidate's call."""
+        data = self._data[kind]
+        loss = float(readout.losses(scores, data.batch, data.gold).mean())
+        if not math.isfinite(loss):
             raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
-        # With the loss, so that a resumed run can report what it does not see again.
-        also = {"cut": float(scores.cut)} if scores.cut else {}
-        values = [{"loss": float(loss), **also} for loss in losses]
-        if threshold is not None:
-            values[0]["threshold"] = threshold
+        value = {"loss": loss}
+        if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
+            value["cut"] = float(scores.cut)
         if kind == "dev":
-            metrics = metric_values(self._task, readout, scores, data).mean(axis=1)
-            for value, metric in zip(values, metrics, strict=True):
-                value["metric"] = float(metric)
-        return values
+            value["metric"] = float(metric_values(self._task, readout, scores, data).mean())
+        return value
 
     def _id(self, kind: Kind, number: int, row: NDArray[np.float32]) -> str:
         sha = hashlib.sha256(f"{kind}:{self._ledger.asked}:{number}:".encode())
         sha.update(row.tobytes())
         return sha.hexdigest()[:24]
+
+
+def _bytes(point: NDArray[np.floating]) -> bytes:
+    """A point as it is sent."""
+    return np.ascontiguousarray(point, dtype=np.float32).tobytes()
+
+
+def _named(offsets: Sequence[float]) -> dict[str, float]:
+    """Offsets as numbers of a call."""
+    return {f"offset.{option}": offset for option, offset in enumerate(offsets)}
+
+
+def _offsets_of(value: Mapping[str, float]) -> tuple[float, ...]:
+    """The offsets among a call's numbers, none where it has none."""
+    return tuple(value[f"offset.{option}"] for option in range(sum(name.startswith("offset.") for name in value)))

@@ -15,8 +15,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.config import MethodConfig
+from bbprompt.config import MethodConfig, RouterStageConfig
 from bbprompt.prompts import PromptSpace
+from bbprompt.readout import Readout
 from bbprompt.search.evaluate import Evaluator
 from bbprompt.search.refine import refine_stage
 from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
@@ -29,11 +30,20 @@ __all__ = ["Found", "Look", "StageTrace", "Status", "search"]
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """An incumbent with what train and dev say of it; `searched` if it was found by minimising the train loss."""
+    """An incumbent with what train and dev say of it.
+
+    Attributes:
+        incumbent: The prompt.
+        dev_loss: Its mean loss on dev.
+        dev_metric: Its metric on dev.
+        readout: How its scores were read.
+        searched: Whether it was found by minimising the train loss.
+    """
 
     incumbent: Incumbent
     dev_loss: float
     dev_metric: float
+    readout: Readout
     searched: bool = False
 
     @property
@@ -57,7 +67,7 @@ class StageTrace:
     """One finished stage.
 
     Attributes:
-        name: "upstream", "router", "prompt" or "refine".
+        name: "upstream", "router", "prompt", "refine" or "calibration".
         optimizer: What drove it.
         calls: Train and dev calls it made.
         train_loss: Loss of its incumbent.
@@ -86,9 +96,14 @@ class Found:
     optimizer_seconds: float
 
     @property
+    def looks(self) -> tuple[Look, ...]:
+        """At the untuned prompt and at the one chosen after each stage."""
+        return (self.before, *(stage.chosen for stage in self.stages))
+
+    @property
     def points(self) -> NDArray[np.float64]:
-        """The untuned point and the one chosen after each stage, `(1 + stages, L, d)`."""
-        return np.stack([self.before.incumbent.point, *(stage.chosen.incumbent.point for stage in self.stages)])
+        """The points of these prompts, `(1 + stages, L, d)`."""
+        return np.stack([look.incumbent.point for look in self.looks])
 
 
 def search(
@@ -115,7 +130,7 @@ def search(
     if method.router is not None:
         share = 1.0 if method.prompt is None and method.refine is None else method.router.share
         if method.router.warm_start and len(space.routers):
-            traces.append(run.upstream(space, method.router.batch, int(share * evaluator.left)))
+            traces.append(run.upstream(space, method.router, int(share * evaluator.left)))
         if method.router.optimizer != "listing":
             most = min(method.router.calls, max(int(share * evaluator.left), method.router.batch))
             stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
@@ -130,7 +145,9 @@ def search(
     if method.refine is not None:
         stage = refine_stage(method.refine, run.chosen.incumbent, evaluator.left - 1, space.fixed)
         traces.append(run.stage(stage, 1, method.refine.dev_every, patience=method.refine.patience))
-    return Found(before, tuple(traces), run.chosen, run.optimizer_seconds)
+    if evaluator.calibrates:
+        traces.append(run.calibration())
+    return Found(before, tuple(traces), traces[-1].chosen if traces else before, run.optimizer_seconds)
 
 
 class _Search:
@@ -160,28 +177,52 @@ class _Search:
                 new.append(incumbent)
         if new:
             values = self._evaluator.dev(np.stack([incumbent.point for incumbent in new]))
-            self._looks += [Look(incumbent, *value, searched) for incumbent, value in zip(new, values, strict=True)]
+            for incumbent, (loss, metric) in zip(new, values, strict=True):
+                readout = self._evaluator.readout(incumbent.point)
+                self._looks.append(Look(incumbent, loss, metric, readout, searched))
+
+    def calibration(self) -> StageTrace:
+        """Fit the labels' offsets to the chosen prompt; they stand whatever dev says, for it was fitted to as well."""
+        began, first, look, ended = time.monotonic(), self._evaluator.spent, self.chosen, "calls"
+        chosen = look.incumbent
+        try:
+            train_loss, dev_loss, dev_metric = self._evaluator.calibrate(chosen.point)
+        except BudgetExhausted:  # calls that a crash lost were charged, these among them
+            train_loss, ended = chosen.loss, "budget"
+        else:
+            chosen = Incumbent(chosen.point, train_loss, chosen.router)
+            look = Look(chosen, dev_loss, dev_metric, self._evaluator.readout(chosen.point), searched=True)
+        self._report(Status(self._evaluator.spent, "calibration", train_loss, look.dev_metric))
+        spent = self._evaluator.spent - first
+        return StageTrace("calibration", "newton", spent, train_loss, look, ended, time.monotonic() - began)
 
     def report(self, stage: str, train_loss: float) -> None:
         """Tell where the search stands."""
         self._report(Status(self._evaluator.spent, stage, train_loss, self.chosen.dev_metric))
 
-    def upstream(self, space: PromptSpace, size: int, most: int) -> StageTrace:
+    def upstream(self, space: PromptSpace, config: RouterStageConfig, most: int) -> StageTrace:
         """Score the upstream tasks' own mixtures, each on train and on dev: is this task like one of them?
 
         Few candidates of which many may fit the 32 training texts by chance: looking at all of them on dev doubles
-        what the choice rests on. At most `most` calls are made, `size` mixtures at a time.
+        what the choice rests on. At most `most` calls are made, a batch of mixtures at a time. With `config.bare` no
+        prompt at all is tried first, so that the choice does not end below the backbone for want of looking at it.
         """
         began, first = time.monotonic(), self._evaluator.spent
         best, ended = self.chosen.incumbent.loss, "calls"
-        for begin in range(0, len(space.routers), size):
-            routers = space.routers[begin : begin + size]
-            if self._evaluator.spent - first + 2 * len(routers) > min(most, self._evaluator.left):
+        points = space.mix(space.routers, space.rule)
+        candidates: list[tuple[NDArray[np.float64], NDArray[np.float64] | None]] = list(
+            zip(points, space.routers, strict=True)
+        )
+        if config.bare:
+            candidates.insert(0, (np.zeros(space.shape), None))
+        for begin in range(0, len(candidates), config.batch):
+            batch = candidates[begin : begin + config.batch]
+            if self._evaluator.spent - first + 2 * len(batch) > min(most, self._evaluator.left):
                 ended = "budget"
                 break
-            points = space.mix(routers, space.rule)
-            losses = self._evaluator.train(points)
-            self.looks(list(map(Incumbent, points, map(float, losses), routers)))
+            losses = self._evaluator.train(np.stack([point for point, _ in batch]))
+            told = zip(batch, losses, strict=True)
+            self.looks([Incumbent(point, float(loss), router) for (point, router), loss in told])
             best = min(best, float(losses.min()))
             self.report("upstream", best)
         return StageTrace(

@@ -14,7 +14,7 @@ costs nothing but time, so they are simply asked for again under the reservation
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -74,6 +74,7 @@ class Ledger:
                 "resume with the budget that the run began with"
             )
         self._asked: set[str] = set()
+        self._unclaimed = set(self._kinds)
         self._asked_counted = 0
 
     @property
@@ -107,13 +108,13 @@ class Ledger:
         return self._asked_counted
 
     @property
-    def unclaimed(self) -> int:
-        """How many calls found in the journal have not been asked for again yet.
+    def unclaimed(self) -> Set[str]:
+        """Ids found in the journal that have not been asked for again yet.
 
-        A resumed run asks for the same calls in the same order. If it asks for a new one while this is not
-        zero, it has taken another way than the run it resumes.
+        A resumed run asks for the same calls in the same order. If it asks for a new one while there are others
+        here, it has taken another way than the run it resumes.
         """
-        return len(self._kinds) - len(self._asked)
+        return self._unclaimed
 
     def settled(self, call_id: str) -> Mapping[str, float] | None:
         """The values of a settled call, or None."""
@@ -143,6 +144,7 @@ class Ledger:
         if kind != "test":
             self._asked_counted += len(set(call_ids) - self._asked)
         self._asked.update(call_ids)
+        self._unclaimed.difference_update(call_ids)
 
     def settle(self, call_ids: Sequence[str], values: Sequence[Mapping[str, float]]) -> None:
         """Record the values of a batch of calls, durably, before anybody uses them.

@@ -65,7 +65,8 @@ class Form:
         context: Index of the part that an extraction answer lies in; -1 otherwise.
         second: Where two texts are compared, each by itself: index of the part that the second begins with; -1
             otherwise.
-        same: Then the option that means that both say the same; -1 otherwise.
+        same: Then the option that means that both say the same, the first or the last; from there on each option means
+            less alike. -1 otherwise.
         gap: Index of the part that a gap stands before (the number of parts for one at the end), which a language
             model is to fill with an option; -1 where there is none.
     """
@@ -76,6 +77,14 @@ class Form:
     second: int = -1
     same: int = -1
     gap: int = -1
+
+    @property
+    def grades(self) -> tuple[float, ...]:
+        """Where texts are compared, how alike each option means, evenly from 1 ("same") to -1; else empty."""
+        if self.second < 0:
+            return ()
+        last = len(self.options) - 1
+        return tuple(1.0 - 2.0 * abs(option - self.same) / last for option in range(last + 1))
 
 
 def input_uid(fields: Mapping[str, str], options: Sequence[str] = ()) -> str:

@@ -75,8 +75,8 @@ class Task(BaseModel):
         note: What a user should know.
         data: Name of the data folder where it differs from `name`.
         only_listed_labels: Skip and count records whose label is not in `labels`; else an error.
-        same: Of a pair: the raw label that means that both texts say the same. Embedding models then compare the
-            two texts with each other.
+        same: Of a pair: the raw label that means that both texts say the same, the first or the last; from there
+            on each label means less alike. Embedding models compare the two texts with each other.
         prototype: How an option word reads as a text of its own, with `{option}` in it: what an embedding model
             compares texts with. None: the word and a full stop.
         cloze: What a language model reads: the text with `{gap}` where an option word goes; None: the template, up
@@ -142,8 +142,10 @@ class Task(BaseModel):
             raise ValueError(f"labels: a task of type {self.type} has none; remove the key")
         elif self.only_listed_labels:
             raise ValueError(f"only_listed_labels: a task of type {self.type} has no labels; remove the key")
-        if self.same is not None and (self.type != "pair" or len(self.labels) != 2 or self.same not in self.labels):
-            raise ValueError("same: names one of the two labels of a pair task; remove the key elsewhere")
+        if self.same is not None:
+            ends = [label for label in self.labels if label in (next(iter(self.labels)), next(reversed(self.labels)))]
+            if self.type != "pair" or self.same not in ends:
+                raise ValueError("same: names the first or the last label of a pair task; remove the key elsewhere")
         if self.prototype is not None and _pieces_of(self.prototype) != ["option"]:
             raise ValueError("prototype: holds the placeholder {option} once and no other")
         if self.cloze is not None:
