@@ -112,8 +112,11 @@ class PrototypeHead:
         """One logit an option, `(n, O, 1)`, normalised over the options of the text whatever the support."""
         embeddings = torch.cat(list(outputs), dim=1)
         at = {piece: i for i, piece in enumerate(dict.fromkeys(p for form in batch.forms for p in pieces(form)))}
-        left, right, grades, bounds = [], [], [], [0]
-        compared = []
+        left: list[int] = []
+        right: list[int] = []
+        grades: list[float] = []
+        compared: list[bool] = []
+        bounds = [0]
         for form in batch.forms:
             first, *others = (at[piece] for piece in pieces(form))
             if form.second >= 0:
