@@ -21,7 +21,7 @@ _KEY = "sha256"
 
 def pack(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     """The file, with the checksum of names, types, shapes and numbers in its metadata."""
-    rows = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    rows = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     data: bytes = save(rows, metadata={_KEY: _checksum(rows)})
     return data
 
