@@ -71,6 +71,11 @@ class Evaluator:
         return self._ledger.limit - self._ledger.asked
 
     @property
+    def mixed(self) -> bool:
+        """Whether losses of a population may be rougher than that of a candidate alone."""
+        return self._oracle.info.precision == "mixed"
+
+    @property
     def readout(self) -> Readout:
         """How scores are read: the one given, and once a train call is settled with the threshold it gave."""
         return self._readout
