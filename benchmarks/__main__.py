@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", default="published,ablation,scaling,optimizers,start-up")
+    parser.add_argument("--only", default="published,ablation,scaling,precision,alternatives,optimizers,start-up")
     parser.add_argument("--small", action="store_true", help="8 texts instead of 32")
     parser.add_argument("--call-ms", type=float, default=250.0, help="cost of a call for the optimizers' share")
     parser.add_argument("--out", type=Path)
@@ -30,7 +30,7 @@ def main() -> None:
     import torch
 
     from bbprompt.backends.memory import keep_freed_memory
-    from benchmarks import forward, overhead
+    from benchmarks import alternatives, forward, overhead, precision
 
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -39,6 +39,8 @@ def main() -> None:
         "published": ("Against the published protocols", lambda: forward.against_published(*sizes)),
         "ablation": ("Each saving switched off", lambda: forward.ablation(*sizes)),
         "scaling": ("Cost as one size changes", lambda: forward.scaling(*sizes)),
+        "precision": ("Rankings in mixed precision", lambda: precision.rankings(options.rounds, options.threads)),
+        "alternatives": ("What is not used", lambda: alternatives.alternatives(*sizes)),
         "optimizers": ("Optimizers", lambda: overhead.optimizers(options.call_ms)),
         "start-up": ("Start-up", overhead.start_up),
     }
@@ -50,7 +52,7 @@ def main() -> None:
             sys.exit(f"--only {name}: there are {', '.join(tables)}")
         title, work = tables[name]
         # The optimizers of stage I fit by gradients.
-        with torch.inference_mode(name in ("published", "ablation", "scaling")):
+        with torch.inference_mode(name in ("published", "ablation", "scaling", "alternatives")):
             section = ["", f"### {title}", "", *work()]
         lines += section
         print("\n".join(section), flush=True)
