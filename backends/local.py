@@ -164,7 +164,10 @@ class LocalOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
-        score = self._mixed if self._rough is not None and len(checked) >= _CHECKED else self._exact
+        mixed = self._rough is not None and len(checked) >= _CHECKED
+        # In the last layer so little is left to compute that no precision pays for its check.
+        mixed = mixed and self._runner.fork(checked) < len(self._encoder.layers) - 1
+        score = self._mixed if mixed else self._exact
         return self._fitting(lambda: score(batch, checked, support, longest_answer))
 
     def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:

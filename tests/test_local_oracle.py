@@ -283,7 +283,8 @@ def test_mixed_precision_ranks_as_float32(layer: int, tokens: int, deep: Modular
     oracle = LocalOracle(backbone, deep, dtype="mixed", batch_tokens=tokens)
     mixed, exact = oracle.score(batch, points), LocalOracle(backbone, deep).score(batch, points)
     one, other = (readout.losses(scores, batch, [0] * 9).mean(axis=1) for scores in (mixed, exact))
-    assert oracle.precisions == {"deviations": 1}
+    last = layer == tiny.LAYERS - 1
+    assert oracle.precisions == ({} if last else {"deviations": 1})
     assert oracle.info.precision == "mixed"
     error, spread = (one - other).std(), other.std()
     assert error < 0.05 * spread
@@ -328,7 +329,7 @@ def test_mixed_precision_does_not_depend_on_what_was_scored_before(
     requests = [points_of(deep, 4), population(deep, 1, 1e-2), population(deep, 2, 1e-3), points_of(deep, 12, 3)]
     oracle = LocalOracle(backbone, deep, dtype="mixed")
     together = [oracle.score(batch, points).logits for points in requests]
-    assert oracle.precisions == {"bfloat16": 2, "deviations": 2}
+    assert oracle.precisions == {"bfloat16": 2, "deviations": 1}
     for points, logits in zip(requests, together, strict=True):
         alone = LocalOracle(backbone, deep, dtype="mixed").score(batch, points).logits
         np.testing.assert_array_equal(alone, logits)
