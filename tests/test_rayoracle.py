@@ -86,7 +86,7 @@ def oracle(cluster: Cluster, prompt: bbprompt.ModularPrompt) -> Iterator[RayOrac
 
 @pytest.fixture(scope="module")
 def local(prompt: bbprompt.ModularPrompt) -> Oracle:
-    return open_oracle("local", prompt, threads=1, batch_tokens=300)
+    return open_oracle("local", prompt, threads=1, batch_tokens=300, dtype="float32")  # as Ray's workers
 
 
 class TestContract(OracleContract):
