@@ -120,6 +120,7 @@ def test_its_replies_are_those_of_the_local_oracle_bit_for_bit(
 
 def settings(data: Path, prompts: Path, **changes: Any) -> dict[str, Any]:
     plain = {"task": str(data / "task.yaml"), "data": str(data), "prompts": str(prompts), "budget": 70, "threads": 1}
+    plain |= {"dtype": "float32"}  # "auto" is that on Ray and may be mixed on one machine
     return plain | {"batch_tokens": 600, "set": STAGES} | changes
 
 
