@@ -197,7 +197,18 @@ def test_from_the_command_line_with_one_worker(
 ) -> None:
     """A process of its own, without a Ray around it: it starts one, says nothing of it, and clears it away."""
     words = [sys.executable, "-m", "bbprompt", "tune", "--task", str(tiny_pair_data / "task.yaml")]
-    words += ["--data", str(tiny_pair_data), "--prompts", str(tiny_prompts), "--budget", "70", "--batch-tokens", "600"]
+    words += [
+        "--data",
+        str(tiny_pair_data),
+        "--prompts",
+        str(tiny_prompts),
+        "--dtype",
+        "float32",
+        "--budget",
+        "70",
+        "--batch-tokens",
+        "600",
+    ]
     words += ["--run-dir", str(tmp_path / "run"), "--ray", "local", "--workers", "1", "--json", "--quiet"]
     words += [word for key, value in STAGES.items() for word in ("--set", f"{key}={value}")]
     (tmp_path / "t").mkdir()
