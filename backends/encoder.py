@@ -332,7 +332,8 @@ def _grid(rows: Tensor, group: Group) -> Tensor:
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """`rows[:, index]`; six times faster on a CPU as one list of whole rows."""
-    if len(rows) == 1 and not torch.is_grad_enabled():
-        return rows[0].index_select(0, index)[None]
-    return rows[:, index]
+    """`rows[:, index]`; six times faster on a CPU as lists of whole rows."""
+    if rows.device.type != "cpu" or torch.is_grad_enabled():
+        return rows[:, index]
+    parts = [each.index_select(0, index) for each in rows]
+    return parts[0][None] if len(parts) == 1 else torch.stack(parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.head import Head, Plan
 from bbprompt.backends.memory import is_exhausted
 from bbprompt.backends.population import Place, Runner, Trunk
-from bbprompt.backends.precision import ENOUGH, spread_over_error
+from bbprompt.backends.precision import ENOUGH, ENOUGH_THROUGHOUT, Probe, error_of, log_probabilities, spread_of
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.span_head import SpanHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
@@ -39,12 +39,14 @@ __all__ = ["LocalOracle"]
 
 log = logging.getLogger("bbprompt")
 
-_KEPT_BATCHES = 4
+_KEPT_BATCHES = 8
 #: Texts that attend together differ by less than so many tokens: less padding, more and smaller steps.
 _SLACK = 4
 #: Tokens at once below which nothing is halved further.
 _LEAST_TOKENS = 64
-#: Candidates from which on a request is worth a float32 reference and a check.
+#: Candidates from which on a request is worth a check.
+_CHECKED = 4
+#: Candidates from which on deviations are worth their float32 reference.
 _POPULATION = 8
 
 
@@ -56,11 +58,13 @@ class _Chunk:
         place: Where their tokens and prompts lie and what is read.
         plan: How the head reads them.
         trunk: States shared by candidates.
+        rough: The same in bfloat16, where that is used.
     """
 
     place: Place
     plan: Plan
     trunk: Trunk = field(compare=False)
+    rough: Trunk | None = field(compare=False, default=None)
 
     @property
     def tokens(self) -> int:
@@ -75,8 +79,8 @@ class LocalOracle:
         backbone: The stock model with its tokenizer.
         prompt: The artifact behind the oracle.
         device: "cpu" or "cuda".
-        dtype: "float32", "bfloat16", or "mixed": populations as bfloat16 deviations from a float32 reference
-            where that is exact enough, everything else in float32.
+        dtype: "float32", "bfloat16", or "mixed": populations in bfloat16, or as bfloat16 deviations from a float32
+            reference, where that is exact enough for what tells them apart; everything else in float32.
         batch_tokens: Tokens that run through the encoder at once (candidates times texts); halved for good
             where memory runs out.
         max_tokens: Longest sequence; None for the backbone's limit.
@@ -104,10 +108,12 @@ class LocalOracle:
         limit = backbone.limit(max_tokens)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
-        self._runner = Runner(self._encoder, torch.from_numpy(prompt.projection).to(device), rough)
+        projection = torch.from_numpy(prompt.projection).to(device)
+        self._runner = Runner(self._encoder, projection, rough)
+        self._rough = None if rough is None else Runner(rough, projection)
         self._head = _open_head(backbone, prompt, self._tokenize, self._frame, self._encoder.device)
         self._batch_tokens = batch_tokens
-        self._fallbacks = self._populations = 0
+        self._used = Counter[str]()
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
         self._info = info_of(backbone, device, dtype, limit, prompt)
 
@@ -118,18 +124,19 @@ class LocalOracle:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory taken by the states that are kept between calls, for at most four batches of texts."""
-        return sum(chunk.trunk.bytes for chunks in self._kept.values() for chunk in chunks)
+        """Memory taken by the states that are kept between calls, for at most eight batches of texts."""
+        trunks = [t for chunks in self._kept.values() for chunk in chunks for t in (chunk.trunk, chunk.rough)]
+        return sum(trunk.bytes for trunk in trunks if trunk is not None)
 
     @property
-    def fallbacks(self) -> tuple[int, int]:
-        """With "mixed" precision: populations that had to be scored in float32, and populations in all."""
-        return self._fallbacks, self._populations
+    def precisions(self) -> dict[str, int]:
+        """With "mixed" precision: how many populations were scored in "bfloat16", as "deviations" and in "float32"."""
+        return dict(self._used)
 
     def close(self) -> None:
         """Forget the kept batches."""
-        if self._populations:
-            log.info("%d of %d populations needed float32 throughout", self._fallbacks, self._populations)
+        if self._used:
+            log.info("precision of populations: %s", ", ".join(f"{n} in {name}" for name, n in self._used.items()))
         self._kept.clear()
 
     def embed(self, texts: Sequence[str]) -> Embeddings:
@@ -147,7 +154,10 @@ class LocalOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
-        score = self._mixed if self._runner.rough is not None and len(checked) >= _POPULATION else self._exact
+        mixed = self._rough is not None and len(checked) >= _CHECKED
+        # In the last layer so little is left to compute that no precision pays for its check.
+        mixed = mixed and self._runner.fork(checked) < len(self._encoder.layers) - 1
+        score = self._mixed if mixed else self._exact
         return self._fitting(lambda: score(batch, checked, support, longest_answer))
 
     def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:
@@ -176,26 +186,78 @@ class LocalOracle:
         return self._fitting(lambda: self._unit(batch, checked, support, longest_answer, unit))
 
     def _exact(
-        self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
+        self,
+        batch: TextBatch,
+        points: NDArray[np.float32],
+        support: Support,
+        longest_answer: int | None,
+        *,
+        rough: bool = False,
     ) -> Scores:
-        """Scores in one precision throughout."""
+        """Scores in one precision throughout: the oracle's, or bfloat16 if `rough`."""
         units = plan_units(len(points), self.at_once(batch, support))
-        return join([self._unit(batch, points, support, longest_answer, unit) for unit in units])
+        return join([self._unit(batch, points, support, longest_answer, unit, rough=rough) for unit in units])
 
     def _unit(
-        self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None, unit: Unit
+        self,
+        batch: TextBatch,
+        points: NDArray[np.float32],
+        support: Support,
+        longest_answer: int | None,
+        unit: Unit,
+        *,
+        rough: bool = False,
     ) -> Scores:
-        chunks = self._chunks(batch, support)
-        outputs = [
-            self._runner.run(chunk.place, chunk.trunk, points, unit, functools.partial(self._head.apply, chunk.plan))
-            for chunk in chunks
-        ]
+        chunks, outputs = self._chunks(batch, support), []
+        for chunk in chunks:
+            runner, trunk = (self._rough, chunk.rough) if rough else (self._runner, chunk.trunk)
+            if runner is None or trunk is None:
+                raise ValueError("this oracle has no bfloat16 encoder")
+            finish = functools.partial(self._head.apply, chunk.plan)
+            outputs.append(runner.run(chunk.place, trunk, points, unit, finish))
         return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
 
     def _mixed(
         self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
     ) -> Scores:
-        """Scores as deviations, if the farthest candidate's error is small beside what tells candidates apart."""
+        """Scores in the fastest precision whose error is small beside what tells the candidates apart.
+
+        The error on a few texts stands for that on all. Which precision is tried follows from the request alone, so
+        the same request gets the same bits at any time.
+        """
+        probe = Probe.of(batch, points)
+        worth = len(points) >= _POPULATION
+        chosen = list(probe.pair) if worth else [probe.pair[1]]
+        exact = self._exact(probe.batch, points[chosen], support, None)
+        right = log_probabilities(exact, probe.batch.sizes)
+        if not worth or self._lie_apart(probe, points[chosen], exact, support):
+            scores = self._exact(batch, points, support, longest_answer, rough=True)
+            found = log_probabilities(scores, batch.sizes)[chosen][:, probe.spans]
+            if spread_of(scores, batch.sizes) >= ENOUGH_THROUGHOUT * error_of(found, right):
+                self._used["bfloat16"] += 1
+                return scores
+        if worth:
+            scores = self._deviations(batch, points, support, longest_answer)
+            found = log_probabilities(scores, batch.sizes)[chosen][:, probe.spans]
+            if spread_of(scores, batch.sizes) >= ENOUGH * error_of(found[-1], right[-1]):
+                self._used["deviations"] += 1
+                return scores
+        self._used["float32"] += 1
+        return self._exact(batch, points, support, longest_answer)
+
+    def _lie_apart(self, probe: Probe, pair: NDArray[np.float32], exact: Scores, support: Support) -> bool:
+        """Whether a large population is likely to lie far enough apart for bfloat16, so that trying it pays.
+
+        Two candidates lie 1 / sqrt(2) as far apart as the population that they are from.
+        """
+        few, sizes = probe.batch, probe.batch.sizes
+        rough = self._exact(few, pair, support, None, rough=True)
+        error = error_of(log_probabilities(rough, sizes), log_probabilities(exact, sizes))
+        return spread_of(exact, sizes) * 2**0.5 >= ENOUGH_THROUGHOUT * error
+
+    def _deviations(
+        self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
+    ) -> Scores:
         chunks = self._chunks(batch, support)
         outputs = [
             self._runner.run_deviations(
@@ -203,14 +265,7 @@ class LocalOracle:
             )
             for chunk in chunks
         ]
-        rough = self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
-        farthest = int(np.square(points - points[:1]).sum(axis=(1, 2)).argmax())
-        exact = self._exact(batch, points[farthest : farthest + 1], support, None)
-        self._populations += 1
-        if spread_over_error(rough, exact, farthest, batch.sizes) >= ENOUGH:
-            return rough
-        self._fallbacks += 1
-        return self._exact(batch, points, support, longest_answer)
+        return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
 
     def _fitting(self, score: Callable[[], Scores]) -> Scores:
         """What `score` returns, with fewer tokens at once where memory runs out."""
@@ -258,10 +313,12 @@ class LocalOracle:
         layout = pack([len(item.ids) for item in encoded], device, _SLACK)
         slots = torch.arange(len(self._frame.placeholders), device=device) + self._frame.prompt_start
         plan = self._head.plan(encoded, layout, support)
+        states = self._encoder.embed([item.ids for item in encoded], layout)[None]
         return _Chunk(
             Place(layout, (layout.starts[:, None] + slots).flatten(), plan.read),
             plan,
-            Trunk([self._encoder.embed([item.ids for item in encoded], layout)[None]]),
+            Trunk([states]),
+            None if self._rough is None else Trunk([states.bfloat16()]),
         )
 
 

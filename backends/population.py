@@ -98,7 +98,7 @@ class Runner:
         Returns:
             What `finish` gave for the m candidates of the unit.
         """
-        fork = self._fork(points)
+        fork = self.fork(points)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
         return self._branch(place, states, shared, torch.from_numpy(points[unit.first : unit.last]), fork, finish)
@@ -107,7 +107,7 @@ class Runner:
         self, place: Place, trunk: Trunk, points: NDArray[np.float32], finish: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Run all candidates, all but the first as deviations from it in bfloat16; see `run`."""
-        fork = self._fork(points)
+        fork = self.fork(points)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
         size = max(_HELD_TOKENS // states.shape[1], 8)
@@ -117,7 +117,8 @@ class Runner:
         done = [self._deviate(place, states, shared, piece, fork, finish) for piece in pieces]
         return torch.cat([done[0], *(piece[1:] for piece in done[1:])])
 
-    def _fork(self, points: NDArray[np.float32]) -> int:
+    def fork(self, points: NDArray[np.float32]) -> int:
+        """The first layer in which candidates differ, or the last."""
         return min(_first_difference(points), len(self.encoder.layers) - 1)
 
     def _grow(self, place: Place, trunk: Trunk, point: NDArray[np.float32], fork: int) -> Tensor:

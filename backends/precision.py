@@ -2,50 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from bbprompt.oracle import Scores
+from bbprompt.oracle import Scores, TextBatch
 
-__all__ = ["ENOUGH", "best_precision", "spread_over_error"]
+__all__ = ["ENOUGH", "ENOUGH_THROUGHOUT", "Probe", "best_precision", "error_of", "log_probabilities", "spread_of"]
 
-#: Least spread over error at which candidates are ranked by their bfloat16 scores.
+#: Least spread over error of a span at which candidates are ranked by their deviations in bfloat16.
 ENOUGH = 20.0
+#: The same for bfloat16 throughout, whose errors differ from text to text and partly cancel in a mean over texts.
+ENOUGH_THROUGHOUT = 10.0
+#: Texts on which the error is measured.
+_TEXTS = 8
 
 
 def best_precision(device: str) -> str:
-    """What "auto" means: "mixed" on CPUs with bfloat16 tiles (AMX), else "float32".
+    """What "auto" means: "mixed" on CPUs that multiply bfloat16 in hardware (AVX-512 BF16 or AMX), else "float32".
 
-    Depends on the device alone, so that a resumed run finds the precision that it began with. AVX-512 BF16 without
-    tiles doubles the rate of the products only, which the reference and the check all but use up.
+    Depends on the device alone, so that a resumed run finds the precision that it began with.
     """
-    return "mixed" if device == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "mixed" if device == "cpu" and fast else "float32"
 
 
-def spread_over_error(scores: Scores, exact: Scores, which: int, sizes: tuple[int, ...]) -> float:
-    """How much further candidates lie apart than one of them is off.
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A few texts of a batch, spread over all of it, and two candidates: what an error is measured on.
 
-    Both are root mean squares over the scored spans of their log-probability (the loss is its mean over the right
-    ones): of its standard deviation over candidates, and of its difference from the exact value.
-
-    Args:
-        scores: Of a population.
-        exact: Of one of its candidates alone, in float32.
-        which: Which candidate that is.
-        sizes: Number of spans of each text.
-
-    Returns:
-        The ratio; 0 where nothing is scored, infinity without an error.
+    Attributes:
+        batch: The texts.
+        spans: Which scored spans of the whole batch are theirs.
+        pair: The first candidate and the one farthest from it.
     """
-    if not sum(sizes):
-        return 0.0
-    values, right = _log_probabilities(scores, sizes), _log_probabilities(exact, sizes)[0]
-    spread = float(np.sqrt(values.var(axis=0).mean()))
-    error = float(np.sqrt(np.square(values[which] - right).mean()))
-    return spread / error if error else np.inf
+
+    batch: TextBatch
+    spans: NDArray[np.int64]
+    pair: tuple[int, int]
+
+    @classmethod
+    def of(cls, batch: TextBatch, points: NDArray[np.float32]) -> Probe:
+        """Choose them; the choice follows from the request alone."""
+        texts = range(0, len(batch.forms), max(len(batch.forms) // _TEXTS, 1))
+        few = TextBatch(
+            tuple(batch.forms[i] for i in texts), tuple(batch.answers[i] for i in texts) if batch.answers else ()
+        )
+        owner = np.repeat(np.arange(len(batch.sizes)), batch.sizes)
+        farthest = int(np.square(points - points[:1]).sum(axis=(1, 2)).argmax())
+        return cls(few, np.flatnonzero(np.isin(owner, texts)), (0, farthest))
 
 
-def _log_probabilities(scores: Scores, sizes: tuple[int, ...]) -> np.ndarray:
+def spread_of(scores: Scores, sizes: Sequence[int]) -> float:
+    """How far candidates lie apart: standard deviation of a span's log-probability, root mean square over spans.
+
+    The loss is the mean over the right spans of that log-probability. 0 where nothing is scored.
+    """
+    return _root_mean_square(log_probabilities(scores, sizes).std(axis=0))
+
+
+def error_of(values: NDArray[np.float64], exact: NDArray[np.float64]) -> float:
+    """How far log-probabilities of spans are from their exact values, root mean square; infinite without any."""
+    return _root_mean_square(values - exact) if values.size else np.inf
+
+
+def log_probabilities(scores: Scores, sizes: Sequence[int]) -> NDArray[np.float64]:
+    """Log-probability of each span `(n, O)`, the mean of the channels; `sizes` is how many spans each text has."""
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    values: np.ndarray = (scores.logits.astype(np.float64) - scores.normalizer[:, owner]).mean(axis=2)
+    values: NDArray[np.float64] = (scores.logits.astype(np.float64) - scores.normalizer[:, owner]).mean(axis=2)
     return values
+
+
+def _root_mean_square(values: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.square(values).mean())) if values.size else 0.0

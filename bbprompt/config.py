@@ -280,7 +280,7 @@ class TuneConfig(_Settings):
             again as the same calls; a local model and `bbprompt serve` lose nothing by that. "charge" counts them as
             spent, for a server that charges for every request.
         device: "auto" takes CUDA where there is one.
-        dtype: Precision; "auto" is "mixed" on CPUs with AMX, else float32.
+        dtype: Precision; "auto" is "mixed" on CPUs with AVX-512 BF16 or AMX, else float32.
         batch_tokens: Tokens that run through the model at once; None for the device's default.
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores, or 1 for each worker on Ray.

@@ -73,7 +73,7 @@ def open_oracle(
         prompt: The artifact behind the oracle.
         backbone: Hub id or directory; None for the one the prompts were trained for. Not for servers that hold it.
         device: "auto", "cpu" or "cuda".
-        dtype: "auto" (mixed on CPUs with AMX, else float32), "float32", "mixed" or "bfloat16".
+        dtype: "auto" (mixed on CPUs with AVX-512 BF16 or AMX, else float32), "float32", "mixed" or "bfloat16".
         batch_tokens: Tokens at once; None for the most that is fast and fits into the free memory.
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores, or 1 for each worker on Ray.

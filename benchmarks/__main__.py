@@ -16,7 +16,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 #: What runs unless it is said otherwise; and what starts servers or a Ray of its own, by wall time.
-_QUICK = ("published", "ablation", "scaling", "optimizers", "start-up")
+_QUICK = ("published", "ablation", "scaling", "precision", "alternatives", "optimizers", "start-up")
 _ELSEWHERE = ("remote", "dispatcher", "workers", "slow")
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     import torch
 
     from bbprompt.backends.memory import keep_freed_memory
-    from benchmarks import cluster, forward, overhead, remote
+    from benchmarks import alternatives, cluster, forward, overhead, precision, remote
 
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -47,6 +47,8 @@ def main() -> None:
         "published": ("Against the published protocols", lambda: forward.against_published(*sizes)),
         "ablation": ("Each saving switched off", lambda: forward.ablation(*sizes)),
         "scaling": ("Cost as one size changes", lambda: forward.scaling(*sizes)),
+        "precision": ("Rankings in mixed precision", lambda: precision.rankings(options.rounds, options.threads)),
+        "alternatives": ("What is not used", lambda: alternatives.alternatives(*sizes)),
         "optimizers": ("Optimizers", lambda: overhead.optimizers(options.call_ms)),
         "start-up": ("Start-up", overhead.start_up),
         "remote": (
@@ -68,7 +70,7 @@ def main() -> None:
             sys.exit(f"--only {name}: there are {', '.join(tables)}")
         title, work = tables[name]
         # The optimizers of stage I fit by gradients.
-        with torch.inference_mode(name in ("published", "ablation", "scaling")):
+        with torch.inference_mode(name in ("published", "ablation", "scaling", "alternatives")):
             section = ["", f"### {title}", "", *work()]
         lines += section
         print("\n".join(section), flush=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder, Layout, pack
 from bbprompt.backends.population import Place, Runner, Trunk
+from bbprompt.units import plan_units
 
 __all__ = ["Setting", "interleaved"]
 
@@ -83,6 +84,10 @@ class Setting:
         """Our forward of the stock model."""
         return Encoder(model.bert, dtype, prepack=prepack)
 
+    def layout(self) -> Layout:
+        """How the texts lie packed."""
+        return pack(self.lengths)
+
     def scorer(
         self,
         runner: Runner,
@@ -102,8 +107,12 @@ class Setting:
         place, points = Place(layout, slots, rows if read else None), self.points(layer)
         trunk = Trunk([runner.encoder.embed(ids, layout)[None]])
 
-        def run() -> Tensor:
-            return runner.run(place, trunk, points, lambda states: states.clone(), 4096, deviations)
+        units = plan_units(len(points), max(4096 // sum(lengths), 1))
+
+        def run() -> Any:
+            if deviations:
+                return runner.run_deviations(place, trunk, points, torch.clone)
+            return [runner.run(place, trunk, points, unit, torch.clone) for unit in units]
 
         return run
 

@@ -21,7 +21,7 @@ LISTED_DIM = 12
 
 _RAW = 1024  # rows drawn uniformly
 _STARTS = 6  # of them, how many climb for the first row
-_FURTHER = 1  # and for each row after it, beside the ends of the climbs before
+_FURTHER = 2  # and for each row after it, beside the ends of the climbs before
 _KEPT = 4  # ends of climbs from which the next ones start
 _GAIN = 1e-12  # least gain of a step: more than rounding
 

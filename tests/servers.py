@@ -47,7 +47,9 @@ def serving(oracle: Oracle, *, tls: tuple[Path, Path] | None = None, **settings:
 
 def start(prompts: Path, *flags: str, port: int = 0, env: Mapping[str, str] | None = None) -> tuple[Any, str]:
     """A `bbprompt serve` process that is ready, and its URL."""
-    words = ["serve", "--prompts", str(prompts), "--port", str(port), "--threads", "1", "--json", *flags]
+    # Bits are compared; with "auto" they would depend on the processor, and on what is scored together.
+    words = ["serve", "--prompts", str(prompts), "--port", str(port), "--threads", "1", "--dtype", "float32"]
+    words += ["--json", *flags]
     process = subprocess.Popen(
         [sys.executable, "-m", "bbprompt", *words],
         stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ import tiny_prompt
 from servers import serving
 
 from bbprompt import doctor, prompts
+from bbprompt.backends.precision import best_precision
 from bbprompt.connect import open_oracle
 from bbprompt.doctor import Finding, examine
 from bbprompt.prompts import ModularPrompt
@@ -66,7 +67,11 @@ def test_a_backend_is_opened_only_on_request(
     assert [f.state for f in examine("local", {}) if f.name == "backend"] == ["problem"]
     tiny_prompt.artifact_dir(tmp_path / "e5-small-mp2-deep", tiny_bert_dir, "mp2-deep")
     (local,) = (f for f in examine("local", {}) if f.name == "backend")
-    assert (local.state, local.value) == ("ok", f"local: {tiny_bert_dir}, float32 on {local.value.split(' on ')[1]}")
+    precision = best_precision("cpu")
+    assert (local.state, local.value) == (
+        "ok",
+        f"local: {tiny_bert_dir}, {precision} on {local.value.split(' on ')[1]}",
+    )
     for url in ("http://localhost:1", "kserve://localhost:1/oracle", "kserve+grpc://localhost:1/oracle"):
         (remote,) = (f for f in examine(url, {}) if f.name == "backend")
         assert remote.state == "problem"

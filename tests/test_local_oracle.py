@@ -166,9 +166,9 @@ def test_what_was_scored_before_does_not_matter(layer: int, deep: ModularPrompt,
 
 def test_kept_batches_are_bounded_and_forgotten_without_trace(deep: ModularPrompt, backbone: Backbone) -> None:
     oracle, points = LocalOracle(backbone, deep), points_of(deep, 2)
-    batches = [batch_of("pair", count) for count in range(2, 10)]
+    batches = [batch_of("pair", count) for count in range(2, 14)]
     first = [oracle.score(batch, points).logits for batch in batches]
-    assert len(oracle._kept) == 4
+    assert len(oracle._kept) == 8
     for batch, logits in zip(batches, first, strict=True):
         np.testing.assert_array_equal(oracle.score(batch, points).logits, logits)
     oracle.close()
@@ -283,7 +283,8 @@ def test_mixed_precision_ranks_as_float32(layer: int, tokens: int, deep: Modular
     oracle = LocalOracle(backbone, deep, dtype="mixed", batch_tokens=tokens)
     mixed, exact = oracle.score(batch, points), LocalOracle(backbone, deep).score(batch, points)
     one, other = (readout.losses(scores, batch, [0] * 9).mean(axis=1) for scores in (mixed, exact))
-    assert oracle.fallbacks == (0, 1)
+    last = layer == tiny.LAYERS - 1
+    assert oracle.precisions == ({} if last else {"deviations": 1})
     assert oracle.info.precision == "mixed"
     error, spread = (one - other).std(), other.std()
     assert error < 0.05 * spread
@@ -291,6 +292,47 @@ def test_mixed_precision_ranks_as_float32(layer: int, tokens: int, deep: Modular
     plain = readout.losses(rough, batch, [0] * 9).mean(axis=1)
     assert (plain - other).std() > 3 * error, "bfloat16 throughout must be worse"
     np.testing.assert_array_equal(oracle.score(batch, points).logits, mixed.logits)
+
+
+@pytest.mark.parametrize("count", [4, 12])
+@pytest.mark.parametrize("kind", ["pair", "choice", "extract"])
+def test_candidates_that_lie_far_apart_run_in_bfloat16(
+    kind: str, count: int, deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "bbprompt.backends.local.ENOUGH_THROUGHOUT", 2.0
+    )  # untrained, the model tells prompts hardly apart
+    batch, points = batch_of(kind), points_of(deep, count)
+    oracle = LocalOracle(backbone, deep, dtype="mixed")
+    got = oracle.score(batch, points)
+    assert oracle.precisions == {"bfloat16": 1}
+    low = LocalOracle(backbone, deep, dtype="bfloat16").score(batch, points)
+    np.testing.assert_array_equal(got.logits, low.logits)
+    exact = LocalOracle(backbone, deep).score(batch, points)
+    assert not np.array_equal(got.logits, exact.logits)
+
+
+def test_few_candidates_that_lie_close_run_in_float32(deep: ModularPrompt, backbone: Backbone) -> None:
+    batch, points = batch_of("pair"), population(deep, 1, 1e-3, 7)
+    oracle = LocalOracle(backbone, deep, dtype="mixed")
+    np.testing.assert_array_equal(
+        oracle.score(batch, points).logits, LocalOracle(backbone, deep).score(batch, points).logits
+    )
+    assert oracle.precisions == {"float32": 1}
+
+
+def test_mixed_precision_does_not_depend_on_what_was_scored_before(
+    deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bbprompt.backends.local.ENOUGH_THROUGHOUT", 2.0)
+    batch = batch_of("pair")
+    requests = [points_of(deep, 4), population(deep, 1, 1e-2), population(deep, 2, 1e-3), points_of(deep, 12, 3)]
+    oracle = LocalOracle(backbone, deep, dtype="mixed")
+    together = [oracle.score(batch, points).logits for points in requests]
+    assert oracle.precisions == {"bfloat16": 2, "deviations": 1}
+    for points, logits in zip(requests, together, strict=True):
+        alone = LocalOracle(backbone, deep, dtype="mixed").score(batch, points).logits
+        np.testing.assert_array_equal(alone, logits)
 
 
 def test_mixed_precision_falls_back(
@@ -302,19 +344,19 @@ def test_mixed_precision_falls_back(
     assert not np.array_equal(oracle.score(batch, points).logits, exact.logits)
     monkeypatch.setattr("bbprompt.backends.local.ENOUGH", 1e9)
     np.testing.assert_array_equal(oracle.score(batch, points).logits, exact.logits)
-    assert oracle.fallbacks == (1, 2)
+    assert oracle.precisions == {"deviations": 1, "float32": 1}
     with caplog.at_level("INFO"):
         oracle.close()
-    assert "1 of 2 populations needed float32" in caplog.text
+    assert "1 in deviations, 1 in float32" in caplog.text
 
 
 def test_mixed_precision_scores_few_candidates_in_float32(deep: ModularPrompt, backbone: Backbone) -> None:
-    batch, points = batch_of("pair"), population(deep, 1, 1e-3, 7)
+    batch, points = batch_of("pair"), points_of(deep, 3)
     oracle = LocalOracle(backbone, deep, dtype="mixed")
     np.testing.assert_array_equal(
         oracle.score(batch, points).logits, LocalOracle(backbone, deep).score(batch, points).logits
     )
-    assert oracle.fallbacks == (0, 0)
+    assert oracle.precisions == {}
 
 
 def test_a_population_that_is_held_in_pieces(

@@ -83,7 +83,7 @@ def oracle(cluster: Cluster, prompt: bbprompt.ModularPrompt) -> Iterator[RayOrac
 
 @pytest.fixture(scope="module")
 def local(prompt: bbprompt.ModularPrompt) -> Oracle:
-    return open_oracle("local", prompt, threads=1, batch_tokens=300)
+    return open_oracle("local", prompt, threads=1, batch_tokens=300, dtype="float32")  # as Ray's workers
 
 
 class TestContract(OracleContract):
@@ -117,6 +117,7 @@ def test_its_replies_are_those_of_the_local_oracle_bit_for_bit(
 
 def settings(data: Path, prompts: Path, **changes: Any) -> dict[str, Any]:
     plain = {"task": str(data / "task.yaml"), "data": str(data), "prompts": str(prompts), "budget": 70, "threads": 1}
+    plain |= {"dtype": "float32"}  # "auto" is that on Ray and may be mixed on one machine
     return plain | {"batch_tokens": 600, "set": STAGES} | changes
 
 
@@ -162,7 +163,18 @@ def test_from_the_command_line_with_one_worker(
 ) -> None:
     """A process of its own, without a Ray around it: it starts one, says nothing of it, and clears it away."""
     words = [sys.executable, "-m", "bbprompt", "tune", "--task", str(tiny_pair_data / "task.yaml")]
-    words += ["--data", str(tiny_pair_data), "--prompts", str(tiny_prompts), "--budget", "70", "--batch-tokens", "600"]
+    words += [
+        "--data",
+        str(tiny_pair_data),
+        "--prompts",
+        str(tiny_prompts),
+        "--dtype",
+        "float32",
+        "--budget",
+        "70",
+        "--batch-tokens",
+        "600",
+    ]
     words += ["--run-dir", str(tmp_path / "run"), "--ray", "local", "--workers", "1", "--json", "--quiet"]
     words += [word for key, value in STAGES.items() for word in ("--set", f"{key}={value}")]
     (tmp_path / "t").mkdir()

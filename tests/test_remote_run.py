@@ -27,6 +27,7 @@ def config(data: Path, prompts: Path, **changes: Any) -> TuneConfig:
         "prompts": str(prompts),
         "budget": 60,
         "threads": 1,
+        "dtype": "float32",  # as the server
         "baselines": False,  # what reads the model's states has only a local one
         "set": {"router": None, "prompt.popsize": 8, "prompt.dev_every": 16},
     }

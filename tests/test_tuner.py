@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_prompt
 import toyruns
+from numpy.typing import NDArray
 from toyruns import METHODS
 
 from bbprompt.config import method_with
 from bbprompt.errors import OracleError, ResumeMismatch
+from bbprompt.oracle import OracleInfo, Scores, TextBatch
 from bbprompt.readout import Readout
 from bbprompt.search.tuner import Found, Look, Status
 from bbprompt.testing import FaultyOracle, ToyOracle
@@ -127,6 +131,34 @@ def test_tuning_lowers_the_train_loss(tmp_path: Path) -> None:
     found, _, _ = toyruns.run(tmp_path, method_with(METHODS["layerwise"], {"prompt.sigma": 0.2}), 800)
     assert found.stages[0].train_loss < found.before.incumbent.loss - 0.02
     assert found.chosen.incumbent.loss < found.before.incumbent.loss
+
+
+class Rough(ToyOracle):
+    """A mixed oracle whose populations of four, the routers, come out with too low a loss."""
+
+    @property
+    def info(self) -> OracleInfo:
+        return replace(super().info, precision="mixed")
+
+    def score(self, batch: TextBatch, points: NDArray[np.floating], *rest: Any) -> Scores:
+        scores = super().score(batch, points, *rest)
+        return replace(scores, normalizer=scores.normalizer - np.float32(0.01)) if len(points) == 4 else scores
+
+
+@pytest.mark.parametrize("budget", [26, 40, 100])
+def test_stage_two_starts_from_a_loss_as_exact_as_its_own(budget: int, tmp_path: Path) -> None:
+    method = method_with(METHODS["both"], {"prompt.sigma": 1e-9, "prompt.sigma_first": 1e-9, "select": "pooled-loss"})
+    found, ledger, recorder = toyruns.run(tmp_path, method, budget, oracle=Rough())
+    router, prompt = found.stages
+    assert router.chosen is not found.before
+    point = prompt.chosen.incumbent.point
+    np.testing.assert_allclose(point, router.chosen.incumbent.point, atol=1e-6)
+    data = toyruns.data(12, 1)
+    exact = Readout(method.support).losses(ToyOracle().score(data.batch, point[None]), data.batch, data.gold).mean()
+    assert prompt.train_loss == pytest.approx(exact, abs=1e-6)
+    assert ledger.asked == recorder.calls <= budget
+    again, _, _ = toyruns.run(tmp_path, method, budget, oracle=FaultyOracle(Rough(), at=1))
+    assert same(again, found)
 
 
 def test_stage_two_starts_from_the_chosen_router(tmp_path: Path) -> None:
@@ -312,7 +344,6 @@ def test_a_search_that_takes_another_way_is_noticed(tmp_path: Path) -> None:
 
 
 def test_cut_tokens_are_known_after_a_replay(tmp_path: Path) -> None:
-    from bbprompt.readout import Readout
     from bbprompt.search.evaluate import Evaluator
     from bbprompt.store.journal import Journal
     from bbprompt.store.ledger import Ledger

@@ -23,7 +23,9 @@ Device = Annotated[
 Dtype = Annotated[
     Literal["auto", "float32", "mixed", "bfloat16"] | None,
     typer.Option(
-        "--dtype", show_default=False, help="Precision of the model; auto is mixed on CPUs with AMX, else float32."
+        "--dtype",
+        show_default=False,
+        help="Precision of the model; auto is mixed on CPUs with AVX-512 BF16 or AMX, else float32.",
     ),
 ]
 Threads = Annotated[

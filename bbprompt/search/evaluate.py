@@ -80,6 +80,11 @@ class Evaluator:
         """Train and dev calls the search may still ask for, the same at the same step of a resumed run."""
         return self._ledger.limit - self._ledger.asked - (len(_KINDS) if self.calibrates else 0)
 
+    @property
+    def mixed(self) -> bool:
+        """Whether losses of a population may be rougher than that of a candidate alone."""
+        return self._oracle.info.precision == "mixed"
+
     def readout(self, point: NDArray[np.floating]) -> Readout:
         """How the scores of a point `(L, d)` are read: as was given, with the offsets that its train scores gave.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -136,14 +136,14 @@ def search(
             stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
             traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most=most))
     if method.prompt is not None:
-        start = run.chosen.incumbent
+        start = run.settled().incumbent
         stage = prompt_stage(method.prompt, start, seed, space.fixed)
         kept = method.refine.share if method.refine is not None else 0.0
         own = max(int((1.0 - kept) * evaluator.left), method.prompt.popsize) if kept else None
         settings = method.prompt
         traces.append(run.stage(stage, settings.popsize, settings.dev_every, most=own, patience=settings.patience))
     if method.refine is not None:
-        stage = refine_stage(method.refine, run.chosen.incumbent, evaluator.left - 1, space.fixed)
+        stage = refine_stage(method.refine, run.settled().incumbent, evaluator.left - 1, space.fixed)
         traces.append(run.stage(stage, 1, method.refine.dev_every, patience=method.refine.patience))
     if evaluator.calibrates:
         traces.append(run.calibration())
@@ -156,6 +156,7 @@ class _Search:
     def __init__(self, method: MethodConfig, evaluator: Evaluator, report: Callable[[Status], None]) -> None:
         self._method, self._evaluator, self._report = method, evaluator, report
         self._looks: list[Look] = []
+        self._alone: set[bytes] = set()
         self.optimizer_seconds = 0.0
 
     @property
@@ -195,6 +196,22 @@ class _Search:
         self._report(Status(self._evaluator.spent, "calibration", train_loss, look.dev_metric))
         spent = self._evaluator.spent - first
         return StageTrace("calibration", "newton", spent, train_loss, look, ended, time.monotonic() - began)
+
+    def settled(self) -> Look:
+        """What `chosen` is once its train loss is measured alone: one call, where populations are scored more roughly.
+
+        The next stage compares its own losses with it, and they differ by less than what the error may be.
+        """
+        # The first look is at the untuned prompt, which is scored alone.
+        while (look := self.chosen) is not self._looks[0] and self._evaluator.mixed and self._evaluator.left:
+            point = look.incumbent.point
+            if point.tobytes() in self._alone:
+                break
+            self._alone.add(point.tobytes())
+            loss = float(self._evaluator.train(point[None])[0])
+            at = next(i for i, known in enumerate(self._looks) if known is look)
+            self._looks[at] = replace(look, incumbent=replace(look.incumbent, loss=loss))
+        return look
 
     def report(self, stage: str, train_loss: float) -> None:
         """Tell where the search stands."""
