@@ -52,7 +52,7 @@ class ServedModel(BaseModel):
     prompts: str = "prompts"
     backbone: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "float32"
     batch_tokens: _Count | None = None
     max_tokens: _Count | None = None
     threads: _Count | None = None

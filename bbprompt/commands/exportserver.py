@@ -61,7 +61,7 @@ def export_server(
     settings = ServedModel(
         backbone=backbone,
         device=device or "auto",
-        dtype=dtype or "auto",
+        dtype=dtype or "float32",  # an answer must not depend on what else is asked for with it
         batch_tokens=batch_tokens,
         max_tokens=max_tokens,
         threads=threads,

@@ -89,7 +89,7 @@ def serve(
             prompt,
             backbone=backbone,
             device=device or "auto",
-            dtype=dtype or "auto",
+            dtype=dtype or "float32",  # an answer must not depend on what else is asked for with it
             batch_tokens=batch_tokens,
             max_tokens=max_tokens,
             threads=threads,
