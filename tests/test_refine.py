@@ -56,7 +56,13 @@ def test_calls_are_shared_between_the_layers() -> None:
 def test_two_stages_share_the_budget(tmp_path: Path) -> None:
     method = method_with(
         load_method("mp2-deep"),
-        {"router": None, "prompt.popsize": 6, "refine": {"step": 0.2, "share": 0.5}, "select": "dev-loss"},
+        {
+            "router": None,
+            "prompt.popsize": 6,
+            "refine": {"step": 0.2, "share": 0.5},
+            "calibrate": False,
+            "select": "dev-loss",
+        },
     )
     found, ledger, recorder = toyruns.run(tmp_path / "run", method, 101)
     assert [(stage.name, stage.optimizer) for stage in found.stages] == [("prompt", "cmaes"), ("refine", "cobyla")]
