@@ -288,6 +288,7 @@ class TuneConfig(_Settings):
         workers: Models on it, None for as many as it holds; or requests to a server at once, None for one. Decides
             nothing but time.
         test_limit: Score at most so many test examples (the first ones in a seeded order); None for all.
+        allow_overlap: Go on where few-shot inputs stand in the test split too, which then says too much of the prompt.
         baselines: After a search, show what the cheap methods without prompts give on the same test examples.
         set: Changes to the method, dotted key to value.
     """
@@ -310,6 +311,7 @@ class TuneConfig(_Settings):
     ray: str | None = None
     workers: _Count | None = None
     test_limit: _Count | None = None
+    allow_overlap: Annotated[bool, Field(strict=True)] = False
     baselines: Annotated[bool, Field(strict=True)] = True
     set: Mapping[str, Any] = Field(default_factory=dict)
 

@@ -36,7 +36,7 @@ from bbprompt.store.manifest import manifest_of
 from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.tasks.data import DataSource, open_data
 from bbprompt.tasks.example import Example
-from bbprompt.tasks.fewshot import FewShot, few_shot
+from bbprompt.tasks.fewshot import FewShot, check_apart, few_shot
 from bbprompt.tasks.task import Task, load_task
 from bbprompt.tensorfile import pack
 from bbprompt.texts.forms import write
@@ -131,6 +131,8 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
     data = open_data(task, config.data)
     few = few_shot(task, data, config.seed, config.shots)
+    if not config.allow_overlap:
+        check_apart(task, few, data.split("test"))
     test = limited(data.split("test"), config.test_limit, config.seed)
     if method.baseline is not None:
         from bbprompt.baselines.method import prepare_baseline

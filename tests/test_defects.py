@@ -14,7 +14,7 @@ import tiny_prompt
 
 from bbprompt.errors import DataError
 from bbprompt.tasks.data import open_data
-from bbprompt.tasks.fewshot import sample
+from bbprompt.tasks.fewshot import check_apart, sample
 from bbprompt.tasks.task import Task
 
 TASK = Task.model_validate(tiny_prompt.PAIR)
@@ -176,3 +176,17 @@ def test_repeats_and_overlaps_are_counted_and_contradictions_refused(
     with pytest.raises(DataError, match="7 training inputs stand under two labels") as raised:
         sample(TASK, open_data(TASK, tmp_path).split("train"), 1)
     assert str(raised.value).count(" | ") == 5
+
+
+def test_few_shot_inputs_that_are_tested_too_are_refused(tmp_path: Path) -> None:
+    rows = [[f"a{n}", f"b{n}", str(n % 2)] for n in range(64)]
+    (tmp_path / "train.tsv").write_text(tsv(rows), encoding="utf-8")
+    (tmp_path / "test.tsv").write_text(tsv([*rows[:6], ["c", "d", "1"]]), encoding="utf-8")
+    data = open_data(TASK, tmp_path)
+    few = sample(TASK, data.split("train"), 1)
+    with pytest.raises(
+        DataError, match=r"6 of 64 few-shot inputs stand in the test split too: .*--allow-overlap"
+    ) as raised:
+        check_apart(TASK, few, data.split("test"))
+    assert str(raised.value).count(" | ") == 5
+    check_apart(TASK, few, data.split("test")[6:])

@@ -368,6 +368,15 @@ def test_what_is_missing_or_does_not_fit(
         begin(prepare(config(tiny_pair_data, tiny_prompts, max_tokens=12)), tmp_path / "run")
 
 
+def test_few_shot_inputs_in_the_test_split(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
+    for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
+        (tmp_path / name).write_bytes((tiny_pair_data / ("train.jsonl" if name == "test.jsonl" else name)).read_bytes())
+    settings = config(tiny_pair_data, tiny_prompts).model_copy(update={"data": str(tmp_path)})
+    with pytest.raises(DataError, match="64 of 64 few-shot inputs stand in the test split too"):
+        prepare(settings)
+    prepare(settings.model_copy(update={"allow_overlap": True})).close()
+
+
 def test_no_cuda(tiny_pair_data: Path, tiny_prompts: Path) -> None:
     import torch
 

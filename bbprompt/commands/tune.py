@@ -98,6 +98,14 @@ def tune(
     test_limit: Annotated[
         int | None, typer.Option(show_default=False, help="Score at most so many test examples.")
     ] = None,
+    allow_overlap: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-overlap",
+            show_default=False,
+            help="Go on where few-shot inputs stand in the test split too.",
+        ),
+    ] = None,
     baselines: Annotated[
         bool | None,
         typer.Option(
@@ -147,6 +155,7 @@ def tune(
         "ray": ray,
         "workers": workers,
         "test_limit": test_limit,
+        "allow_overlap": allow_overlap,
         "baselines": baselines,
         "run_dir": str(run_dir) if run_dir is not None else None,
         "quiet": quiet or None,

@@ -24,7 +24,7 @@ from bbprompt.tasks.data import DataSource, data_digest
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
 
-__all__ = ["FewShot", "few_shot", "given", "pool_uids", "sample", "sizes"]
+__all__ = ["FewShot", "check_apart", "few_shot", "given", "pool_uids", "sample", "sizes"]
 
 _TOTAL = 32
 _MANY_LABELS = 5
@@ -148,6 +148,22 @@ def few_shot(task: Task, data: DataSource, seed: int, shots: int | None = None) 
             f"{data.id}: no test split; dev is used up by the few-shot split that {task.name} takes as given"
         )
     return given(task, data.split("train"), data.split("dev"))
+
+
+def check_apart(task: Task, few: FewShot, test: Sequence[Example]) -> None:
+    """See that no few-shot input stands in the test split.
+
+    Raises:
+        DataError: Some do; the first five are shown.
+    """
+    tested = {example.uid for example in test}
+    both = [example for example in (*few.train, *few.dev) if example.uid in tested]
+    if both:
+        shown = "; ".join(repr(" | ".join(example.fields.values()))[:60] for example in both[:5])
+        raise DataError(
+            f"task {task.name}: {len(both)} of {len(few.train) + len(few.dev)} few-shot inputs stand in the test split "
+            f"too: {shown}; remove them from train, take another --seed, or pass --allow-overlap"
+        )
 
 
 def pool_uids(
