@@ -173,7 +173,9 @@ def test_parse_set() -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", ["router.calls", "=3", "router.calls=[1]", "router={calls: 3}", "select='open", "x=@a"]
+    "pair",
+    ["router.calls", "=3", "router.calls=[1]", "router={calls: 3}", "select='open", "x=@a", "x=" + "{" * 5000],
+    ids=lambda pair: pair[:20],
 )
 def test_parse_set_refuses(pair: str) -> None:
     with pytest.raises(UsageError, match="--set"):
