@@ -120,8 +120,8 @@ _READOUTS = {
     "prototype": (
         "The mean of a text's last states (placeholders left out unless `readout.pooling.pool_prompt`) is its "
         "embedding, `readout.pooling.prefix` before the text. An option is embedded as `task.prototype` says and "
-        "scores `readout.pooling.scale` times the cosine. A pair whose task has `same` is two texts; with g going evenly "
-        "from 1 for that option to -1 for the last on the other side, an option scores g times the scale times (cosine - "
+        "scores `readout.pooling.scale` times the cosine. A pair whose task has `same` is two texts; with g going "
+        "evenly from 1 for that option to -1 for the farthest, an option scores g times the scale times (cosine - "
         "`readout.pooling.threshold`)."
     ),
     "verbalizer": (
