@@ -370,7 +370,7 @@ def test_the_artifact_of_a_training(trained: Path, recipe: PretrainConfig, upstr
     # Modules have unit size in every layer; A takes the factor up.
     np.testing.assert_allclose(np.sqrt((prompt.modules**2).mean((1, 2))), 1.0, rtol=1e-3)
     lines = [json.loads(line) for line in (trained / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [line["step"] for line in lines if "valid" in line] == [4, 6]
+    assert [line["step"] for line in lines if "valid" in line] == [0, 4, 6]
     card = (trained / "artifact" / "README.md").read_text(encoding="utf-8")
     assert "tiny-choice" in card
     assert recipe.license in card
