@@ -15,6 +15,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 BUDGET ?= 8000
+METHOD ?= mp2-proto
 SEED ?= 1
 
 BIN := $(VENV)/bin
@@ -24,7 +25,7 @@ SOURCES := pyproject.toml .ci/constraints.txt
 .PHONY: demo test promises promises-nightly promises-release planted servers clean
 
 demo: $(VENV)/.installed
-	$(BIN)/bbprompt tune --task lcqmc --budget $(BUDGET)
+	$(BIN)/bbprompt tune --task lcqmc --method $(METHOD) --budget $(BUDGET)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
