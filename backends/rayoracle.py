@@ -281,7 +281,9 @@ def open_ray(
         ArtifactError: A worker cannot load backbone or prompts.
     """
     if dtype == "mixed":
-        raise UsageError("--dtype mixed: a population is scored as a whole, which --ray shares out; use float32")
+        raise UsageError(
+            "--dtype mixed: a population is scored whole, and --ray shares it out; begin the run with float32"
+        )
     each = threads or 1
     size = sum(array.nbytes for array in (prompt.projection, prompt.modules, prompt.routers, prompt.head_weight))
     cluster = join_cluster(address, cpus=max(cores, (workers or 1) * each), store=size)

@@ -156,6 +156,9 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         ray=config.ray,
         workers=config.workers,
     )
+    if config.backend == "local":
+        # As with threads: "auto" is another precision on a cluster or on another processor.
+        config = config.model_copy(update={"dtype": oracle.info.precision})
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
 
 

@@ -92,14 +92,17 @@ class Stage:
         self.data = tiny_prompt.data_dir(root / "data", tiny_prompt.PAIR, splits)
 
     def settings(self, budget: int) -> dict[str, Any]:
-        plain = {"task": str(self.data / "task.yaml"), "data": str(self.data), "prompts": str(self.prompts)}
-        return plain | {"budget": budget, "threads": 1, "batch_tokens": 600, "set": STAGES, "baselines": False}
+        plain: dict[str, Any] = {"task": str(self.data / "task.yaml"), "data": str(self.data)}
+        plain["prompts"] = str(self.prompts)
+        # "auto" is float32 on Ray and may be mixed here.
+        plain |= {"budget": budget, "threads": 1, "batch_tokens": 600, "baselines": False, "dtype": "float32"}
+        return plain | {"set": STAGES}
 
     def words(self, folder: Path, budget: int, ray: str) -> list[str]:
         """The same on the command line."""
         words = [sys.executable, "-m", "bbprompt", "tune", "--run-dir", str(folder), "--ray", ray, "--workers", "2"]
         words += ["--task", str(self.data / "task.yaml"), "--data", str(self.data), "--prompts", str(self.prompts)]
-        words += ["--budget", str(budget), "--batch-tokens", "600", "--no-baselines"]
+        words += ["--budget", str(budget), "--batch-tokens", "600", "--no-baselines", "--dtype", "float32"]
         return words + [word for key, value in STAGES.items() for word in ("--set", f"{key}={value}")]
 
     def serial(self, budget: int) -> tuple[Any, ...]:

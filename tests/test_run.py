@@ -144,6 +144,11 @@ def test_both_stages(method: str, tiny_pair_data: Path, tiny_prompts: Path, tmp_
     assert begin(run, tmp_path / "again").digest == result.digest
 
 
+def test_the_precision_that_auto_meant_is_written_down(pair: Prepared) -> None:
+    assert pair.config.dtype == pair.oracle.info.precision != "auto"
+    assert pair.manifest()["config"]["dtype"] == pair.oracle.info.precision
+
+
 def test_bfloat16(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     run = prepare(config(tiny_pair_data, tiny_prompts, dtype="bfloat16", budget=20))
     assert run.manifest()["model"]["precision"] == "bfloat16"
