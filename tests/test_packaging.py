@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+#: What is no source.
+_OTHERS = (".*_cache", ".git", ".hypothesis", ".servers", ".venv", "__pycache__", "*.egg-info", "build", "dist", "runs")
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +38,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A wheel that was built from the source distribution, and that distribution."""
     if reason := _cannot_build():
         pytest.skip(reason)
-    out = tmp_path_factory.mktemp("dist")
+    out, source = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("source") / "bbprompt"
+    # In a copy, for setuptools works in the source folder itself, where another process may be building.
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(*_OTHERS))
     # Without --wheel and --sdist the wheel is built from the unpacked source distribution, which so is tested too.
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
-    existing = {path.name for path in ROOT.iterdir()}
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(source)]
+    existing = {path.name for path in source.iterdir()}
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert {path.name for path in ROOT.iterdir()} - existing <= {"bbprompt.egg-info"}, "leaves nothing behind"
+    assert {path.name for path in source.iterdir()} - existing <= {"bbprompt.egg-info"}, "leaves nothing behind"
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
 

@@ -82,6 +82,7 @@ def test_one_prompt_for_all_tasks_loads_in_tune(
     words = shlex.split(advice)[2:]
     words[2] = str(data / "tiny-pair" / "task.yaml")
     more = ["--data", str(data / "tiny-pair"), "--budget", "60", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    more += ["--allow-overlap"]
     (data / "tiny-pair" / "test.jsonl").write_bytes((data / "tiny-pair" / "train.jsonl").read_bytes())
     assert cli.run([*words, *more, "--quiet"]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))["prompts"] == str(
