@@ -30,7 +30,17 @@ def test_a_run_outlives_one_of_its_two_machines(tiny_pair_data: Path, tiny_promp
     run = tmp_path / "run"
     words = ["-m", "bbprompt", "tune", "--task", str(tiny_pair_data / "task.yaml"), "--data", str(tiny_pair_data)]
     words += ["--prompts", str(tiny_prompts), "--seed", "7", "--budget", str(budget), "--batch-tokens", "3000"]
-    words += ["--set", "router=null", "--run-dir", str(run), "--workers", "2", "--json"]
+    words += [
+        "--set",
+        "router=null",
+        "--set",
+        "prompt.patience=null",
+        "--run-dir",
+        str(run),
+        "--workers",
+        "2",
+        "--json",
+    ]
     with only_ray(), two_machines() as (head, other), ray_on(head, other, tmp_path) as address:
         wrong = head.environment | {"RAY_AUTH_TOKEN": "0" * 64}
         refused = subprocess.run(

@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 LONG = 1500
-ROUTERLESS = {"router": None}
+ROUTERLESS = {"router": None, "prompt.patience": None}
 
 
 @pytest.fixture
@@ -51,6 +51,7 @@ def temporary() -> Iterator[Path]:
 def flags(data: Path, prompts: Path, out: Path, **grid: str) -> list[str]:
     grid = {"tasks": "lcqmc", "methods": "mp2-deep", "seeds": "1", "budget": "44"} | grid
     words = ["sweep", "--data", str(data), "--prompts", str(prompts), "--out", str(out), "--set", "router=null"]
+    words += ["--set", "prompt.patience=null"]
     return [*words, *(part for key, value in grid.items() for part in (f"--{key}", value))]
 
 
