@@ -202,8 +202,11 @@ class MethodConfig(_Settings):
             texts have options of their own.
         select: Which looked-at prompt is returned. "both-losses": among the untuned mixtures the lowest train and dev
             loss together; a prompt that was searched for, whose train loss is biased, replaces it only if its dev
-            loss is lower too. "dev-loss": the lowest dev loss; "pooled-loss": the lowest train and dev loss together;
-            "dev-metric": the highest dev metric, as released. The earliest of equals. Test is never looked at.
+            loss is lower too, by more than `margin`. "dev-loss": the lowest dev loss; "pooled-loss": the lowest train
+            and dev loss together; "dev-metric": the highest dev metric, as released. The earliest of equals. Test is
+            never looked at.
+        margin: By how many standard errors of the paired difference over the dev texts a searched prompt must be ahead
+            under "both-losses": a search looks at dev many times, and each look is a chance to be ahead by luck.
     """
 
     name: str
@@ -222,6 +225,7 @@ class MethodConfig(_Settings):
     refine: RefineStageConfig | None = None
     calibrate: Annotated[bool, Field(strict=True)] = False
     select: Literal["both-losses", "dev-loss", "pooled-loss", "dev-metric"] = "both-losses"
+    margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -220,7 +220,7 @@ def test_every_candidate_is_read_with_offsets_of_its_own(backbone: Backbone, tmp
         for number, (point, offsets, loss) in enumerate(zip(points, fitted, losses, strict=True)):
             assert evaluator.readout(point).offsets == pytest.approx(tuple(offsets), abs=1e-6)
             if number:
-                assert evaluator.dev(point[None])[0][0] == pytest.approx(loss, abs=1e-6)
+                assert evaluator.dev(point[None])[0].loss == pytest.approx(loss, abs=1e-6)
         assert evaluator.readout(points[0] + 1.0) == evaluator.readout(points[0]), "never scored: as the first"
         journal.close()
 

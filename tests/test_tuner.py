@@ -18,7 +18,8 @@ from bbprompt.config import method_with
 from bbprompt.errors import OracleError, ResumeMismatch
 from bbprompt.oracle import OracleInfo, Scores, TextBatch
 from bbprompt.readout import Readout
-from bbprompt.search.tuner import Found, Look, Status
+from bbprompt.search.evaluate import DevScore
+from bbprompt.search.tuner import Found, Look, Status, clearly_lower
 from bbprompt.testing import FaultyOracle, ToyOracle
 
 
@@ -117,7 +118,10 @@ def test_a_searched_prompt_must_lower_both_losses(tmp_path: Path) -> None:
     run = tuner._Search(method_with(METHODS["both"], {"select": "both-losses"}), None, lambda status: None)  # type: ignore[arg-type]
 
     def chosen(*looks: tuple[float, float, bool]) -> int:
-        run._looks = [Look(Incumbent(point, train), dev, 0.5, Readout(), searched) for train, dev, searched in looks]
+        run._looks = [
+            Look(Incumbent(point, train), DevScore(dev, 0.5, (dev,)), Readout(), searched)
+            for train, dev, searched in looks
+        ]
         return run._looks.index(run.chosen)
 
     assert chosen((0.7, 0.7, False), (0.4, 0.8, False)) == 1, "unsearched: both losses together"
@@ -125,6 +129,25 @@ def test_a_searched_prompt_must_lower_both_losses(tmp_path: Path) -> None:
     assert chosen((0.7, 0.7, False), (0.6, 0.65, True)) == 1
     assert chosen((0.4, 0.8, False), (0.9, 0.75, True)) == 0
     assert chosen((0.7, 0.7, False), (0.7, 0.7, False)) == 0, "the earliest of equals"
+
+
+def test_a_searched_prompt_must_be_clearly_ahead() -> None:
+    held = DevScore(0.75, 0.5, (0.5, 1.0, 0.5, 1.0))
+    # The same gain on every text, and one of the same mean that is that of one text alone (standard error .1).
+    steady = DevScore(0.65, 0.5, (0.4, 0.9, 0.4, 0.9))
+    lucky = DevScore(0.65, 0.5, (0.1, 1.0, 0.5, 1.0))
+    assert clearly_lower(steady, held, 100.0)
+    assert clearly_lower(lucky, held, 0.99)
+    assert not clearly_lower(lucky, held, 1.01)
+    assert not clearly_lower(held, held, 0.0)
+
+
+def test_the_margin_keeps_the_search_from_lucky_prompts(tmp_path: Path) -> None:
+    method = method_with(METHODS["both"], {"select": "both-losses"})
+    free, _, _ = toyruns.run(tmp_path / "free", method, 200)
+    held, _, _ = toyruns.run(tmp_path / "held", method_with(method, {"margin": 1e6}), 200)
+    assert free.chosen.searched
+    assert not held.chosen.searched
 
 
 def test_tuning_lowers_the_train_loss(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,26 @@ from bbprompt.scoring import Labelled, metric_values
 from bbprompt.store.ledger import Kind, Ledger
 from bbprompt.tasks.task import Task
 
-__all__ = ["Evaluator"]
+__all__ = ["DevScore", "Evaluator"]
 
 _log = logging.getLogger("bbprompt")
 
 _KINDS: tuple[Kind, Kind] = ("train", "dev")
+
+
+@dataclass(frozen=True, slots=True)
+class DevScore:
+    """What a dev call says of a candidate.
+
+    Attributes:
+        loss: Mean loss.
+        metric: Mean metric.
+        losses: Loss of each text, so that two candidates can be compared text by text.
+    """
+
+    loss: float
+    metric: float
+    losses: tuple[float, ...]
 
 
 class Evaluator:
@@ -98,17 +113,17 @@ class Evaluator:
         """Mean train loss of each candidate: `(n, L, d)` to `(n,)`, n calls."""
         return np.array([value["loss"] for value in self._call("train", points)])
 
-    def dev(self, points: NDArray[np.floating]) -> list[tuple[float, float]]:
-        """Dev loss and dev metric of each candidate, `(n, L, d)`, n calls."""
-        return [(value["loss"], value["metric"]) for value in self._call("dev", points)]
+    def dev(self, points: NDArray[np.floating]) -> list[DevScore]:
+        """What dev says of each candidate, `(n, L, d)`, n calls."""
+        return [_dev_score(value) for value in self._call("dev", points)]
 
-    def calibrate(self, point: NDArray[np.floating]) -> tuple[float, float, float]:
+    def calibrate(self, point: NDArray[np.floating]) -> tuple[float, DevScore]:
         """Fit offsets of the labels to a candidate `(L, d)` on train and dev together: two of the calls that are kept.
 
         From then on `readout` reads the point with them. Both calls are settled as one: offsets come from both.
 
         Returns:
-            Train loss, dev loss and dev metric under the offsets. They were fitted to these texts.
+            Train loss and dev score under the offsets. They were fitted to these texts.
         """
         row = np.ascontiguousarray(point, dtype=np.float32)[None]
         ids = self._reserved(_KINDS, row.repeat(len(_KINDS), axis=0))
@@ -116,8 +131,8 @@ class Evaluator:
         if train is None or dev is None:
             train, dev = self._calibrated(row)
             self._ledger.settle(ids, [train, dev])
-        self._offsets[_bytes(row[0])] = _offsets_of(dev)
-        return train["loss"], dev["loss"], dev["metric"]
+        self._offsets[_bytes(row[0])] = _of("offset", dev)
+        return train["loss"], _dev_score(dev)
 
     def _call(self, kind: Kind, points: NDArray[np.floating]) -> list[dict[str, float]]:
         rows = np.ascontiguousarray(points, dtype=np.float32)
@@ -132,7 +147,7 @@ class Evaluator:
                 values[i] = value
         self._cut[kind] = int(values[0].get("cut", 0))
         for row, value in zip(rows, values, strict=True):
-            if offsets := _offsets_of(value):
+            if offsets := _of("offset", value):
                 self._offsets[_bytes(row)] = offsets
         return values
 
@@ -192,7 +207,8 @@ class Evaluator:
         if fitted is None:
             return [self._value(kind, self.readout(row), scores.of(number)) for number, row in enumerate(rows)]
         return [
-            self._value(kind, replace(self._readout, offsets=tuple(offsets)), scores.of(number)) | _named(offsets)
+            self._value(kind, replace(self._readout, offsets=tuple(offsets)), scores.of(number))
+            | _numbered("offset", offsets)
             for number, offsets in enumerate(fitted.tolist())
         ]
 
@@ -208,12 +224,13 @@ class Evaluator:
         offsets = (np.array(before.offsets or (0.0,) * options) + more).tolist()
         readout = replace(before, offsets=tuple(offsets))
         train, dev = (self._value(kind, readout, scores[kind]) for kind in _KINDS)
-        return train, dev | _named(offsets)
+        return train, dev | _numbered("offset", offsets)
 
     def _value(self, kind: Kind, readout: Readout, scores: Scores) -> dict[str, float]:
         """What the journal keeps of one candidate's call."""
         data = self._data[kind]
-        loss = float(readout.losses(scores, data.batch, data.gold).mean())
+        losses = readout.losses(scores, data.batch, data.gold)[0]
+        loss = float(losses.mean())
         if not math.isfinite(loss):
             raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
         value = {"loss": loss}
@@ -221,6 +238,7 @@ class Evaluator:
             value["cut"] = float(scores.cut)
         if kind == "dev":
             value["metric"] = float(metric_values(self._task, readout, scores, data).mean())
+            value |= _numbered("loss", losses.tolist())
         return value
 
     def _id(self, kind: Kind, number: int, row: NDArray[np.float32]) -> str:
@@ -234,11 +252,15 @@ def _bytes(point: NDArray[np.floating]) -> bytes:
     return np.ascontiguousarray(point, dtype=np.float32).tobytes()
 
 
-def _named(offsets: Sequence[float]) -> dict[str, float]:
-    """Offsets as numbers of a call."""
-    return {f"offset.{option}": offset for option, offset in enumerate(offsets)}
+def _dev_score(value: Mapping[str, float]) -> DevScore:
+    return DevScore(value["loss"], value["metric"], _of("loss", value))
 
 
-def _offsets_of(value: Mapping[str, float]) -> tuple[float, ...]:
-    """The offsets among a call's numbers, none where it has none."""
-    return tuple(value[f"offset.{option}"] for option in range(sum(name.startswith("offset.") for name in value)))
+def _numbered(name: str, numbers: Sequence[float]) -> dict[str, float]:
+    """A list among a call's numbers."""
+    return {f"{name}.{index}": number for index, number in enumerate(numbers)}
+
+
+def _of(name: str, value: Mapping[str, float]) -> tuple[float, ...]:
+    """The list of that name among a call's numbers, empty where it has none."""
+    return tuple(value[f"{name}.{index}"] for index in range(sum(key.startswith(f"{name}.") for key in value)))

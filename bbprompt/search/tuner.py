@@ -7,6 +7,7 @@ is returned is decided by dev (and train) alone, by the method's `select` rule.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +19,14 @@ from numpy.typing import NDArray
 from bbprompt.config import MethodConfig, RouterStageConfig
 from bbprompt.prompts import PromptSpace
 from bbprompt.readout import Readout
-from bbprompt.search.evaluate import Evaluator
+from bbprompt.search.evaluate import DevScore, Evaluator
 from bbprompt.search.refine import refine_stage
 from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
 from bbprompt.store.ledger import BudgetExhausted
 
 _T = TypeVar("_T")
 
-__all__ = ["Found", "Look", "StageTrace", "Status", "search"]
+__all__ = ["Found", "Look", "StageTrace", "Status", "clearly_lower", "search"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +35,25 @@ class Look:
 
     Attributes:
         incumbent: The prompt.
-        dev_loss: Its mean loss on dev.
-        dev_metric: Its metric on dev.
+        dev: What dev says of it.
         readout: How its scores were read.
         searched: Whether it was found by minimising the train loss.
     """
 
     incumbent: Incumbent
-    dev_loss: float
-    dev_metric: float
+    dev: DevScore
     readout: Readout
     searched: bool = False
+
+    @property
+    def dev_loss(self) -> float:
+        """Mean loss on dev."""
+        return self.dev.loss
+
+    @property
+    def dev_metric(self) -> float:
+        """Metric on dev."""
+        return self.dev.metric
 
     @property
     def pooled_loss(self) -> float:
@@ -150,6 +159,13 @@ def search(
     return Found(before, tuple(traces), traces[-1].chosen if traces else before, run.optimizer_seconds)
 
 
+def clearly_lower(score: DevScore, other: DevScore, margin: float) -> bool:
+    """Whether a mean dev loss is below another's by more than `margin` standard errors of their paired difference."""
+    gain = np.subtract(other.losses, score.losses)
+    error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return other.loss - score.loss > margin * error
+
+
 class _Search:
     """What the stages of one search share: the looks taken so far."""
 
@@ -177,22 +193,21 @@ class _Search:
             if not any(np.array_equal(incumbent.point, other.point) for other in seen):
                 new.append(incumbent)
         if new:
-            values = self._evaluator.dev(np.stack([incumbent.point for incumbent in new]))
-            for incumbent, (loss, metric) in zip(new, values, strict=True):
-                readout = self._evaluator.readout(incumbent.point)
-                self._looks.append(Look(incumbent, loss, metric, readout, searched))
+            scores = self._evaluator.dev(np.stack([incumbent.point for incumbent in new]))
+            for incumbent, score in zip(new, scores, strict=True):
+                self._looks.append(Look(incumbent, score, self._evaluator.readout(incumbent.point), searched))
 
     def calibration(self) -> StageTrace:
         """Fit the labels' offsets to the chosen prompt; they stand whatever dev says, for it was fitted to as well."""
         began, first, look, ended = time.monotonic(), self._evaluator.spent, self.chosen, "calls"
         chosen = look.incumbent
         try:
-            train_loss, dev_loss, dev_metric = self._evaluator.calibrate(chosen.point)
+            train_loss, score = self._evaluator.calibrate(chosen.point)
         except BudgetExhausted:  # calls that a crash lost were charged, these among them
             train_loss, ended = chosen.loss, "budget"
         else:
             chosen = Incumbent(chosen.point, train_loss, chosen.router)
-            look = Look(chosen, dev_loss, dev_metric, self._evaluator.readout(chosen.point), searched=True)
+            look = Look(chosen, score, self._evaluator.readout(chosen.point), searched=True)
         self._report(Status(self._evaluator.spent, "calibration", train_loss, look.dev_metric))
         spent = self._evaluator.spent - first
         return StageTrace("calibration", "newton", spent, train_loss, look, ended, time.monotonic() - began)
@@ -304,7 +319,7 @@ class _Search:
         match self._method.select:
             case "both-losses":
                 lower = look.pooled_loss < held.pooled_loss
-                return lower and (not look.searched or look.dev_loss < held.dev_loss)
+                return lower and (not look.searched or clearly_lower(look.dev, held.dev, self._method.margin))
             case "dev-loss":
                 return look.dev_loss < held.dev_loss
             case "pooled-loss":
