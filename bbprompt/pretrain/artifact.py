@@ -1,15 +1,19 @@
-"""What a training leaves: the prompts as an artifact that `tune` loads."""
+"""What a training leaves, and may begin with: prompts as an artifact that `tune` loads."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bbprompt.errors import UsageError
 from bbprompt.pretrain.mp2 import Trainer
 from bbprompt.prompts import ModularPrompt, Pooling, PromptConfig
 
-__all__ = ["artifact"]
+__all__ = ["artifact", "begin_from"]
 
 
 def _pooling(trainer: Trainer) -> Pooling | None:
@@ -22,11 +26,17 @@ def _pooling(trainer: Trainer) -> Pooling | None:
     )
 
 
-def artifact(trainer: Trainer, backbone_id: str, backbone_digest: str, training: dict[str, object]) -> ModularPrompt:
+def artifact(
+    trainer: Trainer,
+    backbone_id: str,
+    backbone_digest: str,
+    training: dict[str, object],
+    begun_with: tuple[str, ...] = (),
+) -> ModularPrompt:
     """The prompts as they stand, as an artifact in memory (float16 precision, as it will be stored).
 
     A single prompt has no routers, so its artifact lists no upstream tasks to choose among; `training` and the
-    sources name them.
+    sources name them. What the prompts were begun with counts as a source too: `begun_with`.
     """
     p, config = trainer.prompts, trainer.config
     # Modules of unit size make the tuner's step sizes mean the same for every artifact; A takes the factor up.
@@ -52,7 +62,7 @@ def artifact(trainer: Trainer, backbone_id: str, backbone_digest: str, training:
             placeholders=trainer.frame.placeholders,
             tasks=trainer.batches.names if config.routed else (),
             training=training,
-            sources=trainer.batches.sources,
+            sources=tuple(dict.fromkeys((*trainer.batches.sources, *begun_with))),
             license=config.license,
         ),
         array(p.projection * size),
@@ -61,3 +71,41 @@ def artifact(trainer: Trainer, backbone_id: str, backbone_digest: str, training:
         array(p.head_weight),
         array(p.head_bias),
     )
+
+
+def begin_from(trainer: Trainer, start: ModularPrompt, backbone_digest: str) -> None:
+    """Go on from the prompts of an artifact instead of random ones; the optimizer begins anew.
+
+    Tasks that the artifact has no router for begin with an untrained one.
+
+    Raises:
+        UsageError: The artifact has another shape, readout or frozen model than the recipe; names what differs.
+    """
+    p, config, known = trainer.prompts, trainer.config, start.config
+    wanted = {
+        "kind": config.kind,
+        "readout": config.readout,
+        "placeholders": trainer.frame.placeholders,
+        "modules": config.modules,
+        "intrinsic_dim": config.intrinsic_dim,
+        "layers": p.bank.shape[0],
+        "backbone_digest": backbone_digest,
+    }
+    for name, value in wanted.items():
+        if (held := getattr(known, name)) != value:
+            raise UsageError(f"start: {config.start}: has {name} {held}, but the recipe asks for {value}")
+
+    def put(parameter: Tensor, values: NDArray[np.float32]) -> None:
+        parameter.copy_(torch.from_numpy(values))
+
+    with torch.no_grad():
+        put(p.bank, start.modules)
+        put(p.projection, start.projection)
+        put(p.head_weight, start.head_weight)
+        put(p.head_bias, start.head_bias)
+        for row, task in enumerate(trainer.batches.names if config.routed else ()):
+            if task in known.tasks:
+                put(p.router[row], start.routers[known.tasks.index(task)])
+        if known.pooling is not None:
+            p.log_scale.fill_(math.log(known.pooling.scale))
+            p.threshold.fill_(known.pooling.threshold)

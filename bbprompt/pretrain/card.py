@@ -34,6 +34,7 @@ def model_card(prompt: ModularPrompt) -> str:
         f"{recipe['tasks_per_step']} tasks x {recipe['per_task']} examples, at most {recipe['max_tokens']} "
         f"tokens, seed {recipe['seed']}; the whole recipe stands in `config.json`. {_left_out(recipe)}".rstrip(),
         "",
+        *([f"Begun with the prompts {recipe['start']}.", ""] if recipe.get("start") else []),
         *([recipe["note"], ""] if recipe.get("note") else []),
         "## Upstream validation",
         "",

@@ -64,6 +64,8 @@ class PretrainConfig(BaseModel):
         kind: What is trained.
         backbone: Hub id or directory of the frozen model.
         tasks: "upstream" (every bundled task that may be trained on), names and YAML files, or a directory of them.
+        start: Prompt artifact (name or directory) to go on from; None begins with random prompts. A training in phases
+            is one recipe after the other.
         weights: Visits of a task in a round; 1 where not named.
         modules: K; 1 for a single prompt.
         intrinsic_dim: d.
@@ -114,6 +116,7 @@ class PretrainConfig(BaseModel):
     kind: Kind
     backbone: str = "intfloat/multilingual-e5-small"
     tasks: list[str] | str = "upstream"
+    start: str | None = None
     weights: dict[str, _Count] = Field(default_factory=dict)
     modules: _Count = 8
     intrinsic_dim: _Count = 64

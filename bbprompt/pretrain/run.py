@@ -20,7 +20,7 @@ from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import ResumeMismatch, UsageError
-from bbprompt.pretrain.artifact import artifact
+from bbprompt.pretrain.artifact import artifact, begin_from
 from bbprompt.pretrain.card import model_card
 from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
 from bbprompt.pretrain.mixture import Batches, Mixture
@@ -31,6 +31,7 @@ from bbprompt.pretrain.prototypes import PrototypeMixture
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.team import Team, join, leave
 from bbprompt.pretrain.upstream import data_beside, load_upstream, upstream_tasks
+from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.store.disk import RealDisk
 from bbprompt.tasks.task import Task
 from bbprompt.texts.mrc import Frame
@@ -120,6 +121,7 @@ def _pretrain(
     team: Team,
 ) -> dict[str, float]:
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    start = None if config.start is None else ModularPrompt.load(resolve_prompts(config.start))
     backbone = load_backbone(config.backbone)
     encoder = Encoder(backbone.model, getattr(torch, config.dtype), device, backbone.token_type, prepack=False)
     frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens)
@@ -140,6 +142,8 @@ def _pretrain(
         grades=batches.grades if isinstance(batches, PrototypeMixture) else 0,
         ffn=int(getattr(backbone.model.config, "intermediate_size", 0)),
     )
+    if start is not None:
+        begin_from(trainer, start, backbone.digest)
     if resume:
         if (out / "checkpoint.safetensors").is_file():
             trainer.load()
@@ -168,7 +172,10 @@ def _pretrain(
         if config.ppt is not None:  # where a corpus lay on this machine is nobody's business
             recipe["ppt"]["corpus"] = [Path(name).name for name in config.ppt.corpus]
         training = {"recipe": recipe, "untrained": trainer.untrained, "validation": scores, **_chosen_step(trainer)}
-        prompt = artifact(trainer, backbone.id, backbone.digest, training)
+        if start is not None:  # likewise; the digest says which artifact it was
+            recipe["start"] = f"{Path(str(config.start)).name} ({start.digest[:12]})"
+        sources = () if start is None else start.config.sources
+        prompt = artifact(trainer, backbone.id, backbone.digest, training, sources)
         try:
             prompt.save(out / "artifact")
             (out / "artifact" / "README.md").write_text(model_card(prompt), encoding="utf-8")
