@@ -14,7 +14,7 @@ __all__ = ["DifferentiableLinear"]
 
 
 class DifferentiableLinear(FrozenLinear):
-    """A frozen map whose input gets its gradient; a transposed packed copy stands beside it from the first backward on."""
+    """A frozen map whose input gets its gradient; from the first backward on it holds a transposed packed copy."""
 
     _transposed: Tensor | None = None
 
