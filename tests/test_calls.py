@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import httpx2
 import pytest
@@ -111,3 +112,35 @@ def test_a_malformed_answer_was_charged() -> None:
 
     with pytest.raises(OracleError, match=r"malformed: torn \(tries: 1\)"):
         caller.call("POST", "/", read, most=100)
+
+
+def test_an_answer_that_takes_too_long_is_cut_off() -> None:
+    clock = Clock()
+
+    def slow() -> Iterator[bytes]:
+        for _ in range(10):
+            clock.sleep(1.0)
+            yield b"x"
+
+    policy = Policy(attempts=1, deadline=5.5, sleep=clock.sleep, clock=clock)
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, content=slow()))
+    with pytest.raises(OracleError, match=r"no whole answer within 5\.5 s"):
+        Caller("http://a", None, policy, 1, transport).call("GET", "/", lambda reply: reply, most=100)
+    assert clock.now == 6.0, "nothing is read behind the deadline"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [httpx2.UnsupportedProtocol("x"), httpx2.LocalProtocolError("x"), httpx2.DecodingError("x"), httpx2.InvalidURL("x")],
+    ids=repr,
+)
+def test_what_is_wrong_on_this_side_is_not_tried_again(error: Exception) -> None:
+    asked = []
+
+    def fail(request: httpx2.Request) -> httpx2.Response:
+        asked.append(request)
+        raise error
+
+    with pytest.raises(OracleError, match="http://a: x; correct --backend"):
+        Caller("http://a", None, Policy(), 1, httpx2.MockTransport(fail)).call("GET", "/", lambda reply: reply, most=9)
+    assert len(asked) == 1
