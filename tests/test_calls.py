@@ -105,7 +105,9 @@ def test_what_may_have_been_charged_is_not_sent_again(answer: httpx2.Response | 
 
 
 def test_a_malformed_answer_was_charged() -> None:
-    caller = Caller("http://a", None, Policy(resend=False), 1, httpx2.MockTransport(lambda request: httpx2.Response(200)))
+    caller = Caller(
+        "http://a", None, Policy(resend=False), 1, httpx2.MockTransport(lambda request: httpx2.Response(200))
+    )
 
     def read(answer: Answer) -> None:
         raise WireError("torn")
@@ -131,7 +133,12 @@ def test_an_answer_that_takes_too_long_is_cut_off() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [httpx2.UnsupportedProtocol("x"), httpx2.LocalProtocolError("x"), httpx2.DecodingError("x"), httpx2.InvalidURL("x")],
+    [
+        httpx2.UnsupportedProtocol("x"),
+        httpx2.LocalProtocolError("x"),
+        httpx2.DecodingError("x"),
+        httpx2.InvalidURL("x"),
+    ],
     ids=repr,
 )
 def test_what_is_wrong_on_this_side_is_not_tried_again(error: Exception) -> None:

@@ -37,5 +37,5 @@ def test_the_server_keeps_to_its_document() -> None:
 @pytest.mark.slow
 @needed
 def test_a_server_that_asks_for_no_token_is_noticed() -> None:
-    with pytest.raises(AssertionError, match="(?i)auth"):
+    with pytest.raises(AssertionError, match=r"(?i)auth"):
         openapi.campaign(1, 1, "--phases", "coverage", "--include-path", "/v1/info", token=None)

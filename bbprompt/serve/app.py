@@ -126,7 +126,11 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
 
     @app.get("/healthz", responses={200: {"model": Health}, **refusals()})
     async def healthz() -> Response:
-        return JSONResponse(asdict(Health(ok=True))) if await scorer.healthy() else _refusal(503, "failed", "the model fails")
+        return (
+            JSONResponse(asdict(Health(ok=True)))
+            if await scorer.healthy()
+            else _refusal(503, "failed", "the model fails")
+        )
 
     @app.get(
         "/metrics",
