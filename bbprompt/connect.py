@@ -81,7 +81,7 @@ def open_oracle(
         ray: "local", "auto" or HOST:PORT: share the work out over actors of a Ray cluster; None: do not.
         workers: How many actors on Ray, None for one for each GPU or as many as the CPUs hold; or how many requests
             to a server at once, None for one.
-        resend: Whether a request that a server may have carried out is made again; see `bbprompt.backends.calls.Policy`.
+        resend: Whether what a server may have carried out is asked for again; see `bbprompt.backends.calls.Policy`.
 
     Raises:
         UsageError: A backend or device that is not there, or a setting that is the server's.

@@ -1,9 +1,9 @@
 """Change the journal and the ledger in every small way, one at a time, and see whether their tests turn red.
 
 ``python tests/mutation.py`` makes mutants of the syntax trees: comparisons, conditions, constants, operators,
-statements left out, results lost, exceptions no longer caught. Each runs the tests of both modules in a forked process. Texts of
-messages are left alone. Survivors are listed, those of `EQUIVALENT` with the reason why no test can tell them; the last
-line is a JSON object with the counts. Fewer than `LEAST` of a hundred killed, of all there are, is a failure.
+statements left out, results lost, exceptions no longer caught. Each runs the tests of both modules in a forked process.
+Texts of messages are left alone. Survivors are listed, those of `EQUIVALENT` with the reason why no test can tell them;
+the last line is a JSON object with the counts. Fewer than `LEAST` of a hundred killed, of all there are, is a failure.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """A real server and what its OpenAPI document says of it, compared by schemathesis.
 
 ``python tests/openapi.py --examples 300 --seed 1`` sends sound messages, mutants of them and random bytes to every
-route, by methods that there are and others, with the token, without and with another. No answer may be a 5xx, have a status,
-type or form that the document does not name, or come without the token. The last line is a JSON object with the counts.
+route, by methods that there are and others, with the token, without and with another. No answer may be a 5xx, have a
+status, type or form that the document does not name, or come without the token. The last line is a JSON object with the
+counts.
 """
 
 from __future__ import annotations

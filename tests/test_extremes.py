@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import telling
 import tiny_prompt
+import torch
 from test_local_oracle import batch_of
 
 from bbprompt.backends.backbone import load_backbone
@@ -77,6 +78,21 @@ def test_optimizers_under_random_and_extreme_losses() -> None:
     found = telling.walks(12, 2, seed=1)
     assert found["rounds"] > 300
     assert found["refused"] > 20
+
+
+def test_two_threads_compute_what_one_does_up_to_rounding(tiny_bert_dir: Path) -> None:
+    """Bits depend on the number of threads; so a run notes its own, and is resumed with it."""
+    backbone = load_backbone(str(tiny_bert_dir))
+    prompt = tiny_prompt.artifact(Path(backbone.id), backbone.digest)
+    points, found = np.random.default_rng(0).normal(size=(4, *prompt.space.shape)), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(LocalOracle(backbone, prompt).score(batch_of("pair"), points).logits)
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_allclose(*found, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [1e38, -1e38, LARGEST, -LARGEST])

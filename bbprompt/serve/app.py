@@ -17,11 +17,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 
 from bbprompt import __version__
 from bbprompt.errors import BBPromptError, DataError, OracleError
@@ -59,8 +58,9 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
         redirect_slashes=False,
     )
 
-    @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> Response:
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def refuse(request: Request, error: Any) -> Response:  # an HTTPException of the router
         return _refusal(error.status_code, "route", error.detail, error.headers)
 
     @app.get("/v1/info", responses={200: {"model": Description}, **refusals()})
