@@ -17,10 +17,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hostile import SETTINGS
+import fuzztargets
+from hostile import DIGEST, SCORE, SETTINGS, TEXTS
 from servers import TOKEN, serving
 
 from bbprompt.testing import ToyOracle
+from bbprompt.wire import CONTENT_TYPE
 
 HERE = Path(__file__).parent
 ROUTES = 5
@@ -33,7 +35,11 @@ def campaign(examples: int, seed: int, *more: str, token: str | None = TOKEN) ->
         AssertionError: The server does not do as it says; the text has the requests.
     """
     limits = {"points": SETTINGS.points, "texts": SETTINGS.texts, "body": SETTINGS.body}
+    sound = (TEXTS, SCORE)
+    mutants = [body.hex() for body in fuzztargets.mutants(sound, examples, f"{seed}")]
+    messages = {"type": CONTENT_TYPE, "digest": DIGEST, "sound": [body.hex() for body in sound], "mutants": mutants}
     with tempfile.TemporaryDirectory() as folder, serving(ToyOracle(), token=token, **limits) as url:
+        (Path(folder) / "messages.json").write_text(json.dumps(messages), encoding="ascii")
         words = ["--config-file", str(HERE / "openapi.toml"), "run", f"{url}/v1/openapi.json"]
         words += ["--header", f"Authorization: Bearer {TOKEN}", "--checks", "all", "--no-color"]
         words += ["--max-examples", str(examples), "--seed", str(seed)]
