@@ -12,6 +12,7 @@ import json
 import random
 import socket
 import ssl
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -238,6 +239,7 @@ class Site:
         for kind, examples in (("train", few.train), ("dev", few.dev), ("test", self.run.test)):
             data = labelled(self.run.task, examples, for_loss=kind != "test")
             self.kinds[data.batch] = kind, data
+        self.lock = threading.Lock()  # like a server that remembers, it carries out one request at a time
         self.batches: dict[str, TextBatch] = {}
         self.replies: dict[str, bytes] = {}
         kept = 2**20 if self.remembers else 0
@@ -283,6 +285,10 @@ class Site:
         return fault.play(request, good)
 
     def good(self, request: Request, asked: bytes) -> Response:
+        with self.lock:
+            return self._good(request, asked)
+
+    def _good(self, request: Request, asked: bytes) -> Response:
         if self.protocol == "kserve":
             return self.double.handle_request(request)
         if request.url.path == "/v1/info":

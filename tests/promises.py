@@ -91,15 +91,15 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
     yield from _http(level, seed)
     attacks = ("--mutants", str((150, 5_000, 50_000)[level]), "--seed", str(seed))
     yield Check("hostile requests", _script("hostile.py", *attacks), REQUESTS, "requests")
-    examples = ("--examples", str((20, 500, 2_000)[level]), "--seed", str(seed))
+    examples = ("--examples", str((10, 500, 2_000)[level]), "--seed", str(seed))
     yield Check("OpenAPI document, by schemathesis", _script("openapi.py", *examples), REQUESTS, "requests")
     if level:
         yield Check("trickling and crowding clients", _script("hostile.py", "--crowd"), REQUESTS, "requests")
     walk = (100_000, 2_500_000, 10_000_000)[level]
     yield Check("ledger walk", partial(ledgerwalk.walks, walk, seed), OPERATIONS, "operations")
-    yield Check("what is in doubt: charged, resent", partial(doubts.trials, (20, 200, 1_000)[level], seed))
+    yield Check("what is in doubt: charged, resent", partial(doubts.trials, (10, 200, 1_000)[level], seed))
     yield from _disk(level, seed)
-    told = ((20, 2), (1_000, 60), (5_000, 300))[level]
+    told = ((12, 2), (1_000, 60), (5_000, 300))[level]
     yield Check("optimizers asked and told at random", partial(telling.walks, *told, seed))
     seeds = (3, 15, 50)[level]
     functions = ("sphere", "rotated ellipsoid") if not level else tuple(references.FUNCTIONS)
