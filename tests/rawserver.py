@@ -249,7 +249,7 @@ def exchange(name: str, at: int, times: int = 1) -> Counter[str]:
     if trick.slow:
         for least, most in server.seconds:
             said = f"{where}: ended after {least:.2f} to {most:.2f} s, the deadline is {DEADLINE} s"
-            assert EARLY <= most, said
+            assert most >= EARLY, said
             assert least <= LATE, said
     if ended is None:
         httpfaults.audit(site.disk.durable(httpfaults.RUN / httpfaults.JOURNAL), 12, site.log, [], doubts=0)
