@@ -122,7 +122,7 @@ def trials(count: int, seed: int) -> dict[str, Any]:
             name = f"{seed} {choice} {number}"
             try:
                 total[choice] += stages[number % len(stages)].one(choice, name)
-            except AssertionError as error:
-                raise AssertionError(f"trial {name}: {error}") from error
+            except Exception as error:
+                raise AssertionError(f"trial {name}: {type(error).__name__}: {error}") from error
     assert not total["charge"]["over budget"]
     return {"seed": seed, **{choice: dict(counts) for choice, counts in total.items()}}
