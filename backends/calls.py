@@ -30,6 +30,8 @@ _A = TypeVar("_A")
 _T = TypeVar("_T")
 _TOKEN = re.compile(r"[!-~]+")
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+_DECLINED = frozenset({408, 425, 429, 503})  # of these: the request was not carried out
+_UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Policy:
         longest: Longest pause.
         obey: Longest `Retry-After` that is obeyed.
         quota: How many more repetitions than answers there may be, over all requests of a client.
+        resend: Whether a request that the server may have carried out is made again. A server that charges for every
+            request must not see it: the run ends, and counts the calls as spent when it is resumed.
         sleep: How to pause.
         clock: Seconds, never going back.
     """
@@ -57,6 +61,7 @@ class Policy:
     longest: float = 20.0
     obey: float = 60.0
     quota: int = 50
+    resend: bool = True
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
@@ -72,11 +77,17 @@ class Answer:
 
 
 class Transient(OracleError):
-    """What may pass by itself."""
+    """What may pass by itself.
 
-    def __init__(self, message: str, after: float | None = None) -> None:
+    Args:
+        message: What happened.
+        after: Seconds after which the server wants to be asked again.
+        done: Whether the request may have been carried out.
+    """
+
+    def __init__(self, message: str, after: float | None = None, *, done: bool = True) -> None:
         super().__init__(message)
-        self.after = after
+        self.after, self.done = after, done
 
 
 class _Quota:
@@ -146,7 +157,9 @@ class Retries:
             return self._policy.clock() - began + state.upcoming_sleep >= self._policy.total
 
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Transient),
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, Transient) and (self._policy.resend or not error.done)
+            ),
             stop=lambda state: state.attempt_number >= self._policy.attempts or late(state) or not self._quota.take(),
             wait=self._pause,
             sleep=self._policy.sleep,
@@ -265,7 +278,7 @@ class Caller:
             raise OracleError(f"{self._url}: {plain(str(error))}; correct --backend") from error
         if status in _TRANSIENT:
             message = f"status {status}: {plain(answered.decode('utf-8', 'replace'))}"
-            raise Transient(message, _seconds(said.get("retry-after", "")))
+            raise Transient(message, _seconds(said.get("retry-after", "")), done=status not in _DECLINED)
         if 300 <= status < 400:
             raise OracleError(f"{self._url}: redirects elsewhere, which is not followed; give the final URL")
         return Answer(status, said.get("content-type", ""), answered, dict(said))
@@ -285,7 +298,8 @@ class Caller:
             return self._late()
         if isinstance(error, httpx2.UnsupportedProtocol | httpx2.LocalProtocolError):
             return OracleError(f"{self._url}: {plain(str(error))}; correct --backend")
-        return Transient(f"cannot be reached ({type(error).__name__}: {plain(str(error))})")
+        message = f"cannot be reached ({type(error).__name__}: {plain(str(error))})"
+        return Transient(message, done=not isinstance(error, _UNSENT))
 
 
 def plain(text: str) -> str:

@@ -73,7 +73,7 @@ class LocalLanguageModel:
         self._device, kind = torch.device(device), getattr(torch, dtype)
         self._lm: LanguageHead = backbone.head.to(self._device)
         limit = backbone.limit(max_tokens)
-        self._tokenize = tokenize_with(backbone.tokenizer)
+        self._tokenize, self._unknown = tokenize_with(backbone.tokenizer), backbone.tokenizer.unk_token_id
         self._frame = frame_for(backbone.tokenizer, (), limit, open_end=backbone.head.causal)
         self._gap = backbone.gap_token
         masked = backbone.head.kind == "masked"
@@ -141,7 +141,7 @@ class LocalLanguageModel:
         """Nothing is held beside the model."""
 
     def _head_in(self, frame: Frame) -> VerbalizerHead:
-        return VerbalizerHead(self._lm, self._gap, self._tokenize, frame, self._device)
+        return VerbalizerHead(self._lm, self._gap, self._tokenize, frame, self._device, self._unknown)
 
     def _chunks(self, sequences: Sequence[Encoded]) -> Iterator[list[Encoded]]:
         """Consecutive sequences that fit into `batch_tokens` when padded to the longest; one at least."""

@@ -338,5 +338,7 @@ def _open_head(
     if prompt.config.readout == "verbalizer":
         if backbone.head is None:
             raise ArtifactError(f"backbone {backbone.id}: a verbalizer readout needs its language model head")
-        return VerbalizerHead(backbone.head, backbone.gap_token, tokenize, frame, device)
+        return VerbalizerHead(
+            backbone.head, backbone.gap_token, tokenize, frame, device, backbone.tokenizer.unk_token_id
+        )
     return SpanHead(prompt.head_weight, prompt.head_bias, tokenize, frame, device)

@@ -175,7 +175,7 @@ class GrpcTransport:
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return OracleError(f"{self._url}: no server of the Open Inference Protocol there; correct --backend")
         if code in _PASSES:
-            return Transient(f"{code.name}: {said}")
+            return Transient(f"{code.name}: {said}", done=code is not grpc.StatusCode.RESOURCE_EXHAUSTED)
         return OracleError(f"{self._url}: refused ({code.name}): {said}")
 
 

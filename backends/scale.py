@@ -64,7 +64,8 @@ def _written(
         frame = frame_for(backbone.tokenizer, placeholders, limit)
         return [encode(form, tokenize, frame).ids for form in forms]
     frame = frame_for(backbone.tokenizer, placeholders, limit, open_end=backbone.head.causal)
-    head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, frame, torch.device("cpu"))
+    unknown = backbone.tokenizer.unk_token_id
+    head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, frame, torch.device("cpu"), unknown)
     return [item.ids for item in head.sequences(TextBatch(tuple(forms)))]
 
 

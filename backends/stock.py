@@ -65,7 +65,8 @@ class StockOracle:
         limit = backbone.limit(max_tokens)
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit, open_end=backbone.head.causal)
         tokenize = tokenize_with(backbone.tokenizer)
-        self._head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, self._frame, self._device)
+        unknown = backbone.tokenizer.unk_token_id
+        self._head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, self._frame, self._device, unknown)
         self._projection = torch.from_numpy(prompt.projection).to(self._device)
         self._batch_tokens = batch_tokens
         self._info = info_of(backbone, device, dtype, limit, prompt)

@@ -52,6 +52,7 @@ class VerbalizerHead:
         tokenize: Text to token ids and character offsets.
         frame: What surrounds every text.
         device: Where the states are.
+        unknown: Token id of what the vocabulary lacks; None where it lacks nothing.
     """
 
     def __init__(
@@ -61,8 +62,9 @@ class VerbalizerHead:
         tokenize: Callable[[str], tuple[Sequence[int], Offsets]],
         frame: Frame,
         device: torch.device,
+        unknown: int | None,
     ) -> None:
-        self._head, self._mask = head.to(device), mask
+        self._head, self._mask, self._unknown = head.to(device), mask, unknown
         self._tokenize, self._frame, self._device = tokenize, frame, device
         self._word = functools.lru_cache(maxsize=4096)(lambda before, word: word_tokens(before, word, tokenize))
 
@@ -90,12 +92,15 @@ class VerbalizerHead:
         """Token ids of each option word in the gap of `form`.
 
         Raises:
-            DataError: A word has no token, or two cannot be told apart.
+            DataError: A word has no token, or none of its own, or two cannot be told apart.
         """
         if form.gap < 0:
             raise DataError("no gap for a word in this text; a verbalizer readout needs a cloze text")
         before = form.parts[form.gap - 1].text if form.gap else ""
         words = [self._word(before, option) for option in form.options]
+        for option, word in zip(form.options, words, strict=True):
+            if self._unknown in word:
+                raise DataError(f"the option word '{option}' is not in the vocabulary; give the task other `words`")
         if not self._head.whole_words:
             words = [word[:1] for word in words]
         for (one, a), (other, b) in itertools.combinations(zip(form.options, words, strict=True), 2):

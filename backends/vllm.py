@@ -213,4 +213,6 @@ def check_prompts(url: str, layers: int | None, readout: ReadoutKind) -> None:
 def _head(backbone: Backbone, frame: Frame) -> VerbalizerHead:
     if backbone.head is None:
         raise UsageError(f"backbone {backbone.id}: loaded without its language model head")
-    return VerbalizerHead(backbone.head, -1, tokenize_with(backbone.tokenizer), frame, torch.device("cpu"))
+    tokenizer = backbone.tokenizer
+    tokenize, device = tokenize_with(tokenizer), torch.device("cpu")
+    return VerbalizerHead(backbone.head, -1, tokenize, frame, device, tokenizer.unk_token_id)

@@ -63,6 +63,7 @@ def open_oracle(
     threads: int | None = None,
     ray: str | None = None,
     workers: int | None = None,
+    resend: bool = True,
 ) -> Oracle:
     """Open a frozen model.
 
@@ -80,6 +81,7 @@ def open_oracle(
         ray: "local", "auto" or HOST:PORT: share the work out over actors of a Ray cluster; None: do not.
         workers: How many actors on Ray, None for one for each GPU or as many as the CPUs hold; or how many requests
             to a server at once, None for one.
+        resend: Whether what a server may have carried out is asked for again; see `bbprompt.backends.calls.Policy`.
 
     Raises:
         UsageError: A backend or device that is not there, or a setting that is the server's.
@@ -96,8 +98,9 @@ def open_oracle(
                 "the server is started"
             )
         if own:
-            return _open_vllm(backend, prompt, backbone, max_tokens, threads, workers or 1)
-        return _open_server(backend, prompt, dtype, max_tokens, threads, workers or 1)
+            return _open_vllm(backend, prompt, backbone, max_tokens, threads, workers or 1, resend)
+        oracle = ask_server(backend, workers or 1, resend=resend)
+        return _open_server(backend, oracle, prompt, dtype, max_tokens, threads)
     if backend != "local":
         raise UsageError(
             f"--backend '{backend}': expected local, http://HOST:PORT, https://HOST:PORT, kserve://HOST:PORT/MODEL, "
@@ -297,18 +300,19 @@ def read_token(environ: Mapping[str, str]) -> str | None:
     return token or None
 
 
-def ask_server(url: str, workers: int = 1) -> Oracle:
+def ask_server(url: str, workers: int = 1, *, resend: bool = True) -> Oracle:
     """The oracle at a URL, whatever model and prompts it holds, asked with the token of the environment.
 
     Raises:
         UsageError: What is no URL, or no token.
         OracleError: It cannot be reached or speaks another language.
     """
+    from bbprompt.backends.calls import Policy
     from bbprompt.backends.http import HttpOracle
     from bbprompt.backends.oip import OipOracle
 
-    token = _token_for(url)
-    return (OipOracle if url.startswith("kserve") else HttpOracle)(url, token, workers=workers)
+    token, policy = _token_for(url), Policy(resend=resend)
+    return (OipOracle if url.startswith("kserve") else HttpOracle)(url, token, workers=workers, policy=policy)
 
 
 def is_vllm(backend: str) -> bool:
@@ -316,16 +320,17 @@ def is_vllm(backend: str) -> bool:
     return backend.partition("://")[0] in ("vllm+http", "vllm+https")
 
 
-def ask_completions(url: str, workers: int = 1) -> Completions:
+def ask_completions(url: str, workers: int = 1, *, resend: bool = True) -> Completions:
     """The model at a vLLM server, asked with the token of the environment.
 
     Raises:
         UsageError: What is no URL, or no token.
         OracleError: It cannot be reached, has no such model or takes no embeddings.
     """
+    from bbprompt.backends.calls import Policy
     from bbprompt.backends.completions import Completions
 
-    return Completions(url, _token_for(url), workers=workers)
+    return Completions(url, _token_for(url), workers=workers, policy=Policy(resend=resend))
 
 
 def _token_for(url: str) -> str | None:
@@ -340,7 +345,13 @@ def _token_for(url: str) -> str | None:
 
 
 def _open_vllm(
-    url: str, prompt: ModularPrompt, backbone: str | None, max_tokens: int | None, threads: int | None, workers: int
+    url: str,
+    prompt: ModularPrompt,
+    backbone: str | None,
+    max_tokens: int | None,
+    threads: int | None,
+    workers: int,
+    resend: bool,
 ) -> Oracle:
     """A vLLM server's oracle; of the backbone here what embeds the texts."""
     from bbprompt.backends.vllm import VllmOracle, check_prompts
@@ -351,7 +362,7 @@ def _open_vllm(
     from bbprompt.backends.backbone import load_backbone
 
     torch.set_num_threads(threads or cores())
-    server = ask_completions(url, workers)
+    server = ask_completions(url, workers, resend=resend)
     try:
         model = load_backbone(backbone or prompt.config.backbone, head=True, layers=1)
     except BaseException:
@@ -361,18 +372,12 @@ def _open_vllm(
 
 
 def _open_server(
-    url: str,
-    prompt: ModularPrompt,
-    dtype: str,
-    max_tokens: int | None,
-    threads: int | None,
-    workers: int,
+    url: str, oracle: Oracle, prompt: ModularPrompt, dtype: str, max_tokens: int | None, threads: int | None
 ) -> Oracle:
     """A server's oracle, if the server holds this artifact, its backbone and what else was asked for."""
     import torch
 
     torch.set_num_threads(threads or cores())  # for the optimizers, so that a search does not depend on the backend
-    oracle = ask_server(url, workers)
     info, problem = oracle.info, None
     if info.prompts_digest != prompt.digest:
         problem = (

@@ -155,6 +155,7 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         threads=threads,
         ray=config.ray,
         workers=config.workers,
+        resend=config.on_doubt == "resend",
     )
     if config.backend == "local":
         # As with threads: "auto" is another precision on a cluster or on another processor.

@@ -121,6 +121,8 @@ class CMAES:
         }
         if bounds is not None:
             options["bounds"] = _checked_box(bounds, mean, sigma)
+            if len(mean) == 1:
+                options["maxstd"] = math.inf  # in one dimension cma breaks at the limit that it takes from the bounds
         with warnings.catch_warnings():  # cma adds filters of its own here: take them back
             self._es = cma.CMAEvolutionStrategy(mean, sigma, options)
 

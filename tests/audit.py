@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Audit", "Execution", "audit", "doubtful", "paid", "settled"]
+__all__ = ["Audit", "Execution", "audit", "batches", "doubtful", "paid", "settled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ def audit(
     """
     reserved: dict[str, str] = {}
     values: dict[str, float] = {}
-    batches: list[tuple[str, list[str]]] = []
+    sent: list[tuple[str, list[str]]] = []
     for record in _records(journal):
         if record["op"] == "reserve":
             assert not reserved.keys() & set(record["ids"]), "a call is charged twice"
             reserved |= dict.fromkeys(record["ids"], record["kind"])
-            batches.append((record["kind"], record["ids"]))
+            sent.append((record["kind"], record["ids"]))
         else:
             assert not values.keys() & set(record["ids"]), "a call is settled twice"
             assert set(record["ids"]) <= reserved.keys(), "a call is settled that was never reserved"
@@ -87,7 +87,7 @@ def audit(
     for entry in log:
         if entry.kind == "test":
             continue
-        ids = _ids(entry, batches)
+        ids = _ids(entry, sent)
         assert ids, f"a {entry.kind} request of {len(entry.rows)} calls was carried out that no reservation pays for"
         for call_id, loss in zip(ids, entry.losses, strict=True):
             earlier = [life for life, there in enumerate(kept) if call_id in there]
@@ -106,9 +106,13 @@ def audit(
 
 def paid(journal: bytes, entry: Execution) -> bool:
     """Whether a journal, perhaps torn, holds a reservation for a request."""
+    return entry.kind == "test" or bool(_ids(entry, batches(journal)))
+
+
+def batches(journal: bytes) -> list[tuple[str, list[str]]]:
+    """Kind and ids of all reservations in a journal, perhaps torn, in order."""
     whole = journal[: journal.rfind(b"\n") + 1]
-    batches = [(record["kind"], record["ids"]) for record in _records(whole) if record["op"] == "reserve"]
-    return entry.kind == "test" or bool(_ids(entry, batches))
+    return [(record["kind"], record["ids"]) for record in _records(whole) if record["op"] == "reserve"]
 
 
 def doubtful(journal: bytes) -> int:
@@ -136,10 +140,10 @@ def _records(journal: bytes) -> list[dict]:
     return records
 
 
-def _ids(entry: Execution, batches: Sequence[tuple[str, list[str]]]) -> list[str]:
+def _ids(entry: Execution, sent: Sequence[tuple[str, list[str]]]) -> list[str]:
     """The reserved ids that a request, perhaps for a piece of a batch, was made under; empty if there are none."""
     asked = 0
-    for kind, ids in batches:
+    for kind, ids in sent:
         for begin in range(len(ids) - len(entry.rows) + 1) if kind == entry.kind else ():
             made = [_id(kind, asked, begin + number, row) for number, row in enumerate(entry.rows)]
             if made == ids[begin : begin + len(made)]:

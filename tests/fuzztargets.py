@@ -122,9 +122,9 @@ def _json_mutant(data: bytes, random_: random.Random) -> bytes | None:
         if not text.startswith("{\n"):
             start = random_.choice(starts)
         value, end = json.JSONDecoder().raw_decode(data[start:].decode())
-    except ValueError:
+        places = list(_places(value))
+    except (ValueError, RecursionError):  # a mutant of a mutant may be nested too deep to be parsed here, or walked
         return None
-    places = list(_places(value))
     if not places:
         return None
     place, key = random_.choice(places)

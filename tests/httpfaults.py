@@ -12,6 +12,7 @@ import json
 import random
 import socket
 import ssl
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -215,6 +216,7 @@ class Site:
         faults: How often each fault was played.
         sends: How often each request arrived in this life of the run.
         doubts: Answers that were carried out and spoiled or lost.
+        points: Most candidates in a request.
     """
 
     run: Prepared
@@ -230,16 +232,18 @@ class Site:
     scored: int = 0
     doubts: int = 0
     lying: float = 0.0
+    points: int = POINTS
 
     def __post_init__(self) -> None:
         few, self.kinds = self.run.few, dict[TextBatch, tuple[str, Any]]()
         for kind, examples in (("train", few.train), ("dev", few.dev), ("test", self.run.test)):
             data = labelled(self.run.task, examples, for_loss=kind != "test")
             self.kinds[data.batch] = kind, data
+        self.lock = threading.Lock()  # like a server that remembers, it carries out one request at a time
         self.batches: dict[str, TextBatch] = {}
         self.replies: dict[str, bytes] = {}
         kept = 2**20 if self.remembers else 0
-        self.double = oipdouble.Double(self, points=POINTS, replies=kept).transport()  # type: ignore[arg-type]
+        self.double = oipdouble.Double(self, points=self.points, replies=kept).transport()  # type: ignore[arg-type]
 
     # The oracle that both protocols ask: what is asked here was carried out.
 
@@ -281,16 +285,20 @@ class Site:
         return fault.play(request, good)
 
     def good(self, request: Request, asked: bytes) -> Response:
+        with self.lock:
+            return self._good(request, asked)
+
+    def _good(self, request: Request, asked: bytes) -> Response:
         if self.protocol == "kserve":
             return self.double.handle_request(request)
         if request.url.path == "/v1/info":
-            limits = {"points": POINTS, "texts": 100, "body": 10**6}
+            limits = {"points": self.points, "texts": 100, "body": 10**6}
             return Response(200, json={"protocol": 1, "version": "0", "model": asdict(self.info), "limits": limits})
         if request.method == "PUT":
             batch = wire.decode_batch(asked, most=100)
             self.batches[batch.digest()] = batch
             return Response(201)
-        wanted = wire.decode_request(asked, layers=self.info.layers, dim=self.info.dim, most=POINTS)
+        wanted = wire.decode_request(asked, layers=self.info.layers, dim=self.info.dim, most=self.points)
         if not self.remembers or wanted.call_id not in self.replies:
             scores = self.score(self.batches[wanted.batch], wanted.points, wanted.support, wanted.longest_answer)
             self.replies[wanted.call_id] = wire.encode_reply(wanted.call_id, scores)
@@ -298,8 +306,8 @@ class Site:
 
 
 #: Under a clock that stands still but for pauses; the quota is tested by itself.
-def patient(clock: Clock) -> Policy:
-    return Policy(sleep=clock.sleep, clock=clock, quota=10_000)
+def patient(clock: Clock, *, resend: bool = True) -> Policy:
+    return Policy(sleep=clock.sleep, clock=clock, quota=10_000, resend=resend)
 
 
 def live(site: Site, workers: int = 1, clock: Clock | None = None) -> OracleError | None:
@@ -308,7 +316,8 @@ def live(site: Site, workers: int = 1, clock: Clock | None = None) -> OracleErro
     site.sends.clear()
     oracle = None
     try:
-        oracle = opener(url, workers=workers, policy=patient(clock or Clock()), transport=httpx2.MockTransport(site))
+        policy = patient(clock or Clock(), resend=site.run.config.on_doubt == "resend")
+        oracle = opener(url, workers=workers, policy=policy, transport=httpx2.MockTransport(site))
         toyruns.tuned(replace(site.run, oracle=oracle), RUN, site.disk)
     except OracleError as error:
         assert "\n" not in str(error)  # noqa: PT017

@@ -30,12 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import crashes
+import doubts
 import fuzz
 import fuzztargets
 import httpfaults
 import ledgerwalk
 import rawserver
 import references
+import telling
 
 TIERS = ("commit", "nightly", "release")
 HERE = Path(__file__).parent
@@ -80,6 +82,8 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
             yield Check("SIGKILL on Ray", _script("raykills.py", *kills, f"--seed={seed}"), RAY, "kills")
         yield Check("fuzz with coverage", _script("fuzz.py", "--seconds", str((0, 600, 3_600)[level])))
         yield Check("planted bugs", _script("planted/__main__.py"), PLANTED, "caught")
+        yield Check("mutants of journal and ledger", _script("mutation.py"))
+        yield Check("lines and branches reached", _script("covered.py"))
         servers = ("--kills", str((0, 100, 500)[level]), "--seed", str(seed))
         yield Check("SIGKILL of servers and clients", _script("serverkills.py", *servers), KILLS, "killed")
     kills_ = ("--kills", str((40, 1_000, 3_000)[level]), "--seed", str(seed))
@@ -87,11 +91,16 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
     yield from _http(level, seed)
     attacks = ("--mutants", str((150, 5_000, 50_000)[level]), "--seed", str(seed))
     yield Check("hostile requests", _script("hostile.py", *attacks), REQUESTS, "requests")
+    examples = ("--examples", str((10, 500, 2_000)[level]), "--seed", str(seed))
+    yield Check("OpenAPI document, by schemathesis", _script("openapi.py", *examples), REQUESTS, "requests")
     if level:
         yield Check("trickling and crowding clients", _script("hostile.py", "--crowd"), REQUESTS, "requests")
     walk = (100_000, 2_500_000, 10_000_000)[level]
     yield Check("ledger walk", partial(ledgerwalk.walks, walk, seed), OPERATIONS, "operations")
+    yield Check("what is in doubt: charged, resent", partial(doubts.trials, (10, 200, 1_000)[level], seed))
     yield from _disk(level, seed)
+    told = ((12, 2), (1_000, 60), (5_000, 300))[level]
+    yield Check("optimizers asked and told at random", partial(telling.walks, *told, seed))
     seeds = (3, 15, 50)[level]
     functions = ("sphere", "rotated ellipsoid") if not level else tuple(references.FUNCTIONS)
     yield Check("CMA-ES beside cma", partial(references.evolution, seeds, functions, 0.2 if level else 0.35))

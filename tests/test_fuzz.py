@@ -46,3 +46,9 @@ def test_what_was_found_stays_found(name: str) -> None:
     target = fuzztargets.targets()[name]
     for data in FOUND[name]:
         assert fuzz.judged(target, data) == (name == "curve")
+
+
+def test_a_mutant_of_a_mutant_may_be_nested_as_deep_as_it_likes() -> None:
+    for depth in (100, 900, 985, 5_000):
+        nested = b"[" * depth + b"]" * depth
+        assert all(len(list(fuzztargets.mutants((nested,), 1, str(seed)))) == 3 for seed in range(20))

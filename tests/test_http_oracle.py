@@ -252,6 +252,7 @@ TRANSIENT: dict[str, Any] = {
 }
 MALFORMED: dict[str, Any] = {
     "empty": httpx2.Response(200),
+    "202": httpx2.Response(202, text="later"),
     "html": httpx2.Response(200, html="<html>log in</html>"),
     "json": httpx2.Response(200, json={"logits": [1.0]}),
     "truncated": lambda stage, request: httpx2.Response(200, content=stage.good(request).content[:-8]),

@@ -108,7 +108,7 @@ def test_every_bit_flip_is_noticed_or_cuts_only_the_last_line(path: Path) -> Non
             disk = FaultDisk()
             disk.put(path, bytes(damaged), durable=True)
             if position < last:
-                with pytest.raises(JournalCorrupt, match=r"journal\.log:\d: "):
+                with pytest.raises(JournalCorrupt, match=r"journal\.log:\d: .* does not match its checksum"):
                     Journal(path, RUN, disk)
                 assert disk.durable(path) == damaged  # nothing written
                 continue
@@ -161,6 +161,9 @@ def test_a_line_of_another_run_is_noticed(tmp_path: Path, path: Path) -> None:
     path.write_bytes(b"".join([*lines[:2], other[2], lines[3]]))
     with pytest.raises(JournalCorrupt, match=":3: this line belongs to run feedfeedfeedfeed"):
         opened(path)
+    written(tmp_path / "odd.log", RECORDS[:1], run="two\nlines " + "x" * 99)
+    with pytest.raises(JournalCorrupt, match=rf"belongs to run two lines {'x' * 30}, and manifest"):
+        opened(tmp_path / "odd.log")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +245,18 @@ def test_a_number_that_is_not_finite_is_refused_and_the_journal_lives_on(path: P
     with pytest.raises(DiskError):
         journal.append({"x": 2})
     assert opened(path) == [{"x": 1}]
+
+
+def test_a_closed_journal_holds_no_file_and_touches_nothing() -> None:
+    disk, path = FaultDisk(), Path("/journal.log")
+    journal = Journal(path, RUN, disk)
+    journal.close()
+    assert not disk._open
+    count = len(disk.operations)
+    with pytest.raises(DiskError, match="closed after an earlier failure"):
+        journal.append({"x": 1})
+    journal.close()
+    assert len(disk.operations) == count
 
 
 def test_a_failed_opening_closes_the_file() -> None:

@@ -191,6 +191,8 @@ def test_a_smaller_limit_than_the_journal_holds_is_a_mismatch(disk: FaultDisk) -
         {"op": "settle", "ids": ["a"], "values": []},
         {"op": "settle", "ids": ["a"], "values": [{"loss": "high"}]},
         {"op": "settle", "ids": ["a"], "values": [{"loss": "nan"}]},
+        {"op": "settle", "ids": ["a"], "values": [{"loss": "0x1p9999"}]},
+        {"op": "settle", "ids": ["a"], "values": [{"loss": 1}]},
         {"op": "settle", "ids": ["a"], "values": [[]]},
         {"op": "settle", "ids": ["a", "a"], "values": [{"loss": 1.0}, {"loss": 1.0}]},
         {"ids": ["a"]},
@@ -202,6 +204,14 @@ def test_a_line_that_makes_no_sense_is_named(disk: FaultDisk, record: dict[str, 
     journal.append(record)
     with pytest.raises(JournalCorrupt, match=r"/journal\.log:2: this line makes no sense"):
         ledger_on(disk.rebooted("nothing"), 9)
+
+
+def test_what_a_message_repeats_of_a_line_is_short_and_one_line(disk: FaultDisk) -> None:
+    Journal(PATH, RUN, disk).append({"op": "a\n" + 300 * "b"})
+    with pytest.raises(JournalCorrupt) as raised:
+        ledger_on(disk.rebooted("nothing"), 9)
+    assert len(str(raised.value).partition("(")[2].partition(")")[0]) == 200
+    assert "\n" not in str(raised.value)
 
 
 NAMES = ids(12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import doubts
 import numpy as np
 import pytest
 from toyruns import METHODS, TASK, Recorder, data, space
@@ -78,3 +79,15 @@ def test_a_calibration_that_a_crash_was_charged_for(tmp_path: Path, last: int, b
     assert found.stages[-1].ended == ended
     assert bool(found.chosen.readout.offsets) == (ended == "calls")
     assert ledger.reserved == budget
+
+
+def test_a_death_after_the_budget_could_not_hold_what_was_made_anew() -> None:
+    """Found by the trials: the search goes on without a generation, is killed, and must go the same way again."""
+    happened = doubts.Trials("all-time", 50).one("charge", "1 charge 173")
+    assert happened["deaths"] > 1
+
+
+def test_trials_at_a_server_that_charges_for_every_request() -> None:
+    found = doubts.trials(12, seed=1)
+    assert min(found["charge"]["lost"], found["resend"]["charged twice"]) > 3
+    assert found["resend"]["over budget"], "no budget was in danger"

@@ -96,6 +96,7 @@ def test_there_are_the_routes_that_are_documented_and_no_others() -> None:
         "/v1/score",
         "/healthz",
         "/metrics",
+        "/v1/openapi.json",
     }
 
 
@@ -360,3 +361,8 @@ def test_refusals_have_one_form(server: str) -> None:
     refused = httpx2.post(f"{server}/v1/score", content=b"x", headers=TYPE, trust_env=False)
     assert json.loads(refused.content).keys() == {"error", "message", "protocol"}
     assert "server" not in refused.headers
+    for method, path, status in (("GET", "/v1", 404), ("PUT", "/v1/batches/a/b", 404), ("DELETE", "/v1/score", 405)):
+        refused = httpx2.request(method, f"{server}{path}", trust_env=False)
+        assert refused.status_code == status
+        assert json.loads(refused.content) == {"error": "route", "message": refused.reason_phrase, "protocol": 1}
+    assert refused.headers["allow"] == "POST"

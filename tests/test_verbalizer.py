@@ -223,6 +223,15 @@ def test_words_that_begin_alike_are_refused(folders: dict[str, Path]) -> None:
     open_tiny(folders["bert"])[0].score(batch, point)  # a mask for each token tells them apart
 
 
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_words_that_the_vocabulary_lacks_are_refused(family: str, folders: dict[str, Path]) -> None:
+    task = Task.model_validate(tiny_prompt.PAIR | {"labels": {"0": "相☃", "1": "同样"}})
+    example = task.example({"text_a": "甲", "text_b": "乙☃", "label": "1"})  # in a text it is just unknown
+    batch = labelled(task, [example], for_loss=True, readout="verbalizer").batch
+    with pytest.raises(DataError, match="text 1: the option word '相☃' is not in the vocabulary"):
+        open_tiny(folders[family])[0].score(batch, np.zeros((1, tiny.LAYERS, 4)))
+
+
 def test_cloze_forms() -> None:
     single = Task.model_validate(tiny_prompt.SINGLE)
     form = write(single, single.example({"text": "甲", "label": "l0"}), "verbalizer")

@@ -158,8 +158,11 @@ class Evaluator:
             ids = self._made_anew(kinds, ids)
         new = {call_id for call_id in ids if self._ledger.settled(call_id) is None}
         # What the journal holds is asked for first and in order. So a call that it has not settled is one in doubt, or
-        # nothing may be left in it but what is asked for here.
-        if new and not self._ledger.unclaimed <= set(ids) and not new <= set(self._ledger.in_doubt):
+        # nothing may be left in it but what is asked for here. Where lost calls were charged, the budget may not hold
+        # those made in their place. It did not then, either: the search went on without them, as the journal shows.
+        unpaid = new - set(self._ledger.in_doubt)
+        left_out = self._lost and len(unpaid) > self._ledger.remaining
+        if unpaid and not left_out and not self._ledger.unclaimed <= set(ids):
             raise ResumeMismatch(
                 "the search asks for other calls than the journal holds: code, libraries or the processor "
                 "differ from those the run began with; start a new run"

@@ -7,6 +7,7 @@
 | `POST /v1/score` | score candidates on kept texts; 404 when they are gone |
 | `GET /healthz` | 200 after a forward that worked, else 503 |
 | `GET /metrics` | counters for Prometheus |
+| `GET /v1/openapi.json` | these routes, as OpenAPI describes them |
 
 A refusal is JSON with `error` (a word for programs), `message` (a line for people) and `protocol`.
 """
@@ -14,9 +15,11 @@ A refusal is JSON with `error` (a word for programs), `message` (a line for peop
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.responses import JSONResponse
 
 from bbprompt import __version__
@@ -25,6 +28,7 @@ from bbprompt.oracle import Oracle
 from bbprompt.serve.batches import Batches
 from bbprompt.serve.guard import Guard, problem
 from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.openapi import DIGEST, MESSAGE, Description, Health, Limits, body, document, refusals
 from bbprompt.serve.scorer import OtherRequest, Scorer
 from bbprompt.serve.settings import ServeSettings
 from bbprompt.wire import CONTENT_TYPE, PROTOCOL, WireError, decode_batch, decode_request
@@ -45,31 +49,54 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
     info = oracle.info
     kept = Batches(settings.batches, settings.lease, settings.room)
     scorer = Scorer(oracle, metrics, settings.replies)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="bbprompt serve",
+        version=str(PROTOCOL),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
 
-    @app.get("/v1/info")
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def refuse(request: Request, error: Any) -> Response:  # an HTTPException of the router
+        return _refusal(error.status_code, "route", error.detail, error.headers)
+
+    @app.get("/v1/info", responses={200: {"model": Description}, **refusals()})
     async def describe() -> JSONResponse:
-        limits = {"points": settings.points, "texts": settings.texts, "body": settings.body}
-        return JSONResponse({"protocol": PROTOCOL, "version": __version__, "model": asdict(info), "limits": limits})
+        limits = Limits(settings.points, settings.texts, settings.body)
+        return JSONResponse(asdict(Description(PROTOCOL, __version__, info, limits)))
 
-    @app.put("/v1/batches/{digest}")
-    async def keep(digest: str, request: Request) -> Response:
+    @app.put(
+        "/v1/batches/{digest}",
+        status_code=201,
+        response_class=Response,
+        responses={201: {"description": "Kept."}, 204: {"description": "Kept already."}, **refusals(422)},
+        openapi_extra=body(),
+    )
+    async def keep(digest: Annotated[str, Path(json_schema_extra=DIGEST)], request: Request) -> Response:
         if refused := _wrong_type(request):
             return refused
         if kept.get(digest) is not None:
             return Response(status_code=204)
-        body = await request.body()
+        sent = await request.body()
         try:
-            batch = decode_batch(body, most=settings.texts)
+            batch = decode_batch(sent, most=settings.texts)
         except WireError as error:
             return _refusal(400, "message", str(error))
         if batch.digest() != digest:
             return _refusal(422, "digest", "the texts are not those of this digest")
-        kept.put(digest, batch, len(body))
+        kept.put(digest, batch, len(sent))
         metrics.batches.set(len(kept))
         return Response(status_code=201)
 
-    @app.post("/v1/score")
+    @app.post(
+        "/v1/score",
+        response_class=Response,
+        responses={200: {"content": MESSAGE}, **refusals(404, 409, 422, 500)},
+        openapi_extra=body(),
+    )
     async def score(request: Request) -> Response:
         if refused := _wrong_type(request):
             return refused
@@ -97,14 +124,26 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
             _log.exception("a request failed")
             return _refusal(500, "failed", f"the model failed ({type(error).__name__}); the server's log has more")
 
-    @app.get("/healthz")
+    @app.get("/healthz", responses={200: {"model": Health}, **refusals()})
     async def healthz() -> Response:
-        return JSONResponse({"ok": True}) if await scorer.healthy() else _refusal(503, "failed", "the model fails")
+        return (
+            JSONResponse(asdict(Health(ok=True)))
+            if await scorer.healthy()
+            else _refusal(503, "failed", "the model fails")
+        )
 
-    @app.get("/metrics")
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refusals()},
+    )
     async def counters() -> Response:
         metrics.batches.set(len(kept))
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/openapi.json", include_in_schema=False)
+    async def described() -> JSONResponse:
+        return JSONResponse(document(app))
 
     return app
 
@@ -121,5 +160,5 @@ def _wrong_type(request: Request) -> Response | None:
     return _refusal(415, "type", f"content-type {CONTENT_TYPE} is expected")
 
 
-def _refusal(status: int, code: str, message: str) -> Response:
-    return Response(problem(code, message), status, media_type="application/json")
+def _refusal(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(problem(code, message), status, headers, media_type="application/json")

@@ -128,7 +128,6 @@ class Journal:
         self.path = path
         self._run_id = run_id
         self._disk = disk if disk is not None else RealDisk()
-        self._alive = False
         self._file: File | None = (file := self._disk.open(path, fresh=False))
         try:
             data = self._disk.read(path)
@@ -175,4 +174,4 @@ class Journal:
         """Close the file; what was appended is durable already. Closing twice is harmless."""
         if self._file is not None:
             self._disk.close(self._file)
-        self._file, self._alive = None, False
+        self._file = None
