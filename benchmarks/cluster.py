@@ -188,7 +188,8 @@ def slow(slots: int, waves: int, asks: int) -> list[str]:
     ask = waves * slots
     settings = {
         "router.batch": ask,
-        "router.random": ask,
+        "router.ahead": True,
+        "router.random": 64,
         "router.calls": (1 + asks) * ask,
         "router.share": 1.0,
         "router.dev_every": asks * ask,

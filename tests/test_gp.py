@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bbprompt.optimizers import Optimizer, bits, gp
 from bbprompt.optimizers.gp import GPUCB
+from bbprompt.optimizers.posterior import Posterior
 from bbprompt.optimizers.random import RandomSearch
 from bbprompt.testing import OptimizerContract, onemax, sphere
 
@@ -223,7 +224,7 @@ def test_shared_lengthscale_beyond_twenty_dimensions() -> None:
         optimizer = GPUCB(box(dim), seed=0, n_random=30, ard=ard)
         rows = np.random.default_rng(0).uniform(-5, 5, (30, dim))
         optimizer.tell(rows, rows[:, 0] * 3 + rows[:, 1:].sum(axis=1))
-        assert len(set(optimizer._hyperparameters().lengthscale)) == kinds
+        assert len(set(optimizer._hyperparameters(30).lengthscale)) == kinds
 
 
 def test_shared_lengthscale_predicts_a_dense_loss_better() -> None:
@@ -235,7 +236,7 @@ def test_shared_lengthscale_predicts_a_dense_loss_better() -> None:
     for ard in (False, True):
         targets = gp._targets(-truth[:60])
         hyper = gp._fit(rows[:60], targets, ard=ard, seed=0)
-        mean, _ = gp.Posterior.given(hyper, rows[:60], targets).moments(rows[60:])
+        mean, _ = Posterior.given(hyper, rows[:60], targets).moments(rows[60:])
         quality[ard] = np.corrcoef(mean, truth[60:])[0, 1]
     assert quality[False] > quality[True] + 0.02
     assert quality[False] > 0.4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -189,6 +188,8 @@ class Evaluator:
     def _values(self, kind: Kind, rows: NDArray[np.float32]) -> list[dict[str, float]]:
         data, scores = self._data[kind], self._scores(kind, rows)
         fitted = compared_offsets(scores, data.batch, data.gold) if kind == "train" else None
+        if fitted is None and not self._offsets:
+            return self._read(kind, self._readout, scores)  # all alike, so all at once
         if fitted is None:
             return [self._value(kind, self.readout(row), scores.of(number)) for number, row in enumerate(rows)]
         return [
@@ -212,16 +213,22 @@ class Evaluator:
 
     def _value(self, kind: Kind, readout: Readout, scores: Scores) -> dict[str, float]:
         """What the journal keeps of one candidate's call."""
+        return self._read(kind, readout, scores)[0]
+
+    def _read(self, kind: Kind, readout: Readout, scores: Scores) -> list[dict[str, float]]:
+        """What the journal keeps of the calls of candidates that are read in one way."""
         data = self._data[kind]
-        loss = float(readout.losses(scores, data.batch, data.gold).mean())
-        if not math.isfinite(loss):
+        losses = [float(row.mean()) for row in readout.losses(scores, data.batch, data.gold)]
+        if not np.isfinite(losses).all():
             raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
-        value = {"loss": loss}
+        values = [{"loss": loss} for loss in losses]
         if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
-            value["cut"] = float(scores.cut)
+            for value in values:
+                value["cut"] = float(scores.cut)
         if kind == "dev":
-            value["metric"] = float(metric_values(self._task, readout, scores, data).mean())
-        return value
+            for value, row in zip(values, metric_values(self._task, readout, scores, data), strict=True):
+                value["metric"] = float(row.mean())
+        return values
 
     def _id(self, kind: Kind, number: int, row: NDArray[np.float32]) -> str:
         sha = hashlib.sha256(f"{kind}:{self._ledger.asked}:{number}:".encode())
