@@ -1,7 +1,8 @@
 """A process beside this one that answers a question while this one waits for a model elsewhere.
 
-A process and no thread: it takes no turns with the interpreter that hands out work, and the number of BLAS threads, which
-decides last digits, is its own. `python -m bbprompt.optimizers.aside` is that process; it ends when its input does.
+A process and no thread: it does not take turns with the interpreter that hands out work, and the number of BLAS
+threads, which decides last digits, is its own. `python -m bbprompt.optimizers.aside` is that process; it ends when its
+input does.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Aside:
         if self._process is None and not self._failed:
             try:
                 # A session of its own: Ctrl-C reaches this process alone, which ends that one.
-                self._process = subprocess.Popen(
+                self._process = subprocess.Popen(  # noqa: S603  our own interpreter and module
                     [sys.executable, "-m", __name__],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,

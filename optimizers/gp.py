@@ -51,7 +51,7 @@ _GROWTH = 1.2  # at 1.5 searches over 96 bits end 2 % worse
 
 # A large batch leaves no time for more: hyperparameters of the first _FITTED rows, a process given _MODEL rows.
 _FITTED = 256
-_MODEL = 512
+_MODEL = 256
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class GPUCB:
     mean + kappa * deviation (`acquire.py`, `climb.py`); within a batch each chosen row is believed to get its
     predicted loss, so that the next one goes elsewhere (kriging believer, Ginsbourger et al., 2010). Told rows
     are never proposed again. Batches of more than `JOINT_BATCH` rows are found by one search (`joint.py`), from the
-    best and the latest 256 told rows and hyperparameters of the first 256 at most: a fraction of a millisecond a row.
+    best and the latest 128 told rows and hyperparameters of the first 256 at most: a fraction of a millisecond a row.
 
     With `ahead` an ask believes the rows of the last tell to have got their predicted losses. So the rows after next
     can be worked out while the next ones are scored, in a process of its own (`aside.py`), and nobody waits for either.

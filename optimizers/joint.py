@@ -19,8 +19,8 @@ from bbprompt.optimizers.posterior import MIN_VARIANCE, Posterior, matern, squar
 
 __all__ = ["best_together"]
 
-_RAW = 1024  # rows drawn at random, or twice the batch if that is more; as many are bred a generation and kept
-_STARTS = 8  # of them, how many climb, beside the incumbents
+_POOL = 512  # rows drawn, bred a generation, and kept; or one and a half batches if that is more
+_STARTS = 4  # of those drawn, how many climb, beside the incumbents
 _GENERATIONS = 4
 _FLIPS = (1.0, 2.0, 4.0, 8.0)  # coordinates that a child changes, on average
 _NEAR = 96  # rows whose joint distribution is followed exactly while some of them are chosen
@@ -56,9 +56,9 @@ def best_together(
     dim = incumbents.shape[1]
     if binary and forbid_zero:
         taken = np.concatenate([taken, np.zeros((1, dim))])
-    size = max(_RAW, 2 * count)
+    size = max(_POOL, count + count // 2)
     pool = _drawn(rng, size, taken, binary=binary)
-    if not binary or dim > LISTED_DIM:
+    if len(pool) and (dim > LISTED_DIM or not binary):
         seen, values = set(_keys(np.concatenate([taken, pool]))), posterior.ucb(pool, kappa)
         if binary:
             starts = np.concatenate([incumbents, pool[np.argsort(-values, kind="stable")[:_STARTS]]])
@@ -100,12 +100,14 @@ def _children(
     dim = parents.shape[1]
     one, other = parents[rng.integers(0, len(parents), count)], parents[rng.integers(0, len(parents), count)]
     crossed = (rng.random((count, 1)) < 0.5) & (rng.random((count, dim)) < 0.5)
-    children = np.where(crossed, other, one)
+    children: NDArray[np.float64] = np.where(crossed, other, one)
     changed = rng.random((count, dim)) < rng.choice(_FLIPS, (count, 1)) / dim
     if binary:
-        return np.abs(children - changed)
-    steps = 10.0 ** rng.uniform(-3.0, -0.5, (count, 1)) * rng.standard_normal((count, dim))
-    return np.clip(children + changed * steps, 0.0, 1.0)
+        children = np.abs(children - changed)
+    else:
+        steps = 10.0 ** rng.uniform(-3.0, -0.5, (count, 1)) * rng.standard_normal((count, dim))
+        children = np.clip(children + changed * steps, 0.0, 1.0)
+    return children
 
 
 def _greedy(posterior: Posterior, kappa: float, pool: NDArray[np.float64], count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A question to a fitted Gaussian process, which rows come next, and its answer: a function of nothing but the question."""
+"""A question to a fitted Gaussian process, which rows come next; its answer depends on nothing but the question."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JOINT_BATCH = 16
 """Batches of up to so many rows are proposed one row after another (`climb.py`, `acquire.py`), larger ones together
 (`joint.py`)."""
 
-_BELIEVED = 256  # rows out to be scored that a large batch keeps away from; they come in the order of their choice
+_BELIEVED = 128  # rows out to be scored that a large batch keeps away from; they come in the order of their choice
 
 
 @dataclass(frozen=True, slots=True)
