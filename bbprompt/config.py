@@ -62,7 +62,9 @@ class RouterStageConfig(_Settings):
         share: At most this share of the budget, where a second stage follows; binds for small budgets only.
         kappa: UCB's weight of the standard deviation.
         random: Routers tried before the Gaussian process proposes.
-        batch: Routers an ask.
+        batch: Routers an ask; more than 16 are proposed together by "bo", fewer one after the other.
+        ahead: Have "bo" propose each batch without waiting for the losses of the one before, while that is scored. Many
+            workers need not wait for proposals then; a batch learns from the last but one.
         warm_start: Score the upstream tasks' own mixtures before the search (a stage of its own, two calls a task), and
             try their routers first in it.
         dev_every: Train calls between two looks at the dev set.
@@ -76,6 +78,7 @@ class RouterStageConfig(_Settings):
     kappa: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     random: _Count = 20
     batch: _Count = 4
+    ahead: bool = False
     warm_start: bool = True
     dev_every: _Count = 10
     bare: bool = False

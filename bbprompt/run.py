@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples
 from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, measure_backbone, named_language_model, open_oracle
 from bbprompt.embedding import can_embed
@@ -143,7 +144,8 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
     threads = config.threads or (cores() if config.ray is None else 1)
     config = config.model_copy(update={"threads": threads})
     prompt = _prompt(config, method, task, few)
-    _warn_of_seen_examples(config, task, prompt)
+    warn_of_seen_examples(config, task, prompt)
+    warn_of_idle_workers(config.workers, method)
     oracle = open_oracle(
         config.backend,
         prompt,
@@ -193,20 +195,6 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
         threads=config.threads,
     )
     return random_prompt(settings, facts, config.seed, head, start)
-
-
-def _warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt) -> None:
-    """Say so when the few-shot split may hold examples that the prompts were trained on."""
-    recipe = prompt.config.training.get("recipe", {})
-    if task.name in prompt.config.tasks and (config.shots or config.seed not in recipe.get("spare_seeds", [])):
-        log.warning(
-            "the prompts were trained on %s and left out the few-shot pools of seeds %s only: with --seed %d%s some "
-            "few-shot examples may have been trained on",
-            task.name,
-            ", ".join(map(str, recipe.get("spare_seeds", []))) or "(none)",
-            config.seed,
-            f" --shots {config.shots}" if config.shots else "",
-        )
 
 
 def limited(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[Example, ...]:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-#: What runs unless it is said otherwise; and what starts servers or a Ray of its own, by wall time.
+#: What runs unless it is said otherwise; and what takes minutes, or starts servers or a Ray of its own.
 _QUICK = ("published", "ablation", "scaling", "precision", "alternatives", "optimizers", "start-up")
-_ELSEWHERE = ("remote", "dispatcher", "workers", "slow")
+_ELSEWHERE = ("batches", "remote", "dispatcher", "workers", "slow")
 
 
 def main() -> None:
@@ -29,15 +29,16 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="8 texts instead of 32")
     parser.add_argument("--call-ms", type=float, default=250.0, help="cost of a call for the optimizers' share")
     parser.add_argument("--slots", type=int, default=64, help="slow: calls that the model takes at once")
-    parser.add_argument("--waves", type=int, default=10, help="slow: calls of each slot in one ask of the optimizer")
+    parser.add_argument("--waves", type=int, default=20, help="slow: calls of each slot in one ask of the optimizer")
     parser.add_argument("--asks", type=int, default=5, help="slow: asks between two looks at dev")
+    parser.add_argument("--seeds", type=int, default=10, help="batches: searches of each kind")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     import torch
 
     from bbprompt.backends.memory import keep_freed_memory
-    from benchmarks import alternatives, cluster, forward, overhead, precision, remote
+    from benchmarks import alternatives, batches, cluster, forward, overhead, precision, remote
 
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -50,6 +51,7 @@ def main() -> None:
         "precision": ("Rankings in mixed precision", lambda: precision.rankings(options.rounds, options.threads)),
         "alternatives": ("What is not used", lambda: alternatives.alternatives(*sizes)),
         "optimizers": ("Optimizers", lambda: overhead.optimizers(options.call_ms)),
+        "batches": ("Large batches of routers", lambda: batches.batches(options.seeds)),
         "start-up": ("Start-up", overhead.start_up),
         "remote": (
             "`bbprompt serve` on loopback against the same model here",

@@ -25,6 +25,7 @@ from bbprompt.oracle import Oracle, TextBatch
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.scoring import labelled
 from bbprompt.tasks.task import load_task
+from benchmarks.goal import goal
 
 __all__ = ["remote"]
 
@@ -39,19 +40,22 @@ def remote(rounds: int, threads: int, texts: int, population: int = 20) -> list[
         "| population differs in | local calls/s | remote calls/s | remote / local | rounds | bytes a call up | down |",
         "|---|---|---|---|---|---|---|",
     ]
+    ratios: list[float] = []
     words = [sys.executable, "-m", "bbprompt", "serve", "--port", "0", "--json", "--threads", str(threads)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         there = HttpOracle(json.loads(process.stdout.readline())["url"], os.environ.get(TOKEN_VARIABLE))
         here = open_oracle("local", prompt, threads=threads, dtype=there.info.precision)
         for name, layer in (("every layer", None), ("layer 0", 0), ("layer 11", 11)):
-            lines.append(row(name, layer, here, there, batch, population, rounds))
+            line, ratio = row(name, layer, here, there, batch, population, rounds)
+            lines.append(line)
+            ratios.append(ratio)
         there.close()
     finally:
         process.terminate()
         ended = process.wait(60)
         process.stdout.close()
-    return [*lines, "", f"The server ended with {ended}."]
+    return [*lines, "", goal("remote / local in each row", 0.9, ratios), "", f"The server ended with {ended}."]
 
 
 def pairs(count: int) -> TextBatch:
@@ -68,8 +72,8 @@ def pairs(count: int) -> TextBatch:
 
 def row(
     name: str, layer: int | None, local: Oracle, there: HttpOracle, batch: TextBatch, population: int, rounds: int
-) -> str:
-    """One kind of population: both ways by turns."""
+) -> tuple[str, float]:
+    """One kind of population, both ways by turns: its line, and remote / local."""
     rng = np.random.default_rng(1)
     info = local.info
     base = rng.normal(size=(1, info.layers, info.dim)).astype(np.float32)
@@ -90,7 +94,8 @@ def row(
     up, down = len(wire.encode_request(request)), len(wire.encode_reply(request.call_id, scores["local"]))
     rate = {way: population / statistics.median(seconds[1:]) for way, seconds in taken.items()}
     each = ", ".join(f"{a / b:.2f}" for a, b in zip(taken["local"][1:], taken["remote"][1:], strict=True))
-    return (
+    line = (
         f"| {name} | {rate['local']:.2f} | {rate['remote']:.2f} | {rate['remote'] / rate['local']:.3f} | {each} "
         f"| {up / population:.0f} | {down / population:.0f} |"
     )
+    return line, rate["remote"] / rate["local"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bbprompt.optimizers import bits
 from bbprompt.optimizers.posterior import MIN_VARIANCE, Posterior, matern, squares
 
-__all__ = ["LISTED_DIM", "best_bits"]
+__all__ = ["LISTED_DIM", "best_bits", "climb"]
 
 LISTED_DIM = 12
 """Up to this many bits all rows are scored, so that the maximum is exact."""
@@ -62,7 +62,7 @@ def best_bits(
             row = pool.rows[best]
             if dim > LISTED_DIM:
                 tops = pool.rows[np.argsort(-bounds, kind="stable")[:starts]]
-                climbers = _climb(posterior, kappa, np.concatenate([climbers, tops]), taken)[:_KEPT]
+                climbers = climb(posterior, kappa, np.concatenate([climbers, tops]), taken)[:_KEPT]
                 row, starts = climbers[0], _FURTHER
             yield row
             taken = np.concatenate([taken, row[None]])
@@ -100,10 +100,10 @@ class _Pool:
         self._variance = self._variance - white**2
 
 
-def _climb(
+def climb(
     posterior: Posterior, kappa: float, rows: NDArray[np.float64], taken: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Climb until no flip helps; the different ends, the highest first, `(k, dim)`.
+    """Climb from binary rows `(m, dim)` until no flip helps; the different ends, the highest first, `(k, dim)`.
 
     A step flips the best bit, or several of the best together where that gains more: on the smooth surfaces that many
     dimensions have, half a dozen steps instead of dozens.

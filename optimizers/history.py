@@ -13,6 +13,7 @@ class History:
 
     Attributes:
         dim: width of a row.
+        before: how many rows were told before the last tell.
         tells: how many tells were recorded; together with the seed it seeds an ask.
         waiting: whether an ask was made that no tell has settled yet.
     """
@@ -20,7 +21,7 @@ class History:
     def __init__(self, dim: int) -> None:
         """Start with nothing told."""
         self.dim = dim
-        self.tells = 0
+        self.before = self.tells = 0
         self.waiting = False
         self._rows: NDArray[np.float64] = np.empty((0, dim))
         self._losses: NDArray[np.float64] = np.empty(0)
@@ -87,5 +88,6 @@ class History:
         first = start + int(np.argmin(losses))
         if self._best < 0 or self._losses[first] < self._losses[self._best]:
             self._best = first
+        self.before = start
         self.tells += 1
         self.waiting = False

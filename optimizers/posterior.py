@@ -105,6 +105,24 @@ class Posterior:
             nugget=self.nugget,
         )
 
+    def believing_all(self, rows: NDArray[np.float64]) -> Posterior:
+        """Condition on several more rows `(m, dim)`, as `believing` does one by one: no mean changes by that."""
+        kernel = self.kernel(rows)
+        below = self.whiten(kernel).T
+        scaled = rows / self.hyper.lengthscale
+        corner = matern(squares(scaled, scaled)) - below @ below.T + self.nugget * np.eye(len(rows))
+        n, m = len(self.alpha), len(rows)
+        chol = np.zeros((n + m, n + m))
+        chol[:n, :n], chol[n:, :n] = self.chol, below
+        chol[n:, n:] = scipy.linalg.cholesky(corner, lower=True, check_finite=False)
+        return Posterior(
+            hyper=self.hyper,
+            scaled=np.concatenate([self.scaled, scaled]),
+            chol=chol,
+            alpha=np.concatenate([self.alpha, np.zeros(m)]),
+            nugget=self.nugget,
+        )
+
     def moments(self, rows: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return mean and variance of the noise-free function at rows `(m, dim)`, `(m,)` each."""
         return self._moments(self.kernel(rows))

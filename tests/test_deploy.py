@@ -1,9 +1,13 @@
-"""The RayJob says what the operator reads and what `bbprompt` takes, as docs/cluster.md claims."""
+"""RayJob and container say what operators read and what `bbprompt` takes, as docs/cluster.md and serving.md claim."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +75,37 @@ def test_the_versions_are_ours(spec: dict[str, Any]) -> None:
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         assert container["image"].endswith(f"/bbprompt:{bbprompt.__version__}")
+
+
+def test_the_container_starts_a_server_that_anyone_may_reach_only_with_a_token() -> None:
+    """Its words are those of `bbprompt serve`, which refuses that address without the token that compose asks for."""
+    lines = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    (entry,) = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith("ENTRYPOINT")]
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))
+    (service,) = compose["services"].values()
+    program, *words = [*entry, *service["command"]]
+    assert program == "bbprompt"
+    environment = {name: value for name, value in os.environ.items() if name != "BBPROMPT_TOKEN"}
+    command = [sys.executable, "-m", "bbprompt", *words]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "BBPROMPT_TOKEN" in refused.stderr
+    assert service["environment"]["BBPROMPT_TOKEN"].startswith("${BBPROMPT_TOKEN:?")
+    (port,) = service["ports"]
+    assert port == "127.0.0.1:8765:8765"
+    assert (ROOT / "deploy" / service["build"]["context"] / service["build"]["dockerfile"]).samefile(
+        ROOT / "deploy" / "Dockerfile"
+    )
+
+
+def test_what_the_container_copies_is_there_and_sent_along() -> None:
+    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()]
+    assert {"pyproject.toml", "bbprompt", "optimizers", "backends", "configs"} <= set(copied)
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert name not in ignored
+    (torch,) = re.findall(r"torch==(\S+)$", text, re.MULTILINE)
+    pins = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
+    assert f"torch=={torch}\n" in pins

@@ -10,8 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from bbprompt.optimizers import Optimizer, bits, gp
+from bbprompt.optimizers import Optimizer, bits, gp, proposal
 from bbprompt.optimizers.gp import GPUCB
+from bbprompt.optimizers.posterior import Posterior
 from bbprompt.optimizers.random import RandomSearch
 from bbprompt.testing import OptimizerContract, onemax, sphere
 
@@ -37,6 +38,19 @@ class TestBinaryContract(OptimizerContract):
     dim = 14
     binary = True
     rounds = 6
+
+
+class TestTogetherContract(OptimizerContract):
+    target = "bbprompt.optimizers.gp:GPUCB"
+    arguments: ClassVar = {"bounds": [[0.0] * 24, [1.0] * 24], "seed": 2, "n_random": 20, "batch": 20, "binary": True}
+    dim = 24
+    binary = True
+
+
+class TestAheadContract(OptimizerContract):
+    target = "bbprompt.optimizers.gp:GPUCB"
+    arguments: ClassVar = {"bounds": [[-1.0] * 3, [2.0] * 3], "seed": 2, "batch": 3, "n_random": 3, "ahead": True}
+    dim = 3
 
 
 def box(dim: int, low: float = -5.0, high: float = 5.0) -> list[list[float]]:
@@ -65,6 +79,55 @@ def test_beats_random_in_a_box(dim: int, calls: int, factor: float) -> None:
     guided = run(GPUCB(box(dim), seed=1), lambda x: sphere(x, center), calls)
     blind = run(RandomSearch(box(dim), seed=1), lambda x: sphere(x, center), calls)
     assert guided < factor * blind
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("binary", [False, True])
+def test_large_batches_beat_random(binary: bool, ahead: bool) -> None:
+    center = np.random.default_rng(5).integers(0, 2, 96) if binary else np.random.default_rng(5).uniform(0, 1, 96)
+    guided = GPUCB(box(96, 0, 1), seed=1, binary=binary, batch=32, n_random=32, ahead=ahead)
+    found = run(guided, lambda x: sphere(x, center), 160)
+    blind = run(RandomSearch(box(96, 0, 1), seed=1, binary=binary), lambda x: sphere(x, center), 160)
+    assert found < (0.5 if binary else 0.8) * blind
+
+
+@pytest.mark.parametrize("batch", [4, gp.JOINT_BATCH, gp.JOINT_BATCH + 1])
+def test_the_size_of_a_batch_decides_how_it_is_proposed(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    original = proposal.best_together
+    monkeypatch.setattr(proposal, "best_together", lambda *a, **k: used.append(a[2]) or original(*a, **k))
+    optimizer = GPUCB(box(24, 0, 1), seed=1, binary=True, batch=batch, n_random=4, initial=np.eye(24)[:6])
+    for _ in range(2):
+        rows = optimizer.ask()
+        optimizer.tell(rows, sphere(rows, 0.2))
+    rows = optimizer.ask()
+    assert len(rows) == batch
+    assert bool(used) is (batch > gp.JOINT_BATCH)
+
+
+def test_ahead_an_ask_knows_the_rows_of_the_last_tell_and_not_their_losses() -> None:
+    """Hence neither the process beside nor what the last losses are can change it."""
+    first, other = (GPUCB(box(24, 0, 1), seed=1, binary=True, batch=20, n_random=20, ahead=True) for _ in range(2))
+    other._aside = None  # nobody works ahead here
+    told: list[bytes] = []
+    for turn in range(4):
+        rows = first.ask()
+        told += bits.keys(rows)
+        if turn < 3:
+            np.testing.assert_array_equal(other.ask(), rows)
+        first.tell(rows, sphere(rows, 0.2))
+        other.tell(rows, sphere(rows, 0.2) if turn < 3 else sphere(rows, 0.8))
+    np.testing.assert_array_equal(other.ask(), last := first.ask())
+    told += bits.keys(last)
+    assert len(set(told)) == len(told)
+
+
+def test_a_large_batch_uses_the_best_and_the_latest_rows() -> None:
+    losses = np.concatenate([np.arange(500.0), np.full(200, 1000.0)])
+    used = gp._model_rows(losses)
+    half = gp._MODEL // 2
+    np.testing.assert_array_equal(used, [*range(half), *range(700 - half, 700)])
+    np.testing.assert_array_equal(gp._model_rows(losses[:100]), np.arange(100))
 
 
 @pytest.mark.parametrize("dim", [24, 96])
@@ -223,7 +286,7 @@ def test_shared_lengthscale_beyond_twenty_dimensions() -> None:
         optimizer = GPUCB(box(dim), seed=0, n_random=30, ard=ard)
         rows = np.random.default_rng(0).uniform(-5, 5, (30, dim))
         optimizer.tell(rows, rows[:, 0] * 3 + rows[:, 1:].sum(axis=1))
-        assert len(set(optimizer._hyperparameters().lengthscale)) == kinds
+        assert len(set(optimizer._hyperparameters(30).lengthscale)) == kinds
 
 
 def test_shared_lengthscale_predicts_a_dense_loss_better() -> None:
@@ -235,7 +298,7 @@ def test_shared_lengthscale_predicts_a_dense_loss_better() -> None:
     for ard in (False, True):
         targets = gp._targets(-truth[:60])
         hyper = gp._fit(rows[:60], targets, ard=ard, seed=0)
-        mean, _ = gp.Posterior.given(hyper, rows[:60], targets).moments(rows[60:])
+        mean, _ = Posterior.given(hyper, rows[:60], targets).moments(rows[60:])
         quality[ard] = np.corrcoef(mean, truth[60:])[0, 1]
     assert quality[False] > quality[True] + 0.02
     assert quality[False] > 0.4

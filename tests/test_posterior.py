@@ -123,3 +123,15 @@ def test_repeated_rows_without_noise_get_jitter(caplog: pytest.LogCaptureFixture
     assert np.all(np.isfinite(mean))
     assert np.all(variance >= MIN_VARIANCE)
     assert np.all(np.isfinite(posterior.ucb_gradient(rows[0], 2.0)[1]))
+
+
+def test_believing_all_is_believing_one_by_one() -> None:
+    hyper, rows, targets, queries = problem(8, 20, binary=False)
+    single = together = Posterior.given(hyper, rows, targets)
+    for row in queries[:9]:
+        single = single.believing(row)
+    together = together.believing_all(queries[:9])
+    np.testing.assert_allclose(together.chol, single.chol, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(together.ucb(queries, 2.0), single.ucb(queries, 2.0), rtol=0, atol=1e-9)
+    nobody = together.believing_all(queries[:0])
+    np.testing.assert_array_equal(nobody.chol, together.chol)

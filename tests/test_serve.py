@@ -132,6 +132,9 @@ def test_a_repeated_request_is_not_computed_again() -> None:
     assert "bbprompt_calls_total 10.0" in said
     assert "bbprompt_repeated_total 3.0" in said
     assert "bbprompt_waiting 0.0" in said
+    assert "bbprompt_candidates_count 2.0" in said
+    assert "bbprompt_model_seconds_count 2.0" in said
+    assert "bbprompt_tokens_cut_total 0.0" in said
 
 
 def test_an_answer_that_nobody_waited_for_is_there_at_the_next_try() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -207,6 +206,8 @@ class Evaluator:
     def _values(self, kind: Kind, rows: NDArray[np.float32]) -> list[dict[str, float]]:
         data, scores = self._data[kind], self._scores(kind, rows)
         fitted = compared_offsets(scores, data.batch, data.gold) if kind == "train" else None
+        if fitted is None and not self._offsets:
+            return self._read(kind, self._readout, scores)  # all alike, so all at once
         if fitted is None:
             return [self._value(kind, self.readout(row), scores.of(number)) for number, row in enumerate(rows)]
         return [
@@ -231,18 +232,25 @@ class Evaluator:
 
     def _value(self, kind: Kind, readout: Readout, scores: Scores) -> dict[str, float]:
         """What the journal keeps of one candidate's call."""
+        return self._read(kind, readout, scores)[0]
+
+    def _read(self, kind: Kind, readout: Readout, scores: Scores) -> list[dict[str, float]]:
+        """What the journal keeps of the calls of candidates that are read in one way."""
         data = self._data[kind]
-        losses = readout.losses(scores, data.batch, data.gold)[0]
-        loss = float(losses.mean())
-        if not math.isfinite(loss):
+        losses = readout.losses(scores, data.batch, data.gold)
+        means = [float(row.mean()) for row in losses]
+        if not np.isfinite(means).all():
             raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
-        value = {"loss": loss}
+        values = [{"loss": mean} for mean in means]
         if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
-            value["cut"] = float(scores.cut)
+            for value in values:
+                value["cut"] = float(scores.cut)
         if kind == "dev":
-            value["metric"] = float(metric_values(self._task, readout, scores, data).mean())
-            value |= _numbered("loss", losses.tolist())
-        return value
+            metrics = metric_values(self._task, readout, scores, data)
+            for value, row, each in zip(values, metrics, losses, strict=True):
+                value["metric"] = float(row.mean())
+                value |= _numbered("loss", each.tolist())
+        return values
 
     def _id(self, kind: Kind, number: int, row: NDArray[np.float32]) -> str:
         sha = hashlib.sha256(f"{kind}:{self._ledger.asked}:{number}:".encode())

@@ -217,6 +217,7 @@ def router_stage(
         initial=initial,
         n_random=config.random + (0 if initial is None else len(initial)),
         binary=binary,
+        ahead=config.ahead,
     )
     return stage(search, "bo-ucb")
 

@@ -1,0 +1,46 @@
+"""What a user should know of the settings before a run spends anything. Nothing here changes the run."""
+
+from __future__ import annotations
+
+import logging
+
+from bbprompt.config import MethodConfig, TuneConfig
+from bbprompt.prompts import ModularPrompt
+from bbprompt.tasks.task import Task
+
+__all__ = ["warn_of_idle_workers", "warn_of_seen_examples"]
+
+_log = logging.getLogger("bbprompt")
+
+
+def warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt) -> None:
+    """Say so when the few-shot split may hold examples that the prompts were trained on."""
+    recipe = prompt.config.training.get("recipe", {})
+    if task.name in prompt.config.tasks and (config.shots or config.seed not in recipe.get("spare_seeds", [])):
+        _log.warning(
+            "the prompts were trained on %s and left out the few-shot pools of seeds %s only: with --seed %d%s some "
+            "few-shot examples may have been trained on",
+            task.name,
+            ", ".join(map(str, recipe.get("spare_seeds", []))) or "(none)",
+            config.seed,
+            f" --shots {config.shots}" if config.shots else "",
+        )
+
+
+def warn_of_idle_workers(workers: int | None, method: MethodConfig) -> None:
+    """Say so when a stage asks for fewer candidates than there are workers.
+
+    The size of a batch decides the result, so it never follows the number of workers by itself.
+    """
+    sizes = {
+        "router.batch": method.router.batch if method.router is not None else None,
+        "prompt.popsize": method.prompt.popsize if method.prompt is not None else None,
+    }
+    small = {name: size for name, size in sizes.items() if size is not None and size < (workers or 1)}
+    if small:
+        _log.warning(
+            "--workers %d: %s candidates at once leave workers idle; %s (another search) would not",
+            workers,
+            " and ".join(f"{name}={size}" for name, size in small.items()),
+            " ".join(f"--set {name}={workers}" for name in small),
+        )
