@@ -20,7 +20,7 @@ from bbprompt.scoring import Labelled, metric_values
 from bbprompt.store.ledger import Kind, Ledger
 from bbprompt.tasks.task import Task
 
-__all__ = ["DevScore", "Evaluator"]
+__all__ = ["DevScore", "Evaluator", "call_value", "dev_score"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -115,7 +115,7 @@ class Evaluator:
 
     def dev(self, points: NDArray[np.floating]) -> list[DevScore]:
         """What dev says of each candidate, `(n, L, d)`, n calls."""
-        return [_dev_score(value) for value in self._call("dev", points)]
+        return [dev_score(value) for value in self._call("dev", points)]
 
     def calibrate(self, point: NDArray[np.floating]) -> tuple[float, DevScore]:
         """Fit offsets of the labels to a candidate `(L, d)` on train and dev together: two of the calls that are kept.
@@ -132,7 +132,7 @@ class Evaluator:
             train, dev = self._calibrated(row)
             self._ledger.settle(ids, [train, dev])
         self._offsets[_bytes(row[0])] = _of("offset", dev)
-        return train["loss"], _dev_score(dev)
+        return train["loss"], dev_score(dev)
 
     def _call(self, kind: Kind, points: NDArray[np.floating]) -> list[dict[str, float]]:
         rows = np.ascontiguousarray(points, dtype=np.float32)
@@ -227,19 +227,7 @@ class Evaluator:
         return train, dev | _numbered("offset", offsets)
 
     def _value(self, kind: Kind, readout: Readout, scores: Scores) -> dict[str, float]:
-        """What the journal keeps of one candidate's call."""
-        data = self._data[kind]
-        losses = readout.losses(scores, data.batch, data.gold)[0]
-        loss = float(losses.mean())
-        if not math.isfinite(loss):
-            raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
-        value = {"loss": loss}
-        if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
-            value["cut"] = float(scores.cut)
-        if kind == "dev":
-            value["metric"] = float(metric_values(self._task, readout, scores, data).mean())
-            value |= _numbered("loss", losses.tolist())
-        return value
+        return call_value(kind, readout, scores, self._data[kind], self._task)
 
     def _id(self, kind: Kind, number: int, row: NDArray[np.float32]) -> str:
         sha = hashlib.sha256(f"{kind}:{self._ledger.asked}:{number}:".encode())
@@ -247,12 +235,32 @@ class Evaluator:
         return sha.hexdigest()[:24]
 
 
+def call_value(kind: Kind, readout: Readout, scores: Scores, data: Labelled, task: Task) -> dict[str, float]:
+    """What the journal keeps of one candidate's call.
+
+    Raises:
+        OracleError: Its loss is not finite.
+    """
+    losses = readout.losses(scores, data.batch, data.gold)[0]
+    loss = float(losses.mean())
+    if not math.isfinite(loss):
+        raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
+    value = {"loss": loss}
+    if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
+        value["cut"] = float(scores.cut)
+    if kind == "dev":
+        value["metric"] = float(metric_values(task, readout, scores, data).mean())
+        value |= _numbered("loss", losses.tolist())
+    return value
+
+
 def _bytes(point: NDArray[np.floating]) -> bytes:
     """A point as it is sent."""
     return np.ascontiguousarray(point, dtype=np.float32).tobytes()
 
 
-def _dev_score(value: Mapping[str, float]) -> DevScore:
+def dev_score(value: Mapping[str, float]) -> DevScore:
+    """What the value of a dev call says."""
     return DevScore(value["loss"], value["metric"], _of("loss", value))
 
 
