@@ -495,7 +495,7 @@ def test_the_shipped_recipes_load(file: Path) -> None:
 
 def test_gradients_reach_every_parameter(recipe: PretrainConfig, make_mixture: Callable[..., Mixture]) -> None:
     backbone = load_backbone(recipe.backbone)
-    encoder = Encoder(backbone.model, prepack=False)
+    encoder = Encoder(backbone.model)
     frame = frame_for(backbone.tokenizer, (300, 301), recipe.max_tokens)
     prompts = ModularPrompts(3, 3, 3, 4, frame, 32, 0.05, torch.Generator().manual_seed(0))
     batch = make_mixture(tasks_per_step=3).batch(0)

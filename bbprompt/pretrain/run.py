@@ -23,6 +23,7 @@ from bbprompt.errors import ResumeMismatch, UsageError
 from bbprompt.pretrain.artifact import artifact, begin_from
 from bbprompt.pretrain.card import model_card
 from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
+from bbprompt.pretrain.linear import DifferentiableLinear
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
 from bbprompt.pretrain.ppt_annotator import open_annotator
@@ -123,7 +124,9 @@ def _pretrain(
     torch.set_num_threads(config.threads or torch.get_num_threads())
     start = None if config.start is None else ModularPrompt.load(resolve_prompts(config.start))
     backbone = load_backbone(config.backbone)
-    encoder = Encoder(backbone.model, getattr(torch, config.dtype), device, backbone.token_type, prepack=False)
+    encoder = Encoder(
+        backbone.model, getattr(torch, config.dtype), device, backbone.token_type, linear=DifferentiableLinear
+    )
     frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens)
     head = None
     if config.readout == "prototype":
