@@ -17,6 +17,7 @@ from bbprompt.backends.local import open_head
 from bbprompt.backends.population import Place, Runner, Trunk
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.oracle import Scores, Support, TextBatch
+from bbprompt.pretrain.linear import DifferentiableLinear
 from bbprompt.prompts import PromptConfig
 from bbprompt.readout import right_spans
 from bbprompt.scoring import Labelled
@@ -76,7 +77,7 @@ class Forward:
         self._head = open_head(backbone, config, weights, tokenize_with(backbone.tokenizer), self._frame, self.device)
         kind = getattr(torch, dtype)
         if backbone.packed:
-            encoder = Encoder(backbone.model, kind, device, backbone.token_type)
+            encoder = Encoder(backbone.model, kind, device, backbone.token_type, linear=DifferentiableLinear)
             self._bound: Callable[[Sequence[Encoded], Layout, Any], _Forward]
             self._bound = lambda sequences, layout, plan: self._packed(encoder, sequences, layout, plan)
         else:
