@@ -241,9 +241,7 @@ class MethodConfig(_Settings):
         if self.gradient is not None and (len(stages) > 1 or self.loss != "ce" or self.calibrate):
             raise ValueError("gradient: goes with no stage of a search, with loss 'ce' and without 'calibrate'")
         if (self.prompts == NO_PROMPTS) != (self.baseline is not None or self.own_prompt is not None):
-            raise ValueError(
-                "prompts: 'none' goes with a baseline, a projection or a soft prompt, and nothing else"
-            )
+            raise ValueError("prompts: 'none' goes with a baseline, a projection or a soft prompt, and nothing else")
         if self.projection is not None and self.router is not None:
             raise ValueError("router: a random projection has no modules to route")
         if self.calibrate and (self.baseline is not None or self.legacy_decision or self.support == "sequence"):

@@ -127,6 +127,11 @@ class GradientConfig(_Settings):
         return {name: stage for name, stage in both.items() if stage is not None}
 
     @property
+    def calls(self) -> int:
+        """Calls of a whole run."""
+        return LOOK + sum(stage.calls for stage in self.stages.values())
+
+    @property
     def least_budget(self) -> int:
         """Fewest calls: looks at the untuned prompt and, after an epoch, at the tuned one, for each stage."""
         return LOOK + len(self.stages) * (1 + LOOK)

@@ -159,7 +159,8 @@ class Terminal(Watcher):
         else:
             for name, value in rows:
                 _line(self._console, f"{name}: {value}")
-        self._budget = run.config.budget
+        descent = run.method.gradient
+        self._budget = min(run.config.budget, descent.calls) if descent is not None else run.config.budget
         self._marks.append((self._clock(), 0))
         self._search = Meter(self._console, self._budget, self._clock)
 

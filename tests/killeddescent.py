@@ -27,7 +27,7 @@ PLANS: dict[str, list[tuple[str, int]]] = {
     "never either": [],
     "first step": [("step", 1)],
     "before a checkpoint": [("step", 2), ("step", 2), ("checkpoint", 1)],
-    "each part": [("saved", 1), ("step", 2), ("saved", 1), ("status", 3), ("checkpoint", 1), ("testing", 1), ("result", 1)],
+    "each part": [("saved", 1), ("step", 2), ("saved", 1), ("checkpoint", 1), ("testing", 1), ("result", 1)],
     "again and again": [("step", 3)] * 3 + [("saved", 1)] * 3,
     "testing": [("testing", 1), ("testing", 2)],
 }

@@ -155,9 +155,8 @@ class Descent:
         if self._settings.soft is not None and self._settings.soft.scale:
             self._soft.shake(self._settings.soft.scale, self._seed)
         stages = self._settings.stages
-        whole = sum(stage.calls for stage in stages.values())
         # Stages share a budget that is too small for all of them as they would share one that is not.
-        share = min(self._calls.left / whole, 1.0)
+        share = min(self._calls.left / (self._settings.calls - LOOK), 1.0)
         for name, stage in stages.items():
             last = len(self._stages) == len(stages) - 1
             most = self._calls.left if last else max(int(share * stage.calls + 1e-9), 1 + LOOK)
