@@ -9,7 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from bbprompt.oracle import ReadoutKind
 from bbprompt.prompts import Pooling
 
-__all__ = ["LOOK", "DescentConfig", "GradientConfig", "PromptDescentConfig", "RouterDescentConfig", "SoftPromptConfig"]
+__all__ = [
+    "LOOK",
+    "AnyDescent",
+    "DescentConfig",
+    "GradientConfig",
+    "PromptDescentConfig",
+    "RouterDescentConfig",
+    "SoftPromptConfig",
+]
 
 _Count = Annotated[int, Field(ge=1, strict=True)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -97,6 +105,10 @@ class PromptDescentConfig(DescentConfig):
     head: Annotated[bool, Field(strict=True)] = False
 
 
+#: A stage, whatever it moves.
+AnyDescent = RouterDescentConfig | PromptDescentConfig
+
+
 class GradientConfig(_Settings):
     """Gradient descent in place of a search; see `bbprompt.gradient`.
 
@@ -121,9 +133,9 @@ class GradientConfig(_Settings):
         return self
 
     @property
-    def stages(self) -> dict[str, DescentConfig]:
+    def stages(self) -> dict[str, AnyDescent]:
         """Name and settings of the stages, in order."""
-        both = {"router": self.router, "prompt": self.prompt}
+        both: dict[str, AnyDescent | None] = {"router": self.router, "prompt": self.prompt}
         return {name: stage for name, stage in both.items() if stage is not None}
 
     @property

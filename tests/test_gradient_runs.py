@@ -44,6 +44,7 @@ STAGES = {
 
 def settings(data: Path, method: str, changes: dict[str, Any], **keys: Any) -> TuneConfig:
     values = {"task": str(data / "task.yaml"), "data": str(data), "method": method, "threads": 1}
+    values |= {"baselines": False}
     return TuneConfig.model_validate(values | {"set": changes} | keys)
 
 
@@ -83,7 +84,7 @@ def test_the_constants_of_the_papers() -> None:
     for name in METHODS:
         method = load_method(name)
         assert method.gradient is not None
-        assert method.select == "dev-metric"
+        assert method.select == ("both-losses" if name.startswith("mp2") else "dev-metric")
         assert sum(stage.calls for stage in method.gradient.stages.values()) + 2 == 1000 + 80 + 2
         layers = method.gradient.soft.layers if method.gradient.soft else None
         assert layers == {"prompt-tuning": "input", "p-tuning-v2": "all"}.get(name)
@@ -169,7 +170,7 @@ def test_the_loss_falls_on_what_can_be_learned(tiny_prompts: Path, tmp_path: Pat
 
 
 def test_the_choice_is_by_dev(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
-    changes = STAGES | {"gradient.prompt.rate": 3.0}  # so that looks differ
+    changes = STAGES | {"gradient.prompt.rate": 3.0, "select": "dev-metric"}  # so that looks differ
     result = begin(settings(tiny_pair_data, "mp2-gradient-deep", changes, prompts=str(tiny_prompts)), tmp_path / "run")
     curve = [row.split(",") for row in (tmp_path / "run" / "curve.csv").read_text().splitlines()[1:]]
     assert float(curve[-1][3]) == result.dev == max(float(row[3]) for row in curve)
@@ -211,7 +212,7 @@ def test_patience(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> N
 
 
 def test_killed_and_gone_on_with(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
-    config = settings(tiny_pair_data, "mp2-gradient-deep", STAGES, prompts=str(tiny_prompts), baselines=False)
+    config = settings(tiny_pair_data, "mp2-gradient-deep", STAGES, prompts=str(tiny_prompts))
     (tmp_path / "config.json").write_text(config.model_dump_json())
     script = Path(__file__).with_name("killeddescent.py")
     done = subprocess.run(
@@ -249,7 +250,7 @@ class Stopper(Watcher):
 
 
 def stopped(data: Path, prompts: Path, folder: Path, calls: int = 9) -> Path:
-    config = settings(data, "mp2-gradient-deep", STAGES, prompts=str(prompts), baselines=False)
+    config = settings(data, "mp2-gradient-deep", STAGES, prompts=str(prompts))
     with pytest.raises(Interrupted):
         begin(config, folder, Stopper(calls))
     return folder

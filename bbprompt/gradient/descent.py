@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bbprompt.config import MethodConfig
-from bbprompt.descent_settings import LOOK, DescentConfig, GradientConfig, PromptDescentConfig, RouterDescentConfig
+from bbprompt.descent_settings import LOOK, AnyDescent, GradientConfig, RouterDescentConfig
 from bbprompt.errors import OracleError
 from bbprompt.gradient.calls import DescentCalls
 from bbprompt.gradient.checkpoint import Checkpoint
@@ -34,8 +34,6 @@ from bbprompt.store.ledger import Kind
 from bbprompt.tasks.task import Task
 
 __all__ = ["Descended", "Descent", "GradientLook", "GradientStage"]
-
-Stage = RouterDescentConfig | PromptDescentConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +174,7 @@ class Descent:
         """The looks whose prompts are still needed."""
         return [self._before, *(stage.chosen for stage in self._stages), self._chosen]
 
-    def _stage(self, name: str, stage: DescentConfig, most: int) -> GradientStage:
-        if not isinstance(stage, RouterDescentConfig | PromptDescentConfig):
-            raise TypeError(f"no stage {type(stage).__name__}")
+    def _stage(self, name: str, stage: AnyDescent, most: int) -> GradientStage:
         began, first, idle, ended = time.monotonic(), self._calls.made, 0, "calls"
         parameters = self._soft.moved(stage)
         if isinstance(stage, RouterDescentConfig):
@@ -204,7 +200,7 @@ class Descent:
         """Whether budget and share of a stage that began at call `first` hold a step and the look that may follow."""
         return min(self._calls.left, most - (self._calls.made - first)) >= 1 + LOOK
 
-    def _step(self, stage: Stage, adam: torch.optim.Adam) -> dict[str, float]:
+    def _step(self, stage: AnyDescent, adam: torch.optim.Adam) -> dict[str, float]:
         """One step of Adam on the whole train batch; its loss is that before the step."""
         began, total, count = time.monotonic(), 0.0, len(self._data["train"].gold)
         adam.zero_grad(set_to_none=True)
@@ -262,7 +258,7 @@ class Descent:
         self._report(Status(self._calls.made, stage, train_loss, self._chosen.dev_metric))
 
 
-def _check_finite(total: float, stage: Stage) -> None:
+def _check_finite(total: float, stage: AnyDescent) -> None:
     if not np.isfinite(total):
         raise OracleError(
             f"the train loss is {total}: the descent has left what the model can read; lower the rate "

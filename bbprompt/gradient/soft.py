@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bbprompt.descent_settings import PromptDescentConfig, RouterDescentConfig
+from bbprompt.descent_settings import AnyDescent, RouterDescentConfig
 from bbprompt.pretrain.model import relaxed_bernoulli
 from bbprompt.prompts import ModularPrompt
 from bbprompt.router import GateRule
@@ -55,7 +55,7 @@ class SoftPrompt(nn.Module):
         with torch.no_grad():
             self.bank.add_(torch.randn(self.bank.shape, generator=generator).to(self.bank.device) * scale)
 
-    def moved(self, stage: RouterDescentConfig | PromptDescentConfig) -> dict[str, nn.Parameter]:
+    def moved(self, stage: AnyDescent) -> dict[str, nn.Parameter]:
         """The parameters that a stage moves, and from now on the only ones that gradients are kept for."""
         if isinstance(stage, RouterDescentConfig):
             names = ["router"]
@@ -65,7 +65,7 @@ class SoftPrompt(nn.Module):
             parameter.requires_grad_(name in names)
         return {name: parameter for name, parameter in self.named_parameters() if name in names}
 
-    def for_step(self, stage: RouterDescentConfig | PromptDescentConfig, generator: torch.Generator) -> Tensor:
+    def for_step(self, stage: AnyDescent, generator: torch.Generator) -> Tensor:
         """The prompt `(L, P, H)` of one step."""
         if not isinstance(stage, RouterDescentConfig):
             return self.current()
