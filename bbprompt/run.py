@@ -235,10 +235,12 @@ def located(config: TuneConfig) -> TuneConfig:
     if config.data not in ("auto", "hub", "sample"):
         paths["data"] = config.data
     found = {key: str(Path(value).resolve()) for key, value in paths.items() if Path(value).exists()}
-    head = config.set.get("projection.head")
-    if isinstance(head, str) and Path(head).is_dir():
-        return config.model_copy(update={**found, "set": {**config.set, "projection.head": str(Path(head).resolve())}})
-    return config.model_copy(update=found)
+    changes = dict(config.set)
+    for key in ("projection.head", "projection.start", "gradient.soft.head"):
+        value = changes.get(key)
+        if isinstance(value, str) and Path(value).is_dir():
+            changes[key] = str(Path(value).resolve())
+    return config.model_copy(update={**found, "set": changes})
 
 
 def tune(run: Opened, directory: RunDirectory, watcher: Watcher | None = None) -> Result:

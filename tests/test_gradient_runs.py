@@ -25,7 +25,7 @@ from bbprompt.gradient.checkpoint import CHECKPOINT
 from bbprompt.predict import load_prompt
 from bbprompt.prompts import PromptConfig
 from bbprompt.result import Result
-from bbprompt.run import Watcher, prepare, reopen, tune
+from bbprompt.run import Watcher, located, prepare, reopen, tune
 from bbprompt.search.tuner import Status
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.sweep.experiment import Experiment
@@ -139,7 +139,7 @@ def test_every_kind_of_task(task: str, tiny_prompts: Path, tmp_path: Path, reque
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_label_words(family: str, tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path: Path) -> None:
     backbone = tiny_bert_dir if family == "bert" else causal_dir(tmp_path / "llama", "llama")
-    changes = SCRATCH | {"gradient.soft.readout": "verbalizer", "gradient.soft.head": None}
+    changes = SCRATCH | {"gradient.soft.readout": "verbalizer"}
     result = begin(settings(tiny_pair_data, "prompt-tuning", changes, backbone=str(backbone)), tmp_path / "run")
     with load_prompt(tmp_path / "run") as used:
         assert used.evaluate().value == result.test.value
@@ -320,6 +320,14 @@ def test_a_head_of_another_model_is_refused(tiny_pair_data: Path, tiny_prompts: 
     config = settings(tiny_pair_data, "prompt-tuning", {"gradient.soft.head": str(tiny_prompts)}, backbone=str(other))
     with pytest.raises(BBPromptError, match=r"gradient\.soft\.head: .* was trained for"):
         prepare(config)
+
+
+def test_a_head_is_found_from_anywhere(
+    tiny_pair_data: Path, tiny_prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_prompts.parent)
+    config = located(settings(tiny_pair_data, "prompt-tuning", {"gradient.soft.head": tiny_prompts.name}))
+    assert config.set == {"gradient.soft.head": str(tiny_prompts.resolve())}
 
 
 def test_a_rate_beyond_reason_is_no_number(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:

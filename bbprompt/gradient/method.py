@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bbprompt.backends.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
+from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
-from bbprompt.backends.scale import facts_of
 from bbprompt.backends.stock import StockOracle
 from bbprompt.baselines.report import compare
-from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig
-from bbprompt.connect import chosen_device, cores, named_language_model, single_precision
-from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
+from bbprompt.config import MethodConfig, TuneConfig
+from bbprompt.connect import chosen_device, cores, single_precision
+from bbprompt.descent_settings import GradientConfig
 from bbprompt.embedding import can_embed
 from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.frozen import frozen_tensors, written_out
@@ -29,11 +28,11 @@ from bbprompt.gradient.checkpoint import Checkpoint
 from bbprompt.gradient.descent import Descended, Descent
 from bbprompt.gradient.forward import Forward
 from bbprompt.gradient.soft import SoftPrompt
+from bbprompt.gradient.start import start_of
 from bbprompt.opened import Watcher
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.outcome import outcome
-from bbprompt.prompts import ModularPrompt, resolve_prompts
-from bbprompt.random_projection import placeholders_for
+from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.result import BaselineScore, Calls, Result, Seconds
 from bbprompt.run import warn_of_seen_examples
@@ -131,7 +130,7 @@ def prepare_gradient(
     keep_freed_memory()
     device = chosen_device(config.device)
     config = config.model_copy(update={"threads": threads, "dtype": single_precision(config.dtype)})
-    backbone, prompt = _opened(config, method, settings)
+    backbone, prompt = start_of(config, method, settings)
     check_fit(prompt, backbone)
     if not backbone.packed and prompt.config.readout != "verbalizer":
         raise ArtifactError(f"backbone {backbone.id}: such a language model is read by a verbalizer, not by a head")
@@ -144,50 +143,6 @@ def prepare_gradient(
     info = info_of(backbone, device, config.dtype, backbone.limit(config.max_tokens), prompt)
     took = time.monotonic() - began
     return PreparedGradient(config, method, task, data, few, test, prompt, backbone, device, info, threads, took)
-
-
-def _opened(config: TuneConfig, method: MethodConfig, settings: GradientConfig) -> tuple[Backbone, ModularPrompt]:
-    """The model, and where the descent begins."""
-    name = config.prompts or method.prompts
-    if settings.soft is not None:
-        if name != NO_PROMPTS:
-            raise UsageError(f"--prompts {name}: the method {method.name} begins from scratch; leave it out")
-        return _from_scratch(config, method, settings.soft)
-    if name in (NAMED_PROMPTS, NO_PROMPTS):
-        made = f" (`bbprompt pretrain {settings.start}` makes one)" if settings.start else ""
-        raise UsageError(f"--method {method.name}: begins with a prompt artifact; name it with --prompts{made}")
-    prompt = ModularPrompt.load(resolve_prompts(name))
-    if settings.start is not None and prompt.config.kind != settings.start:
-        raise UsageError(
-            f"--prompts {name}: of the kind {prompt.config.kind}, but the method {method.name} begins with one of the "
-            f"kind {settings.start}"
-        )
-    model = config.backbone or prompt.config.backbone
-    return load_backbone(model, head=prompt.config.readout == "verbalizer"), prompt
-
-
-def _from_scratch(config: TuneConfig, method: MethodConfig, soft: SoftPromptConfig) -> tuple[Backbone, ModularPrompt]:
-    """The model and a prompt of zeros, with the answer head of another artifact where there is one."""
-    head = ModularPrompt.load(resolve_prompts(soft.head)) if soft.head is not None else None
-    if soft.readout == "verbalizer":
-        named_language_model(method.name, config.backbone)
-    name = config.backbone or (head.config.backbone if head is not None else DEFAULT_BACKBONE)
-    backbone = load_backbone(name, head=soft.readout == "verbalizer")
-    if head is not None and head.config.backbone_digest != backbone.digest:
-        raise ArtifactError(
-            f"gradient.soft.head: '{soft.head}' was trained for {head.config.backbone}, not for {backbone.id}"
-        )
-    facts = facts_of(backbone)
-    layers = 1 if soft.layers == "input" else backbone.layers
-    zeros = np.zeros((layers, soft.prompt_length, backbone.hidden), dtype=np.float32)
-    rows = 2 if soft.readout == "span" else 0
-    weights = (
-        (head.head_weight, head.head_bias)
-        if head is not None and rows
-        else (np.zeros((rows, backbone.hidden), dtype=np.float32), np.zeros(rows, dtype=np.float32))
-    )
-    places = placeholders_for(facts.vocabulary, soft.prompt_length, soft.placeholder, soft.repeat)
-    return backbone, written_out(zeros, places, weights, (backbone.id, backbone.digest), soft.readout, soft.pooling)[0]
 
 
 def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watcher) -> Result:
