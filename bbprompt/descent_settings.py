@@ -72,7 +72,7 @@ class DescentConfig(_Settings):
     """
 
     epochs: _Count
-    rate: _Positive
+    rate: Annotated[float, Field(gt=0, le=1e3)]
     dev_every: _Count = 25
     patience: _Count | None = None
 

@@ -14,7 +14,7 @@ from bbprompt.opened import Opened
 from bbprompt.result import Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
 from bbprompt.store.journal import canonical_json
 
-__all__ = ["Scored", "StageEnd", "outcome", "run_digest"]
+__all__ = ["Scored", "StageEnd", "data_used", "outcome", "run_digest"]
 
 
 class Scored(Protocol):
@@ -92,13 +92,7 @@ def outcome(
     }
     return Result(
         task=run.task.name,
-        data=DataUsed(
-            source=run.data.source,
-            id=str(run.data.id),
-            train=len(run.few.train),
-            dev=len(run.few.dev),
-            test=len(run.test),
-        ),
+        data=data_used(run),
         method=run.method.name,
         backbone=run.model.backbone,
         prompts=run.config.prompts or run.method.prompts,
@@ -131,6 +125,12 @@ def outcome(
         seconds=seconds,
         digest=run_digest(what),
     )
+
+
+def data_used(run: Opened) -> DataUsed:
+    """Where a run's data are from, and how many there are."""
+    counts = {"train": len(run.few.train), "dev": len(run.few.dev), "test": len(run.test)}
+    return DataUsed(source=run.data.source, id=str(run.data.id), **counts)
 
 
 def run_digest(value: Mapping[str, Any]) -> str:

@@ -15,11 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from killed import Killer
+
 from bbprompt.config import TuneConfig
 from bbprompt.gradient.checkpoint import CHECKPOINT
 from bbprompt.gradient.descent import Descent
 from bbprompt.gradient.method import PreparedGradient
-from bbprompt.run import Watcher, prepare, reopen, tune
+from bbprompt.run import prepare, reopen, tune
 from bbprompt.store.rundir import RESULT, RunDirectory
 
 PLANS: dict[str, list[tuple[str, int]]] = {
@@ -28,28 +30,9 @@ PLANS: dict[str, list[tuple[str, int]]] = {
     "first step": [("step", 1)],
     "before a checkpoint": [("step", 2), ("step", 2), ("checkpoint", 1)],
     "each part": [("saved", 1), ("step", 2), ("saved", 1), ("checkpoint", 1), ("testing", 1), ("result", 1)],
-    "again and again": [("step", 3)] * 3 + [("saved", 1)] * 3,
-    "testing": [("testing", 1), ("testing", 2)],
+    "again and again": [("step", 3)] * 3 + [("saved", 1)],
+    "testing": [("testing", 1), ("testing", 1)],
 }
-
-
-class Killer(Watcher):
-    """Kills the process at the n-th of its kind of event."""
-
-    def __init__(self, kind: str, number: int) -> None:
-        self.kind, self.left = kind, number
-
-    def at(self, kind: str) -> None:
-        if kind == self.kind:
-            self.left -= 1
-            if not self.left:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def status(self, status: Any) -> None:
-        self.at("status")
-
-    def testing(self, done: int, total: int) -> None:
-        self.at("testing")
 
 
 def child(run: PreparedGradient, folder: Path, killer: Killer, steps: Path) -> None:

@@ -19,9 +19,11 @@ from test_verbalizer import causal_dir
 
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.config import TuneConfig, load_method, method_with
-from bbprompt.errors import BBPromptError, DiskError, Interrupted, ResumeMismatch, UsageError
+from bbprompt.errors import ArtifactError, DiskError, Interrupted, OracleError, ResumeMismatch, UsageError
 from bbprompt.export import export_prompt
 from bbprompt.gradient.checkpoint import CHECKPOINT
+from bbprompt.gradient.forward import Forward
+from bbprompt.gradient.soft import SoftPrompt
 from bbprompt.predict import load_prompt
 from bbprompt.prompts import PromptConfig
 from bbprompt.result import Result
@@ -276,9 +278,8 @@ def test_a_descent_that_computes_otherwise_is_noticed(
 ) -> None:
     run = stopped(tiny_pair_data, tiny_prompts, tmp_path / "run")
     (run / CHECKPOINT).unlink()
-    from bbprompt.gradient.soft import SoftPrompt
-
-    monkeypatch.setattr(SoftPrompt, "for_step", lambda self, stage, generator: self.current() * 1.0001)
+    plain = SoftPrompt.for_step
+    monkeypatch.setattr(SoftPrompt, "for_step", lambda self, *step: plain(self, *step) * 1.0001)
     with pytest.raises(ResumeMismatch, match="other numbers than the journal holds"):
         go_on(run)
 
@@ -301,6 +302,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("prompt-tuning", {"gradient.prompt": None}, {}, "else nothing is tuned"),
     ("prompt-tuning", {"gradient.start": "spot"}, {}, "no modules to route and no kind to start from"),
     ("prompt-tuning", {"gradient.prompt.rate": 0.0}, {}, r"gradient\.prompt\.rate"),
+    ("prompt-tuning", {"gradient.prompt.rate": 1e38}, {}, r"gradient\.prompt\.rate"),
     ("prompt-tuning", {"loss": "hinge"}, {}, "with loss 'ce'"),
     ("prompt-tuning", {"calibrate": True}, {}, "without 'calibrate'"),
 ]
@@ -318,7 +320,7 @@ def test_refused(
 def test_a_head_of_another_model_is_refused(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     other = tiny.bert_dir(tmp_path / "other", seed=5)
     config = settings(tiny_pair_data, "prompt-tuning", {"gradient.soft.head": str(tiny_prompts)}, backbone=str(other))
-    with pytest.raises(BBPromptError, match=r"gradient\.soft\.head: .* was trained for"):
+    with pytest.raises(ArtifactError, match=r"gradient\.soft\.head: .* was trained for"):
         prepare(config)
 
 
@@ -330,10 +332,16 @@ def test_a_head_is_found_from_anywhere(
     assert config.set == {"gradient.soft.head": str(tiny_prompts.resolve())}
 
 
-def test_a_rate_beyond_reason_is_no_number(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
-    changes = SCRATCH | {"gradient.soft.head": str(tiny_prompts), "gradient.prompt.rate": 1e38}
-    with pytest.raises(BBPromptError, match=r"lower the rate 1e\+38|loss is not finite"):
+def test_a_loss_that_is_no_number_ends_the_run(
+    tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Forward.losses
+    monkeypatch.setattr(Forward, "losses", lambda self, piece, prompt: plain(self, piece, prompt) * float("nan"))
+    changes = SCRATCH | {"gradient.soft.head": str(tiny_prompts)}
+    with pytest.raises(OracleError, match="the train loss is nan: .* lower the rate 0.005"):
         begin(settings(tiny_pair_data, "p-tuning-v2", changes), tmp_path / "run")
+    monkeypatch.undo()
+    assert go_on(tmp_path / "run").calls.train == 1 + 6 + 2  # nothing that is no number was kept
 
 
 def test_sweeps_take_them(tiny_prompts: Path) -> None:

@@ -25,8 +25,8 @@ from bbprompt.errors import UsageError
 from bbprompt.metrics import accuracy, majority, standard_error
 from bbprompt.opened import Watcher
 from bbprompt.oracle import OracleInfo
-from bbprompt.outcome import run_digest
-from bbprompt.result import Before, DataUsed, Result, Seconds, StageResult, TestScore
+from bbprompt.outcome import data_used, run_digest
+from bbprompt.result import Before, Result, Seconds, StageResult, TestScore
 from bbprompt.result import Calls as CallCounts
 from bbprompt.store.curve import CurveClock
 from bbprompt.store.ledger import Ledger
@@ -199,13 +199,7 @@ def _result(
     )
     return Result(
         task=task.name,
-        data=DataUsed(
-            source=run.data.source,
-            id=str(run.data.id),
-            train=len(run.few.train),
-            dev=len(run.few.dev),
-            test=len(run.test),
-        ),
+        data=data_used(run),
         method=run.method.name,
         backbone=run.model.backbone,
         prompts=NO_PROMPTS,
