@@ -338,7 +338,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
     plain = Forward.losses
     monkeypatch.setattr(Forward, "losses", lambda self, piece, prompt: plain(self, piece, prompt) * float("nan"))
     changes = SCRATCH | {"gradient.soft.head": str(tiny_prompts)}
-    with pytest.raises(OracleError, match="the train loss is nan: .* lower the rate 0.005"):
+    with pytest.raises(OracleError, match=r"the train loss is nan: .* lower the rate 0\.005"):
         begin(settings(tiny_pair_data, "p-tuning-v2", changes), tmp_path / "run")
     monkeypatch.undo()
     assert go_on(tmp_path / "run").calls.train == 1 + 6 + 2  # nothing that is no number was kept

@@ -96,7 +96,7 @@ class PreparedGradient:
         return tune_gradient(self, directory, watcher)
 
     def close(self) -> None:
-        """Nothing is held that goes not with the object."""
+        """Nothing to do: the model goes with this object."""
 
 
 def prepare_gradient(
