@@ -65,7 +65,7 @@ class DescentConfig(_Settings):
     """A stage of Adam with a constant rate, on the whole few-shot train batch at once.
 
     Attributes:
-        epochs: Steps, each one train call: a forward and a backward, which take two to three times as long as a forward.
+        epochs: Steps, each one train call: forward and backward, two to three times as long as a forward alone.
         rate: Learning rate.
         dev_every: Epochs between two looks at the prompt: two calls, on train and on dev.
         patience: Looks without gain after which the stage ends; None for never.
