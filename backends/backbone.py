@@ -107,6 +107,11 @@ class Backbone:
         return int(self.model.config.hidden_size)
 
     @property
+    def packed(self) -> bool:
+        """Whether it runs layer by layer on packed tokens, as encoders do; others run by their stock forward."""
+        return self.head is None or self.head.kind == "masked"
+
+    @property
     def max_positions(self) -> int:
         """Longest input in tokens, prompt included.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from bbprompt.backends.encoder import Layout
@@ -12,7 +13,7 @@ from bbprompt.errors import DataError
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.texts.mrc import Encoded
 
-__all__ = ["Head", "Plan", "each"]
+__all__ = ["Head", "Plan", "each", "one_channel"]
 
 
 class Plan(Protocol):
@@ -43,10 +44,17 @@ class Head(Protocol):
             `(n, ...)`, small; what `scores` takes.
         """
 
+    def values(self, batch: TextBatch, plans: Sequence[Any], outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Put together what `apply` gave for each part of the batch, in order, and still on its device.
+
+        Returns:
+            Logits `(n, O, C)` and normalizers `(n, N, C)`, as `Scores` has them.
+        """
+
     def scores(
         self, batch: TextBatch, plans: Sequence[Any], outputs: Sequence[Tensor], longest_answer: int | None
     ) -> Scores:
-        """Put together what `apply` gave for each part of the batch, in order."""
+        """The same as scores, with best answers where asked for."""
 
 
 def each(batch: TextBatch, write: Callable[[int], Encoded]) -> list[Encoded]:
@@ -62,3 +70,9 @@ def each(batch: TextBatch, write: Callable[[int], Encoded]) -> list[Encoded]:
         except DataError as error:
             raise DataError(f"text {number + 1}: {error}") from error
     return written
+
+
+def one_channel(values: tuple[Tensor, Tensor], cut: int) -> Scores:
+    """Scores of a readout that finds no answers: logits `(n, O, 1)` and normalizers `(n, N, 1)` of `Head.values`."""
+    logits, normalizer = (tensor.cpu().numpy().astype(np.float32) for tensor in values)
+    return Scores(logits, normalizer, None, cut)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
@@ -31,11 +32,11 @@ from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.embedding import Embeddings
 from bbprompt.errors import ArtifactError, OracleError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
-from bbprompt.prompts import ModularPrompt
+from bbprompt.prompts import ModularPrompt, PromptConfig
 from bbprompt.texts.mrc import Encoded, Frame, Offsets
 from bbprompt.units import Unit, join, plan_units
 
-__all__ = ["LocalOracle"]
+__all__ = ["LocalOracle", "open_head"]
 
 log = logging.getLogger("bbprompt")
 
@@ -111,7 +112,8 @@ class LocalOracle:
         projection = torch.from_numpy(prompt.projection).to(device)
         self._runner = Runner(self._encoder, projection, rough)
         self._rough = None if rough is None else Runner(rough, projection)
-        self._head = _open_head(backbone, prompt, self._tokenize, self._frame, self._encoder.device)
+        weights = torch.from_numpy(prompt.head_weight), torch.from_numpy(prompt.head_bias)
+        self._head = open_head(backbone, config, weights, self._tokenize, self._frame, self._encoder.device)
         self._batch_tokens = batch_tokens
         self._used = Counter[str]()
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
@@ -322,23 +324,36 @@ class LocalOracle:
         )
 
 
-def _open_head(
+def open_head(
     backbone: Backbone,
-    prompt: ModularPrompt,
+    config: PromptConfig,
+    weights: tuple[Tensor, Tensor],
     tokenize: Callable[[str], tuple[Sequence[int], Offsets]],
     frame: Frame,
     device: torch.device,
 ) -> Head:
-    """The head that the artifact's config.json names."""
-    pooling = prompt.config.pooling
+    """The head that an artifact's config.json names.
+
+    Args:
+        backbone: The frozen model.
+        config: Of the artifact.
+        weights: Weight `(2, H)` and bias `(2,)` of a span head; other heads have none of their own.
+        tokenize: Text to token ids and character offsets.
+        frame: What surrounds every text.
+        device: Where the states are.
+
+    Raises:
+        ArtifactError: A verbalizer, and the backbone has no language model head.
+    """
+    pooling = config.pooling
     if pooling is not None:
         return PrototypeHead(
             pooling.scale, pooling.prefix, pooling.pool_prompt, pooling.threshold, tokenize, frame, device
         )
-    if prompt.config.readout == "verbalizer":
+    if config.readout == "verbalizer":
         if backbone.head is None:
             raise ArtifactError(f"backbone {backbone.id}: a verbalizer readout needs its language model head")
         return VerbalizerHead(
             backbone.head, backbone.gap_token, tokenize, frame, device, backbone.tokenizer.unk_token_id
         )
-    return SpanHead(prompt.head_weight, prompt.head_bias, tokenize, frame, device)
+    return SpanHead(*weights, tokenize, frame, device)

@@ -12,13 +12,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bbprompt.backends.encoder import Layout
-from bbprompt.backends.head import each
+from bbprompt.backends.head import each, one_channel
 from bbprompt.errors import DataError
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.tasks.example import Form, Part
@@ -106,9 +105,9 @@ class PrototypeHead:
         """Embeddings of length 1: `(n, T, H)` to `(n, N, H)`."""
         return F.normalize(plan.weights @ states.float(), dim=-1)
 
-    def scores(
-        self, batch: TextBatch, plans: Sequence[PrototypePlan], outputs: Sequence[Tensor], longest_answer: int | None
-    ) -> Scores:
+    def values(
+        self, batch: TextBatch, plans: Sequence[PrototypePlan], outputs: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """One logit an option, `(n, O, 1)`, normalised over the options of the text whatever the support."""
         embeddings = torch.cat(list(outputs), dim=1)
         at = {piece: i for i, piece in enumerate(dict.fromkeys(p for form in batch.forms for p in pieces(form)))}
@@ -130,12 +129,13 @@ class PrototypeHead:
         cosine = cosine - self._threshold * torch.as_tensor(compared, device=self._device)
         logits = cosine * (self._scale * torch.as_tensor(grades, device=self._device))
         normalizer = [logits[:, a:b].logsumexp(-1) for a, b in itertools.pairwise(bounds)]
-        return Scores(
-            logits[..., None].cpu().numpy().astype(np.float32),
-            torch.stack(normalizer, dim=1)[..., None].cpu().numpy().astype(np.float32),
-            None,
-            sum(plan.cut for plan in plans),
-        )
+        return logits[..., None], torch.stack(normalizer, dim=1)[..., None]
+
+    def scores(
+        self, batch: TextBatch, plans: Sequence[PrototypePlan], outputs: Sequence[Tensor], longest_answer: int | None
+    ) -> Scores:
+        """The same as scores; there are no answers to find."""
+        return one_channel(self.values(batch, plans, outputs), sum(plan.cut for plan in plans))
 
 
 def pieces(form: Form) -> tuple[Form, ...]:

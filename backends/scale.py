@@ -50,8 +50,7 @@ def measure(
     if deep:
         limit = backbone.limit(max_tokens)
         ids = _written(backbone, forms, placeholders_for(facts.vocabulary, prompt_length), limit)
-        packed = backbone.head is None or backbone.head.kind == "masked"
-        stds += [clipped_std(states) for states in (_states if packed else _stock_states)(backbone, ids)]
+        stds += [clipped_std(states) for states in (_states if backbone.packed else _stock_states)(backbone, ids)]
     return replace(facts, stds=tuple(stds))
 
 

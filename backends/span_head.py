@@ -50,13 +50,13 @@ class SpanHead:
 
     def __init__(
         self,
-        weight: NDArray[np.float32],
-        bias: NDArray[np.float32],
+        weight: Tensor,
+        bias: Tensor,
         tokenize: Callable[[str], tuple[Sequence[int], Offsets]],
         frame: Frame,
         device: torch.device,
     ) -> None:
-        self._weight, self._bias = torch.from_numpy(weight).to(device), torch.from_numpy(bias).to(device)
+        self._weight, self._bias = weight.to(device), bias.to(device)
         self._tokenize, self._frame, self._device = tokenize, frame, device
 
     def sequences(self, batch: TextBatch) -> list[Encoded]:
@@ -109,35 +109,39 @@ class SpanHead:
         """Start and end logits of the read rows: `(n, N, R, H)` to `(n, N, R, 2)`."""
         return states.float() @ self._weight.T + self._bias
 
+    def values(self, batch: TextBatch, plans: Sequence[SpanPlan], outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Start and end logit of every span, and their normalizers over the support."""
+        return _values(plans, [_candidates(plan, logits) for plan, logits in zip(plans, outputs, strict=True)])
+
     def scores(
         self, batch: TextBatch, plans: Sequence[SpanPlan], outputs: Sequence[Tensor], longest_answer: int | None
     ) -> Scores:
         """Logits of every span, normalised over the support, and best answers where asked for."""
-        parts = [_read(plan, logits, longest_answer) for plan, logits in zip(plans, outputs, strict=True)]
-        best = [part.best for part in parts if part.best is not None]
-        return Scores(
-            np.concatenate([part.logits for part in parts], axis=1),
-            np.concatenate([part.normalizer for part in parts], axis=1),
-            np.concatenate(best, axis=1) if best else None,
-            sum(part.cut for part in parts),
-        )
+        parts = [_candidates(plan, logits) for plan, logits in zip(plans, outputs, strict=True)]
+        logits, normalizer = _values(plans, parts)
+        best = None
+        if longest_answer is not None and plans[0].encoded[0].offsets:
+            found = [_answers(plan, both, longest_answer) for plan, both in zip(plans, parts, strict=True)]
+            best = np.concatenate(found, axis=1)
+        cut = sum(item.cut for plan in plans for item in plan.encoded)
+        return Scores(logits.cpu().numpy(), normalizer.cpu().numpy(), best, cut)
 
 
-def _read(plan: SpanPlan, logits: Tensor, longest_answer: int | None) -> Scores:
+def _candidates(plan: SpanPlan, logits: Tensor) -> Tensor:
+    """Logits `(2, n, N, C)` of the candidate starts and ends, minus infinity where there is none."""
     start = logits[..., 0].gather(2, plan.support[0].expand(len(logits), -1, -1))
     end = logits[..., 1].gather(2, plan.support[1].expand(len(logits), -1, -1))
-    both = torch.stack((start, end)).masked_fill(~plan.present, -torch.inf)
-    text, first, last = plan.spans.to(logits.device).unbind(1)
-    values = torch.stack((both[0][:, text, first], both[1][:, text, last]), dim=-1)
-    best = None
-    if longest_answer is not None and plan.encoded[0].offsets:
-        best = _answers(plan, both, longest_answer)
-    return Scores(
-        values.cpu().numpy(),
-        both.logsumexp(-1).permute(1, 2, 0).cpu().numpy(),
-        best,
-        sum(item.cut for item in plan.encoded),
-    )
+    return torch.stack((start, end)).masked_fill(~plan.present, -torch.inf)
+
+
+def _values(plans: Sequence[SpanPlan], parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits of the spans and normalizers, of what `_candidates` found for each plan."""
+    logits = []
+    for plan, both in zip(plans, parts, strict=True):
+        text, first, last = plan.spans.to(both.device).unbind(1)
+        logits.append(torch.stack((both[0][:, text, first], both[1][:, text, last]), dim=-1))
+    normalizer = [both.logsumexp(-1).permute(1, 2, 0) for both in parts]
+    return torch.cat(logits, dim=1), torch.cat(normalizer, dim=1)
 
 
 def _answers(plan: SpanPlan, both: Tensor, longest: int) -> NDArray[np.int64]:

@@ -14,12 +14,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bbprompt.backends.encoder import Layout
-from bbprompt.backends.head import each
+from bbprompt.backends.head import each, one_channel
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.errors import DataError
 from bbprompt.oracle import Scores, Support, TextBatch
@@ -125,9 +124,9 @@ class VerbalizerHead:
         features: Tensor = self._head.transform(states.float())
         return features
 
-    def scores(
-        self, batch: TextBatch, plans: Sequence[VerbalizerPlan], outputs: Sequence[Tensor], longest_answer: int | None
-    ) -> Scores:
+    def values(
+        self, batch: TextBatch, plans: Sequence[VerbalizerPlan], outputs: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """One logit an option, `(n, O, 1)`, normalised over the options of the text whatever the support."""
         pieces, normalizer, done = [], [], 0
         for features in outputs:
@@ -154,9 +153,10 @@ class VerbalizerHead:
             normalizer += [
                 part.logsumexp(-1) for part in torch.split(logits, [len(form.options) for form in forms], dim=-1)
             ]
-        return Scores(
-            torch.cat(pieces, dim=1)[..., None].cpu().numpy().astype(np.float32),
-            torch.stack(normalizer, dim=1)[..., None].cpu().numpy().astype(np.float32),
-            None,
-            sum(plan.cut for plan in plans),
-        )
+        return torch.cat(pieces, dim=1)[..., None], torch.stack(normalizer, dim=1)[..., None]
+
+    def scores(
+        self, batch: TextBatch, plans: Sequence[VerbalizerPlan], outputs: Sequence[Tensor], longest_answer: int | None
+    ) -> Scores:
+        """The same as scores; there are no answers to find."""
+        return one_channel(self.values(batch, plans, outputs), sum(plan.cut for plan in plans))

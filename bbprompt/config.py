@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bbprompt.baselines.settings import AnyBaseline
+from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import UsageError
 from bbprompt.oracle import ReadoutKind
 from bbprompt.prompts import Pooling
@@ -23,6 +24,7 @@ from bbprompt.router import CODE, PAPER, GateRule
 from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = [
+    "NAMED_PROMPTS",
     "NO_PROMPTS",
     "MethodConfig",
     "ProjectionConfig",
@@ -36,8 +38,9 @@ __all__ = [
     "parse_set",
 ]
 
-#: In place of a prompt artifact.
+#: In place of a prompt artifact: there is none, or none that the method could know of.
 NO_PROMPTS = "none"
+NAMED_PROMPTS = "named"
 
 _METHODS = Path(__file__).parent / "configs" / "methods"
 
@@ -190,7 +193,7 @@ class MethodConfig(_Settings):
         name: What `--method` takes.
         summary: One line.
         source: Where it comes from.
-        prompts: Default prompt artifact; "none" for a random projection or a baseline.
+        prompts: Default prompt artifact; "named" where it has to be given; "none" where none is used.
         gates: "binary" or "sigmoid", see `bbprompt.router`.
         mixing: "mean" or "normalized", see `bbprompt.router`.
         support: Positions that the loss is normalised over.
@@ -200,6 +203,7 @@ class MethodConfig(_Settings):
         projection: A random subspace; `prompts` must be "none".
         router: Stage I; None leaves it out.
         prompt: Stage II; None leaves it out.
+        gradient: No search but gradient descent, through a local model.
         refine: A stage after it; None leaves it out.
         calibrate: Fit offsets of the labels to the chosen prompt on train and dev at the end, two calls; nothing where
             texts have options of their own.
@@ -226,17 +230,21 @@ class MethodConfig(_Settings):
     router: RouterStageConfig | None = None
     prompt: PromptStageConfig | None = None
     refine: RefineStageConfig | None = None
+    gradient: GradientConfig | None = None
     calibrate: Annotated[bool, Field(strict=True)] = False
     select: Literal["both-losses", "dev-loss", "pooled-loss", "dev-metric"] = "both-losses"
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        stages = [name for name in ("projection", "router", "prompt", "refine") if getattr(self, name) is not None]
+        keys = ("projection", "router", "prompt", "refine", "gradient")
+        stages = [name for name in keys if getattr(self, name) is not None]
         if self.baseline is not None and stages:
             raise ValueError(f"{stages[0]}: a baseline searches nothing; leave out the key or 'baseline'")
-        if (self.prompts == NO_PROMPTS) != (self.baseline is not None or self.projection is not None):
-            raise ValueError("prompts: 'none' goes with a baseline or a projection, and with nothing else")
+        if self.gradient is not None and (len(stages) > 1 or self.loss != "ce" or self.calibrate):
+            raise ValueError("gradient: goes with no stage of a search, with loss 'ce' and without 'calibrate'")
+        if (self.prompts == NO_PROMPTS) != (self.baseline is not None or self.own_prompt is not None):
+            raise ValueError("prompts: 'none' goes with a baseline, a projection or a soft prompt, and nothing else")
         if self.projection is not None and self.router is not None:
             raise ValueError("router: a random projection has no modules to route")
         if self.calibrate and (self.baseline is not None or self.legacy_decision or self.support == "sequence"):
@@ -253,6 +261,11 @@ class MethodConfig(_Settings):
         return next((known for known in (PAPER, CODE) if known == rule), rule)
 
     @property
+    def own_prompt(self) -> ProjectionConfig | SoftPromptConfig | None:
+        """The prompt that a run makes and keeps itself, where it has no artifact."""
+        return self.projection or (self.gradient.soft if self.gradient is not None else None)
+
+    @property
     def calibration_calls(self) -> int:
         """Calls that are kept for the calibration."""
         return 2 if self.calibrate else 0
@@ -260,8 +273,8 @@ class MethodConfig(_Settings):
     @property
     def least_budget(self) -> int:
         """Fewest calls of a run: the untuned prompt on train and dev, then one ask and one look."""
-        if self.baseline is not None:
-            return self.baseline.least_budget
+        if other := self.baseline or self.gradient:
+            return other.least_budget
         if self.router is None and self.prompt is None and self.refine is None:
             return 2 + self.calibration_calls
         first = self.router.batch if self.router else 1

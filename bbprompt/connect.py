@@ -23,6 +23,7 @@ __all__ = [
     "TOKEN_VARIABLE",
     "ask_completions",
     "ask_server",
+    "chosen_device",
     "cores",
     "is_vllm",
     "measure_backbone",
@@ -31,6 +32,7 @@ __all__ = [
     "open_language_model",
     "open_oracle",
     "read_token",
+    "single_precision",
 ]
 
 #: Environment variable that holds the token of a server, for the server and for its clients.
@@ -131,11 +133,11 @@ def open_oracle(
     from bbprompt.backends.precision import best_precision
     from bbprompt.backends.stock import StockOracle
 
-    chosen = _device(device)
+    chosen = chosen_device(device)
     torch.set_num_threads(threads or cores())
     keep_freed_memory()
     model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
-    stock = model.head is not None and model.head.kind != "masked"
+    stock = not model.packed
     if stock and dtype == "mixed":
         raise UsageError(f"--dtype mixed: only for encoders, which {model.id} is not; use float32 or bfloat16")
     precision = dtype if dtype != "auto" else "float32" if stock else best_precision(chosen)
@@ -172,12 +174,12 @@ def open_embedder(
     from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
     from bbprompt.backends.embedding import LocalEmbedder
 
-    chosen = _device(device)
+    chosen = chosen_device(device)
     torch.set_num_threads(threads or cores())
     return LocalEmbedder(
         load_backbone(backbone or DEFAULT_BACKBONE),
         device=chosen,
-        dtype=_single_precision(dtype),
+        dtype=single_precision(dtype),
         batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
         max_tokens=max_tokens,
     )
@@ -224,19 +226,19 @@ def open_language_model(
     from bbprompt.backends.language import LocalLanguageModel
     from bbprompt.backends.memory import batch_tokens_for
 
-    chosen = _device(device)
+    chosen = chosen_device(device)
     torch.set_num_threads(threads or cores())
     model = load_backbone(backbone, head=True)
     return LocalLanguageModel(
         model,
         device=chosen,
-        dtype=_single_precision(dtype),
+        dtype=single_precision(dtype),
         batch_tokens=batch_tokens or batch_tokens_for(model.hidden, 4 * model.hidden, chosen),
         max_tokens=max_tokens,
     )
 
 
-def _single_precision(dtype: str) -> str:
+def single_precision(dtype: str) -> str:
     """The precision of a model that scores no populations: "mixed" is float32 for everything else."""
     return "float32" if dtype in ("auto", "mixed") else dtype
 
@@ -279,7 +281,7 @@ def measure_backbone(
     return measure(model, forms, settings.prompt_length, max_tokens, deep=settings.layers == "all")
 
 
-def _device(asked: str) -> str:
+def chosen_device(asked: str) -> str:
     """The device to use; raises `UsageError` where it is not there."""
     import torch
 

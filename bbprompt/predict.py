@@ -19,10 +19,10 @@ from bbprompt.baselines.use import FittedBaseline, load_baseline
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.connect import open_oracle
 from bbprompt.errors import ArtifactError, DataError, DiskError, UsageError
+from bbprompt.frozen import frozen_prompt
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
-from bbprompt.random_projection import frozen_prompt
 from bbprompt.readout import Readout
 from bbprompt.result import Result
 from bbprompt.run import limited, reopen
@@ -305,15 +305,20 @@ def read_tuned(directory: RunDirectory, config: TuneConfig) -> tuple[ModularProm
         ArtifactError: The artifact is missing, or not that of the run.
         DiskError: The file of the run is damaged.
     """
-    model, name = directory.manifest["model"], config.prompts or directory.manifest["method"]["prompts"]
-    if settings := validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST)).projection:
-        return frozen_prompt(_read_tensors(directory), settings, model["backbone"], model["backbone_digest"])
+    model = directory.manifest["model"]
+    method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
+    name, backbone = config.prompts or method.prompts, (model["backbone"], model["backbone_digest"])
+    if method.own_prompt is not None:
+        own = method.own_prompt
+        return frozen_prompt(_read_tensors(directory), backbone, own.readout, own.pooling)
     prompt = ModularPrompt.load(resolve_prompts(name))
     if prompt.digest != model["prompts_digest"]:
         raise ArtifactError(
             f"prompts '{name}': not those that {directory.path} was tuned with (digest {prompt.digest[:12]}, "
             f"then {model['prompts_digest'][:12]}); install the bbprompt version of the run or tune again"
         )
+    if method.gradient is not None:
+        return frozen_prompt(_read_tensors(directory), backbone, prompt.config.readout, prompt.config.pooling)
     return prompt, _read_point(directory, (prompt.config.layers, prompt.config.intrinsic_dim))
 
 

@@ -148,9 +148,16 @@ class PromptSpace:
 
     def even(self) -> NDArray[np.float64]:
         """The untuned start `(L, d)`: all modules mixed evenly, at the size the upstream mixtures have."""
-        total = mass(self.rule.weights(self.routers)).mean(axis=0) if len(self.routers) else np.ones(len(self.modules))
         mean: NDArray[np.float64] = self.modules.mean(axis=1)
-        return mean * total[:, None]
+        return mean * self.even_mass[:, None]
+
+    @property
+    def even_mass(self) -> NDArray[np.float64]:
+        """Sum of the mixing weights of each layer `(L,)` in `even`: the mean over the upstream routers."""
+        if not len(self.routers):
+            return np.ones(len(self.modules))
+        mean: NDArray[np.float64] = mass(self.rule.weights(self.routers)).mean(axis=0)
+        return mean
 
 
 @dataclass(frozen=True, slots=True)

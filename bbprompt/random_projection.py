@@ -16,7 +16,6 @@ and which no search moves, is its factor. So oracles need not know of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,8 +29,6 @@ __all__ = [
     "BackboneFacts",
     "clipped_std",
     "entry_std",
-    "frozen_prompt",
-    "frozen_tensors",
     "placeholders_for",
     "random_prompt",
 ]
@@ -189,63 +186,3 @@ def _entry_size(settings: ProjectionConfig, facts: BackboneFacts, layer: int) ->
     if settings.scale is not None:
         return settings.scale / math.sqrt(settings.dim)
     return entry_std(facts.stds[layer], settings.dim, settings.alpha, settings.sigma)
-
-
-def frozen_tensors(prompt: ModularPrompt, point: NDArray[np.floating]) -> dict[str, NDArray[np.generic]]:
-    """What a run keeps of a tuned random subspace: the prompts themselves, and all that is needed to apply them.
-
-    The projection would be hundreds of megabytes; it can be built again from the seed and `stds`.
-    """
-    return {
-        "prompt": prompt.prompts(point),
-        "placeholders": np.array(prompt.config.placeholders, dtype=np.int64),
-        "stds": np.array(prompt.config.training["stds"], dtype=np.float64),
-        "head.weight": prompt.head_weight,
-        "head.bias": prompt.head_bias,
-    }
-
-
-def frozen_prompt(
-    tensors: Mapping[str, NDArray[np.generic]], settings: ProjectionConfig, backbone: str, digest: str
-) -> tuple[ModularPrompt, NDArray[np.float32]]:
-    """The prompt of `frozen_tensors`, as an artifact of one dimension and the point 1 in it.
-
-    Raises:
-        ArtifactError: A tensor is missing or does not fit the others.
-    """
-    try:
-        prompt = np.asarray(tensors["prompt"], dtype=np.float32)
-        weight, bias = (np.asarray(tensors[f"head.{name}"], dtype=np.float32) for name in ("weight", "bias"))
-        layers, length, hidden = prompt.shape
-        placeholders: Sequence[int] = tensors["placeholders"].tolist()
-        rows = 2 if settings.readout == "span" else 0
-        fits = weight.shape == (rows, hidden) and bias.shape == (rows,) and len(placeholders) == length
-    except (KeyError, ValueError) as error:
-        raise ArtifactError(f"the tuned prompt is damaged ({error}); tune again") from None
-    if not fits or not all(np.isfinite(array).all() for array in (prompt, weight, bias)):
-        raise ArtifactError("the tuned prompt is damaged: its parts do not fit each other; tune again")
-    config = PromptConfig(
-        kind="random",
-        backbone=backbone,
-        backbone_digest=digest,
-        layers=layers,
-        hidden=hidden,
-        prompt_length=length,
-        modules=1,
-        intrinsic_dim=1,
-        readout=settings.readout,
-        pooling=settings.pooling if settings.readout == "prototype" else None,
-        placeholders=tuple(placeholders),
-    )
-    ones = np.ones((layers, 1), dtype=np.float32)
-    return (
-        ModularPrompt(
-            config,
-            prompt.reshape(layers, 1, -1),
-            ones[:, None],
-            np.zeros((0, layers, 1), dtype=np.float32),
-            weight,
-            bias,
-        ),
-        ones,
-    )

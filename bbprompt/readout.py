@@ -19,7 +19,7 @@ from bbprompt.errors import UsageError
 from bbprompt.losses import hinge
 from bbprompt.oracle import Scores, Support, TextBatch
 
-__all__ = ["Readout"]
+__all__ = ["Readout", "right_spans"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,7 @@ class Readout:
         """
         if self.loss == "hinge" and not batch.extractive:
             return hinge(self.option_scores(scores), batch.sizes, gold)
-        first = _first_span(batch)
-        right = first + (0 if batch.extractive else np.asarray(gold))
+        right = right_spans(batch, gold)
         logits: NDArray[np.floating] = scores.logits
         normalizer: NDArray[np.floating] = scores.normalizer
         if self.offsets:
@@ -115,3 +114,8 @@ class Readout:
 
 def _first_span(batch: TextBatch) -> NDArray[np.int64]:
     return np.concatenate(([0], np.cumsum(batch.sizes)[:-1])).astype(np.int64)
+
+
+def right_spans(batch: TextBatch, gold: Sequence[int]) -> NDArray[np.int64]:
+    """Index among all scored spans of the right one of each text, `(N,)`; for extraction that of its known answer."""
+    return _first_span(batch) + (0 if batch.extractive else np.asarray(gold))

@@ -6,13 +6,12 @@ asked for a second time. So a run that was killed ends with the result it would 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +21,15 @@ from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, m
 from bbprompt.connect import cores, measure_backbone, named_language_model, open_oracle
 from bbprompt.embedding import can_embed
 from bbprompt.errors import ResumeMismatch, UsageError
-from bbprompt.metrics import majority, standard_error
+from bbprompt.frozen import frozen_tensors
+from bbprompt.opened import Opened, Watcher
 from bbprompt.oracle import Oracle, OracleInfo
+from bbprompt.outcome import outcome, run_digest
 from bbprompt.prompts import ModularPrompt, resolve_prompts
-from bbprompt.random_projection import frozen_tensors, random_prompt
+from bbprompt.random_projection import random_prompt
 from bbprompt.readout import Readout
-from bbprompt.result import BaselineScore, Before, Calls, DataUsed, Result, Seconds, StageResult, TestScore
-from bbprompt.scoring import SplitScore, labelled, score_split
+from bbprompt.result import BaselineScore, Calls, Result, Seconds
+from bbprompt.scoring import labelled, score_split
 from bbprompt.search.evaluate import Evaluator
 from bbprompt.search.tuner import Found, Status, search
 from bbprompt.store.curve import CurveClock
@@ -43,9 +44,6 @@ from bbprompt.tensorfile import pack
 from bbprompt.texts.forms import write
 from bbprompt.yamlfile import validate
 
-if TYPE_CHECKING:
-    from bbprompt.baselines.method import PreparedBaseline
-
 __all__ = [
     "Prepared",
     "Watcher",
@@ -56,25 +54,10 @@ __all__ = [
     "reopen",
     "run_digest",
     "tune",
+    "warn_of_seen_examples",
 ]
 
 log = logging.getLogger("bbprompt")
-
-
-class Watcher:
-    """Hears of a run's progress; the base class is silent. The terminal display overrides what it shows."""
-
-    def prepared(self, run: Prepared | PreparedBaseline) -> None:
-        """Everything is open; the search begins."""
-
-    def status(self, status: Status) -> None:
-        """A batch of calls is settled. Raising here stops the run, which can then be resumed."""
-
-    def testing(self, done: int, total: int) -> None:
-        """So many test examples are scored. Raising here stops the run."""
-
-    def comparing(self, done: int, total: int) -> None:
-        """So many texts are read for the baselines that the result is shown with. Raising here stops the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +89,16 @@ class Prepared:
         """Everything that decides the result: settings, digests, versions, threads."""
         return manifest_of(self)
 
+    def tune(self, directory: RunDirectory, watcher: Watcher) -> Result:
+        """Search in a directory and write the result; see `tune`."""
+        return _tune(self, directory, watcher)
+
     def close(self) -> None:
         """Let go of the model."""
         self.oracle.close()
 
 
-def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
+def prepare(config: TuneConfig) -> Opened:
     """Open task, data, prompts and model; nothing is written and no call is made.
 
     Raises:
@@ -139,6 +126,10 @@ def prepare(config: TuneConfig) -> Prepared | PreparedBaseline:
         from bbprompt.baselines.method import prepare_baseline
 
         return prepare_baseline(config, method, task, data, few, test, began)
+    if method.gradient is not None:
+        from bbprompt.gradient.method import prepare_gradient
+
+        return prepare_gradient(config, method, task, data, few, test, began)
     # Written into the manifest, so that a run goes on with the threads it began with, wherever that is. Said before
     # the states that scale a random projection are measured, for their last bits depend on it.
     threads = config.threads or (cores() if config.ray is None else 1)
@@ -205,7 +196,7 @@ def limited(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[
     return tuple(examples[i] for i in sorted(order.tolist()))
 
 
-def default_directory(run: Prepared | PreparedBaseline) -> Path:
+def default_directory(run: Opened) -> Path:
     """`runs/<task>-<method>-<seed>-<digest>`."""
     digest = run_digest(run.manifest())[:8]
     return Path("runs") / f"{run.task.name}-{run.method.name}-{run.config.seed}-{digest}"
@@ -233,25 +224,26 @@ def located(config: TuneConfig) -> TuneConfig:
     if config.data not in ("auto", "hub", "sample"):
         paths["data"] = config.data
     found = {key: str(Path(value).resolve()) for key, value in paths.items() if Path(value).exists()}
-    head = config.set.get("projection.head")
-    if isinstance(head, str) and Path(head).is_dir():
-        return config.model_copy(update={**found, "set": {**config.set, "projection.head": str(Path(head).resolve())}})
-    return config.model_copy(update=found)
+    changes = dict(config.set)
+    for key in ("projection.head", "projection.start", "gradient.soft.head"):
+        value = changes.get(key)
+        if isinstance(value, str) and Path(value).is_dir():
+            changes[key] = str(Path(value).resolve())
+    return config.model_copy(update={**found, "set": changes})
 
 
-def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
-    """Run, or go on with, a search in its directory and write its result.
+def tune(run: Opened, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
+    """Run, or go on with, a run in its directory and write its result.
 
     Raises:
         DiskError: A file cannot be written.
         ResumeMismatch: The directory's run began with other settings, data, model or code.
         Interrupted: The watcher asked to stop.
     """
-    watcher = watcher or Watcher()
-    if not isinstance(run, Prepared):
-        from bbprompt.baselines.method import tune_baseline
+    return run.tune(directory, watcher or Watcher())
 
-        return tune_baseline(run, directory, watcher)
+
+def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
     directory.check_manifest(run.manifest())
     clock = CurveClock(directory)
     ledger = Ledger(directory.journal(), run.config.budget)
@@ -291,7 +283,9 @@ def tune(run: Prepared | PreparedBaseline, directory: RunDirectory, watcher: Wat
         test=round(ended - searched, 3),
     )
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=len(points))
-    result = _result(run, found, score, calls, evaluator.cut, seconds)
+    point = found.chosen.incumbent.point.astype("<f4").tobytes()
+    cut = evaluator.cut + score.cut
+    result = outcome(run, found.before, found.stages, found.chosen, score.values, calls, cut, seconds, point)
     result = result.model_copy(update={"baselines": _baselines(run, watcher)})
     directory.write_bytes(PROMPT, pack(_tensors(run, found)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
@@ -307,65 +301,6 @@ def _baselines(run: Prepared, watcher: Watcher) -> tuple[BaselineScore, ...]:
     return compare(run.task, run.few, run.test, run.oracle, watcher.comparing)
 
 
-def _result(
-    run: Prepared,
-    found: Found,
-    score: SplitScore,
-    calls: Calls,
-    cut: int,
-    seconds: Seconds,
-) -> Result:
-    metric = run.task.metric
-    tests = list(score.values)
-    gold = [example.label for example in run.test]
-    most = majority(gold, len(run.task.options)) if run.task.labelled else 0.0
-    stages = tuple(
-        StageResult(
-            name=trace.name,
-            optimizer=trace.optimizer,
-            calls=trace.calls,
-            train_loss=trace.train_loss,
-            dev=trace.chosen.dev_metric,
-            test=float(values.mean()),
-            ended=trace.ended,
-            seconds=round(trace.seconds, 3),
-        )
-        for trace, values in zip(found.stages, tests[1:], strict=True)
-    )
-    final = tests[-1]
-    what = {
-        "point": hashlib.sha256(found.chosen.incumbent.point.astype("<f4").tobytes()).hexdigest(),
-        "calls": calls.model_dump(),
-        "dev": found.chosen.dev_metric.hex(),
-        "train": [trace.train_loss.hex() for trace in found.stages],
-        "test": float(final.mean()).hex(),
-    }
-    return Result(
-        task=run.task.name,
-        data=DataUsed(
-            source=run.data.source,
-            id=str(run.data.id),
-            train=len(run.few.train),
-            dev=len(run.few.dev),
-            test=len(run.test),
-        ),
-        method=run.method.name,
-        backbone=run.oracle.info.backbone,
-        prompts=run.config.prompts or run.method.prompts,
-        backend=run.config.backend,
-        seed=run.config.seed,
-        budget=run.config.budget,
-        calls=calls,
-        before=Before(metric=metric, dev=found.before.dev_metric, test=float(tests[0].mean()), majority=most),
-        stages=stages,
-        dev=found.chosen.dev_metric,
-        test=TestScore(metric=metric, value=float(final.mean()), stderr=standard_error(final), n=len(final)),
-        cut_tokens=cut + score.cut,
-        seconds=seconds,
-        digest=run_digest(what),
-    )
-
-
 def _tensors(run: Prepared, found: Found) -> dict[str, NDArray[Any]]:
     """What was tuned: the point, and where there are such its router, the options' offsets, prompts of no artifact."""
     chosen = found.chosen.incumbent
@@ -377,10 +312,3 @@ def _tensors(run: Prepared, found: Found) -> dict[str, NDArray[Any]]:
     if found.chosen.readout.offsets:
         tensors["offsets"] = np.array(found.chosen.readout.offsets, dtype=np.float64)
     return tensors
-
-
-def run_digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON value in canonical form."""
-    from bbprompt.store.journal import canonical_json
-
-    return hashlib.sha256(canonical_json(value)).hexdigest()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console
 from rich.panel import Panel
@@ -20,11 +20,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from bbprompt.run import Prepared, Watcher
+from bbprompt.opened import Opened, Watcher
+from bbprompt.prompts import ModularPrompt
 from bbprompt.search.tuner import Status
-
-if TYPE_CHECKING:
-    from bbprompt.baselines.method import PreparedBaseline
 
 __all__ = ["Meter", "Terminal", "duration", "facts", "logging_to", "open_console"]
 
@@ -150,7 +148,7 @@ class Terminal(Watcher):
         """Say that something goes on, before there is anything to measure."""
         _line(self._console, "loading the model and the data ...")
 
-    def prepared(self, run: Prepared | PreparedBaseline) -> None:
+    def prepared(self, run: Opened) -> None:
         """Show what runs."""
         rows = facts(run, self.directory)
         if self._console.is_terminal:
@@ -161,7 +159,8 @@ class Terminal(Watcher):
         else:
             for name, value in rows:
                 _line(self._console, f"{name}: {value}")
-        self._budget = run.config.budget
+        descent = run.method.gradient
+        self._budget = min(run.config.budget, descent.calls) if descent is not None else run.config.budget
         self._marks.append((self._clock(), 0))
         self._search = Meter(self._console, self._budget, self._clock)
 
@@ -211,7 +210,7 @@ class Terminal(Watcher):
         return (calls - first) / (mark[0] - began) if mark[0] > began else 0.0
 
 
-def facts(run: Prepared | PreparedBaseline, directory: Path | None) -> list[tuple[str, str]]:
+def facts(run: Opened, directory: Path | None) -> list[tuple[str, str]]:
     """What a person wants to know of a run before it begins, as pairs of name and value."""
     info, config = run.model, run.config
     data = f"{run.data.id}" if run.data.source != "sample" else "bundled SAMPLE, only for trying things out"
@@ -229,11 +228,12 @@ def facts(run: Prepared | PreparedBaseline, directory: Path | None) -> list[tupl
     ]
 
 
-def _shape(run: Prepared | PreparedBaseline) -> str:
+def _shape(run: Opened) -> str:
     """The sizes of the prompts, in brackets."""
-    if not isinstance(run, Prepared):
+    artifact = getattr(run, "prompt", None)
+    if not isinstance(artifact, ModularPrompt):
         return ""
-    prompt = run.prompt.config
+    prompt = artifact.config
     sizes = {"K": prompt.modules, "d": prompt.intrinsic_dim, "P": prompt.prompt_length}
     return f" ({', '.join([f'{prompt.layers} layers', *(f'{key} = {size}' for key, size in sizes.items())])})"
 

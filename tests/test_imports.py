@@ -28,7 +28,7 @@ def sources(folder: Path) -> list[Path]:
 def part(path: Path) -> str:
     """The part of the house that a module of the package belongs to."""
     names = path.relative_to(PACKAGE).parts
-    if names[0] in ("optimizers", "backends", "pretrain", "commands", "serve"):
+    if names[0] in ("optimizers", "backends", "pretrain", "gradient", "commands", "serve"):
         return names[0]
     return "commands" if path.name in COMMAND_LINE else "core"
 
@@ -85,7 +85,8 @@ def of(*parts: str) -> list[Path]:
 
 
 def test_every_part_is_there() -> None:
-    assert {part(path) for path in own_modules()} == {"core", "optimizers", "backends", "pretrain", "commands", "serve"}
+    parts = {"core", "optimizers", "backends", "pretrain", "gradient", "commands", "serve"}
+    assert {part(path) for path in own_modules()} == parts
 
 
 @pytest.mark.parametrize("path", of("core"), ids=label)
@@ -94,9 +95,19 @@ def test_core_is_light(path: Path) -> None:
     assert third_party(names) <= CORE
     # Of the optimizers core knows the interface alone, until a search begins.
     assert not {n for n in names if n.startswith("bbprompt.optimizers") and "protocol" not in n}
-    for heavy in ("bbprompt.backends", "bbprompt.pretrain", "bbprompt.commands", "bbprompt.serve"):
+    for heavy in ("bbprompt.backends", "bbprompt.pretrain", "bbprompt.gradient", "bbprompt.commands", "bbprompt.serve"):
         assert not {name for name in names if name.startswith(heavy)}
     assert not {name for name in everywhere(path) if name.startswith("bbprompt.pretrain")}
+
+
+def test_one_place_asks_for_gradients() -> None:
+    """Only a run whose method says so; see `bbprompt.run.prepare`."""
+    asking = {
+        label(path)
+        for path in of("core", "commands", "backends", "optimizers", "pretrain", "serve")
+        if any(name.startswith("bbprompt.gradient") for name in everywhere(path))
+    }
+    assert asking == {"run.py"}
 
 
 @pytest.mark.parametrize("path", of("commands"), ids=label)
@@ -142,6 +153,13 @@ def test_pre_training_stands_apart(path: Path) -> None:
     assert third_party(names) <= CORE | MODEL
 
 
+@pytest.mark.parametrize("path", of("gradient"), ids=label)
+def test_descents_stand_apart(path: Path) -> None:
+    names = everywhere(path)
+    assert not {name for name in names if name.startswith(("bbprompt.optimizers", "bbprompt.commands"))}
+    assert third_party(names) <= CORE | MODEL
+
+
 @pytest.mark.parametrize("path", of("serve"), ids=label)
 def test_the_server_knows_core_alone(path: Path) -> None:
     names = everywhere(path)
@@ -156,7 +174,7 @@ BACKWARD = {"backward", "requires_grad", "autograd"}
 
 
 @pytest.mark.parametrize("path", of("core", "backends", "commands", "optimizers", "serve"), ids=label)
-def test_only_pre_training_goes_backward(path: Path) -> None:
+def test_only_pre_training_and_descents_go_backward(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)} & BACKWARD
     assert not names

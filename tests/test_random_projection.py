@@ -22,8 +22,6 @@ from bbprompt.random_projection import (
     BackboneFacts,
     clipped_std,
     entry_std,
-    frozen_prompt,
-    frozen_tensors,
     placeholders_for,
     random_prompt,
 )
@@ -94,20 +92,6 @@ def test_placeholders() -> None:
     assert placeholders_for(1020, 50) == tuple(range(970, 1020))
     with pytest.raises(ArtifactError, match="40 tokens"):
         placeholders_for(40, 50)
-
-
-def test_a_frozen_prompt_is_the_prompt() -> None:
-    prompt = random_prompt(settings(), FACTS, 3)
-    point = np.random.default_rng(2).normal(size=(3, 200))
-    tensors = frozen_tensors(prompt, point)
-    frozen, one = frozen_prompt(tensors, settings(), "model", FACTS.digest)
-    np.testing.assert_array_equal(frozen.prompts(one), prompt.prompts(point))
-    assert frozen.config.placeholders == prompt.config.placeholders
-    for name, value in (("prompt", np.full((3, 5, 32), np.nan)), ("head.bias", np.zeros(3)), ("prompt", np.zeros(3))):
-        with pytest.raises(ArtifactError, match="damaged"):
-            frozen_prompt(tensors | {name: value}, settings(), "model", FACTS.digest)
-    with pytest.raises(ArtifactError, match="damaged"):
-        frozen_prompt({}, settings(), "model", FACTS.digest)
 
 
 def test_the_states_are_measured_as_the_stock_model_has_them(tiny_bert_dir: Path) -> None:

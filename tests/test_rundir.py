@@ -436,6 +436,10 @@ def test_files_are_replaced_whole_and_strays_are_removed(tmp_path: Path) -> None
         run.write_bytes(PROMPT, b"long prompt")
         run.write_bytes(PROMPT, b"prompt")
         assert run.read_bytes(PROMPT) == b"prompt"
+        run.write_bytes("notes.bin", b"notes")
+        run.remove("notes.bin")
+        run.remove("notes.bin")  # that it is gone is all that was asked for
+        assert "notes.bin" not in names(path)
         run.write_json(RESULT, {"accuracy": 0.5, "task": "情感"})
         assert run.finished
         with pytest.raises(ValueError, match=r"finite|JSON compliant"):
@@ -452,6 +456,8 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
     with RunDirectory.open(made(tmp_path / "run")) as run:
         with pytest.raises(ValueError, match="is not a name"):
             run.write_bytes(name, b"")
+        with pytest.raises(ValueError, match="is not a name"):
+            run.remove(name)
         if name not in (MANIFEST, JOURNAL, CURVE, LOCK):
             with pytest.raises(ValueError, match="is not a name"):
                 run.read_bytes(name)

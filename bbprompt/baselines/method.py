@@ -23,10 +23,11 @@ from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig
 from bbprompt.connect import cores
 from bbprompt.errors import UsageError
 from bbprompt.metrics import accuracy, majority, standard_error
+from bbprompt.opened import Watcher
 from bbprompt.oracle import OracleInfo
-from bbprompt.result import Before, DataUsed, Result, Seconds, StageResult, TestScore
+from bbprompt.outcome import data_used, run_digest
+from bbprompt.result import Before, Result, Seconds, StageResult, TestScore
 from bbprompt.result import Calls as CallCounts
-from bbprompt.run import Watcher, run_digest
 from bbprompt.store.curve import CurveClock
 from bbprompt.store.ledger import Ledger
 from bbprompt.store.manifest import manifest_of
@@ -80,6 +81,10 @@ class PreparedBaseline:
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result."""
         return manifest_of(self)
+
+    def tune(self, directory: RunDirectory, watcher: Watcher) -> Result:
+        """Fit in a directory and write the result; see `tune_baseline`."""
+        return tune_baseline(self, directory, watcher)
 
     def close(self) -> None:
         """Let go of the model, if one is open."""
@@ -194,13 +199,7 @@ def _result(
     )
     return Result(
         task=task.name,
-        data=DataUsed(
-            source=run.data.source,
-            id=str(run.data.id),
-            train=len(run.few.train),
-            dev=len(run.few.dev),
-            test=len(run.test),
-        ),
+        data=data_used(run),
         method=run.method.name,
         backbone=run.model.backbone,
         prompts=NO_PROMPTS,

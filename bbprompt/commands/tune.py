@@ -16,10 +16,9 @@ from bbprompt.commands.stop import Stop
 from bbprompt.errors import UsageError
 
 if TYPE_CHECKING:
-    from bbprompt.baselines.method import PreparedBaseline
     from bbprompt.config import TuneConfig
+    from bbprompt.opened import Opened
     from bbprompt.result import Result
-    from bbprompt.run import Prepared
     from bbprompt.store.rundir import RunDirectory
 
 __all__ = ["resume", "tune"]
@@ -248,7 +247,7 @@ def _run(
     _show(result, directory.path, json)
 
 
-def _claimed(run: Prepared | PreparedBaseline, folder: Path | None) -> RunDirectory:
+def _claimed(run: Opened, folder: Path | None) -> RunDirectory:
     """The run's directory: a new one, or the default one if it was begun there before.
 
     The default name holds a digest of all that decides the result, so what lies there is this very run.

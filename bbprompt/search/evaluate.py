@@ -19,7 +19,7 @@ from bbprompt.scoring import Labelled, metric_values
 from bbprompt.store.ledger import Kind, Ledger
 from bbprompt.tasks.task import Task
 
-__all__ = ["DevScore", "Evaluator"]
+__all__ = ["DevScore", "Evaluator", "call_values", "dev_score"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -114,7 +114,7 @@ class Evaluator:
 
     def dev(self, points: NDArray[np.floating]) -> list[DevScore]:
         """What dev says of each candidate, `(n, L, d)`, n calls."""
-        return [_dev_score(value) for value in self._call("dev", points)]
+        return [dev_score(value) for value in self._call("dev", points)]
 
     def calibrate(self, point: NDArray[np.floating]) -> tuple[float, DevScore]:
         """Fit offsets of the labels to a candidate `(L, d)` on train and dev together: two of the calls that are kept.
@@ -131,7 +131,7 @@ class Evaluator:
             train, dev = self._calibrated(row)
             self._ledger.settle(ids, [train, dev])
         self._offsets[_bytes(row[0])] = _of("offset", dev)
-        return train["loss"], _dev_score(dev)
+        return train["loss"], dev_score(dev)
 
     def _call(self, kind: Kind, points: NDArray[np.floating]) -> list[dict[str, float]]:
         rows = np.ascontiguousarray(points, dtype=np.float32)
@@ -207,7 +207,7 @@ class Evaluator:
         data, scores = self._data[kind], self._scores(kind, rows)
         fitted = compared_offsets(scores, data.batch, data.gold) if kind == "train" else None
         if fitted is None and not self._offsets:
-            return self._read(kind, self._readout, scores)  # all alike, so all at once
+            return call_values(kind, self._readout, scores, self._data[kind], self._task)  # all alike, so all at once
         if fitted is None:
             return [self._value(kind, self.readout(row), scores.of(number)) for number, row in enumerate(rows)]
         return [
@@ -231,26 +231,7 @@ class Evaluator:
         return train, dev | _numbered("offset", offsets)
 
     def _value(self, kind: Kind, readout: Readout, scores: Scores) -> dict[str, float]:
-        """What the journal keeps of one candidate's call."""
-        return self._read(kind, readout, scores)[0]
-
-    def _read(self, kind: Kind, readout: Readout, scores: Scores) -> list[dict[str, float]]:
-        """What the journal keeps of the calls of candidates that are read in one way."""
-        data = self._data[kind]
-        losses = readout.losses(scores, data.batch, data.gold)
-        means = [float(row.mean()) for row in losses]
-        if not np.isfinite(means).all():
-            raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
-        values = [{"loss": mean} for mean in means]
-        if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
-            for value in values:
-                value["cut"] = float(scores.cut)
-        if kind == "dev":
-            metrics = metric_values(self._task, readout, scores, data)
-            for value, row, each in zip(values, metrics, losses, strict=True):
-                value["metric"] = float(row.mean())
-                value |= _numbered("loss", each.tolist())
-        return values
+        return call_values(kind, readout, scores, self._data[kind], self._task)[0]
 
     def _id(self, kind: Kind, number: int, row: NDArray[np.float32]) -> str:
         sha = hashlib.sha256(f"{kind}:{self._ledger.asked}:{number}:".encode())
@@ -258,12 +239,35 @@ class Evaluator:
         return sha.hexdigest()[:24]
 
 
+def call_values(kind: Kind, readout: Readout, scores: Scores, data: Labelled, task: Task) -> list[dict[str, float]]:
+    """What the journal keeps of the calls of candidates that are read in one way.
+
+    Raises:
+        OracleError: A candidate's loss is not finite.
+    """
+    losses = readout.losses(scores, data.batch, data.gold)
+    means = [float(row.mean()) for row in losses]
+    if not np.isfinite(means).all():
+        raise OracleError("a candidate's loss is not finite: the model's answer cannot be used")
+    values = [{"loss": mean} for mean in means]
+    if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
+        for value in values:
+            value["cut"] = float(scores.cut)
+    if kind == "dev":
+        metrics = metric_values(task, readout, scores, data)
+        for value, row, each in zip(values, metrics, losses, strict=True):
+            value["metric"] = float(row.mean())
+            value |= _numbered("loss", each.tolist())
+    return values
+
+
 def _bytes(point: NDArray[np.floating]) -> bytes:
     """A point as it is sent."""
     return np.ascontiguousarray(point, dtype=np.float32).tobytes()
 
 
-def _dev_score(value: Mapping[str, float]) -> DevScore:
+def dev_score(value: Mapping[str, float]) -> DevScore:
+    """What the value of a dev call says."""
     return DevScore(value["loss"], value["metric"], _of("loss", value))
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,23 @@ from bbprompt.store.ledger import BudgetExhausted
 
 _T = TypeVar("_T")
 
-__all__ = ["Found", "Look", "StageTrace", "Status", "clearly_lower", "search"]
+__all__ = ["Found", "Look", "Looked", "StageTrace", "Status", "better", "clearly_lower", "search"]
+
+
+class Looked(Protocol):
+    """What train and dev say of a prompt, whatever it is made of; see `Look`."""
+
+    @property
+    def dev(self) -> DevScore:
+        """What dev says of it."""
+
+    @property
+    def searched(self) -> bool:
+        """Whether it was found by minimising the train loss."""
+
+    @property
+    def pooled_loss(self) -> float:
+        """Train and dev loss together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +182,20 @@ def clearly_lower(score: DevScore, other: DevScore, margin: float) -> bool:
     return other.loss - score.loss > margin * error
 
 
+def better(method: MethodConfig, look: Looked, held: Looked) -> bool:
+    """Whether the rule of choice of `method` prefers a later look to the one held so far."""
+    match method.select:
+        case "both-losses":
+            lower = look.pooled_loss < held.pooled_loss
+            return lower and (not look.searched or clearly_lower(look.dev, held.dev, method.margin))
+        case "dev-loss":
+            return look.dev.loss < held.dev.loss
+        case "pooled-loss":
+            return look.pooled_loss < held.pooled_loss
+        case "dev-metric":
+            return look.dev.metric > held.dev.metric
+
+
 class _Search:
     """What the stages of one search share: the looks taken so far."""
 
@@ -178,7 +208,7 @@ class _Search:
     @property
     def chosen(self) -> Look:
         """The look that the method's rule prefers; the earliest of equals."""
-        return functools.reduce(lambda held, look: look if self._better(look, held) else held, self._looks)
+        return functools.reduce(lambda held, look: look if better(self._method, look, held) else held, self._looks)
 
     def look(self, incumbent: Incumbent, searched: bool = False) -> Look:
         """Score an incumbent on dev, unless that was done: one call."""
@@ -313,16 +343,3 @@ class _Search:
             return work()
         finally:
             self.optimizer_seconds += time.monotonic() - began
-
-    def _better(self, look: Look, held: Look) -> bool:
-        """Whether the method's rule prefers a later look to the one held so far."""
-        match self._method.select:
-            case "both-losses":
-                lower = look.pooled_loss < held.pooled_loss
-                return lower and (not look.searched or clearly_lower(look.dev, held.dev, self._method.margin))
-            case "dev-loss":
-                return look.dev_loss < held.dev_loss
-            case "pooled-loss":
-                return look.pooled_loss < held.pooled_loss
-            case "dev-metric":
-                return look.dev_metric > held.dev_metric

@@ -10,8 +10,7 @@ from bbprompt import __version__
 from bbprompt.tasks.data import data_digest
 
 if TYPE_CHECKING:
-    from bbprompt.baselines.method import PreparedBaseline
-    from bbprompt.run import Prepared
+    from bbprompt.opened import Opened
 
 __all__ = ["manifest_of"]
 
@@ -19,7 +18,7 @@ __all__ = ["manifest_of"]
 _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "botorch", "gpytorch")
 
 
-def manifest_of(run: Prepared | PreparedBaseline) -> dict[str, Any]:
+def manifest_of(run: Opened) -> dict[str, Any]:
     """Settings, digests, versions and threads of a run."""
     info = run.model
     return {

@@ -219,6 +219,15 @@ class RunDirectory:
             raise ValueError(f"{name!r} is not a name that can be read here")
         return self._disk.read(self.path / name)
 
+    def remove(self, name: str) -> None:
+        """Remove a file that `write_bytes` wrote, if it is there; raises `DiskError` where that fails."""
+        self._must_be_writable()
+        if not _NAME.fullmatch(name) or name in _OWN_WAY:
+            raise ValueError(f"{name!r} is not a name that can be removed here")
+        if self.holds(name):
+            self._disk.remove(self.path / name)
+            self._disk.sync_folder(self.path)
+
     def close(self) -> None:
         """Close all files and give the lock back; closing twice is harmless."""
         if self._journal is not None:

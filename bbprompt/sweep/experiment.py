@@ -16,7 +16,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bbprompt.config import NO_PROMPTS, TuneConfig, load_method, method_with
+from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, TuneConfig, load_method, method_with
 from bbprompt.errors import UsageError
 from bbprompt.run import located
 from bbprompt.tasks.task import load_task
@@ -86,6 +86,8 @@ class Experiment(BaseModel):
             values["set"] = {**(self.settings.get("set") or {}), **(changes.get("set") or {})}
             if method in bare and "prompts" not in changes:
                 values["prompts"] = None  # the prompts of the experiment are for the methods that take some
+            if load_method(method).prompts == NAMED_PROMPTS and not values.get("prompts"):
+                raise UsageError(f"--methods {method}: begins with a prompt artifact; name it with --prompts")
             config = located(validate(TuneConfig, values, f"variant {label}" if label else "experiment"))
             name = "-".join(part for part in (_stem(task), _stem(method), label, str(seed)) if part)
             if name in cells:

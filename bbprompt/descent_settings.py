@@ -1,0 +1,149 @@
+"""What a method's `gradient` section may say: prompts tuned by gradient descent through a local model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bbprompt.oracle import ReadoutKind
+from bbprompt.prompts import Pooling
+
+__all__ = [
+    "LOOK",
+    "AnyDescent",
+    "DescentConfig",
+    "GradientConfig",
+    "PromptDescentConfig",
+    "RouterDescentConfig",
+    "SoftPromptConfig",
+]
+
+_Count = Annotated[int, Field(ge=1, strict=True)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+#: Calls of a look: a prompt is scored on train and on dev.
+LOOK = 2
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SoftPromptConfig(_Settings):
+    """A soft prompt from scratch: where it is added, and how options are read.
+
+    Attributes:
+        prompt_length: P, placeholder positions.
+        layers: "input" is one prompt at the input (prompt tuning), "all" one before every layer (P-tuning v2).
+        scale: Standard deviation of its first entries. At 0 it begins at the embeddings of the placeholder tokens, for
+            prompts are added to them: that is the initialisation by words of Lester et al. 2021.
+        readout: How options are scored.
+        head: Prompt artifact whose answer head is used; a span readout needs one.
+        placeholder: Token id at the first prompt position; None for 1000. The others follow it.
+        repeat: Put the same token at every prompt position.
+        pooling: How a prototype readout makes embeddings.
+    """
+
+    prompt_length: _Count = 50
+    layers: Literal["input", "all"]
+    scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    readout: ReadoutKind = "span"
+    head: str | None = None
+    placeholder: Annotated[int, Field(ge=0, strict=True)] | None = None
+    repeat: bool = False
+    pooling: Pooling = Pooling()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.readout == "span" and self.head is None:
+            raise ValueError("head: the span readout needs a trained answer head; name a prompt artifact")
+        return self
+
+
+class DescentConfig(_Settings):
+    """A stage of Adam with a constant rate, on the whole few-shot train batch at once.
+
+    Attributes:
+        epochs: Steps, each one train call: forward and backward, two to three times as long as a forward alone.
+        rate: Learning rate.
+        dev_every: Epochs between two looks at the prompt: two calls, on train and on dev.
+        patience: Looks without gain after which the stage ends; None for never.
+    """
+
+    epochs: _Count
+    rate: Annotated[float, Field(gt=0, le=1e3)]
+    dev_every: _Count = 25
+    patience: _Count | None = None
+
+    @property
+    def calls(self) -> int:
+        """Calls of the whole stage."""
+        return self.epochs + LOOK * -(-self.epochs // self.dev_every)
+
+
+class RouterDescentConfig(DescentConfig):
+    """Stage I: the router of each layer (MP2, section 3.4).
+
+    Attributes:
+        noise: Sample relaxed Bernoulli gates in training (MP2, eqs. 2-5); false is the mean field sigmoid(w / tau) of
+            the released deep run. A look always closes or opens gates as the method's `gates` say.
+        temperature: tau.
+    """
+
+    noise: Annotated[bool, Field(strict=True)] = True
+    temperature: _Positive = 1.0
+
+
+class PromptDescentConfig(DescentConfig):
+    """Stage II, or the only one: the prompts themselves.
+
+    Attributes:
+        head: Tune the weight of the answer head too, at the same rate (released code).
+    """
+
+    head: Annotated[bool, Field(strict=True)] = False
+
+
+#: A stage, whatever it moves.
+AnyDescent = RouterDescentConfig | PromptDescentConfig
+
+
+class GradientConfig(_Settings):
+    """Gradient descent in place of a search; see `bbprompt.gradient`.
+
+    Attributes:
+        soft: The soft prompt that is tuned from scratch; None where the method's `prompts` are gone on with.
+        start: Kind that these prompts must be of; None for any.
+        router: Stage I; None leaves it out.
+        prompt: Stage II; None leaves it out.
+    """
+
+    soft: SoftPromptConfig | None = None
+    start: Literal["spot", "ppt"] | None = None
+    router: RouterDescentConfig | None = None
+    prompt: PromptDescentConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.router is None and self.prompt is None:
+            raise ValueError("prompt: give 'router', 'prompt' or both; else nothing is tuned")
+        if self.soft is not None and (self.router is not None or self.start is not None):
+            raise ValueError("soft: a prompt from scratch has no modules to route and no kind to start from")
+        return self
+
+    @property
+    def stages(self) -> dict[str, AnyDescent]:
+        """Name and settings of the stages, in order."""
+        both: dict[str, AnyDescent | None] = {"router": self.router, "prompt": self.prompt}
+        return {name: stage for name, stage in both.items() if stage is not None}
+
+    @property
+    def calls(self) -> int:
+        """Calls of a whole run."""
+        return LOOK + sum(stage.calls for stage in self.stages.values())
+
+    @property
+    def least_budget(self) -> int:
+        """Fewest calls: looks at the untuned prompt and, after an epoch, at the tuned one, for each stage."""
+        return LOOK + len(self.stages) * (1 + LOOK)
