@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,11 +21,13 @@ from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.pretrain.ahead import Ahead
-from bbprompt.pretrain.checkpoint import load_checkpoint, pretrain_disk_error, save_checkpoint, write_atomic
+from bbprompt.pretrain.checkpoint import check_finite, load_checkpoint, restore_state, save_checkpoint, training_state
+from bbprompt.pretrain.directory import append_log, cut_log
 from bbprompt.pretrain.mixture import Batches
 from bbprompt.pretrain.model import Batch, Gates, ModularPrompts, SpanBatch, span_loss
 from bbprompt.pretrain.prototypes import PrototypeBatch, prototype_loss
 from bbprompt.pretrain.recipe import PretrainConfig
+from bbprompt.pretrain.schedule import rate_factor
 from bbprompt.pretrain.speed import gemm_rate, step_flops
 from bbprompt.pretrain.team import ALONE, Team
 from bbprompt.store.disk import Disk, RealDisk
@@ -35,8 +36,6 @@ from bbprompt.texts.mrc import Frame
 __all__ = ["PretrainConfig", "Progress", "Trainer"]
 
 log = logging.getLogger("bbprompt")
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +183,7 @@ class Trainer:
                 f"step {self.step}: {what}; {spoilt or 'in a batch of ' + ', '.join(tasks)}; lower the recipe's "
                 f"learning rates (the last checkpoint is kept: go on from it with --resume)"
             )
-        factor = self._schedule()
+        factor = rate_factor(self.step, config.steps, config.warmup)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
@@ -203,14 +202,6 @@ class Trainer:
         row = int((~finite).nonzero()[0])
         uid = f", example {batch.uids[row]}" if batch.uids else ""
         return f"first for task {self.batches.names[int(batch.tasks[row])]}, row {row} of {len(finite)}{uid}"
-
-    def _schedule(self) -> float:
-        """Linear warm-up, then half a cosine down to a twentieth."""
-        progress = (self.step + 1) / self.config.steps
-        if progress < self.config.warmup:
-            return progress / self.config.warmup
-        rest = (progress - self.config.warmup) / (1 - self.config.warmup)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * rest))
 
     def _look(self) -> None:
         """Validate; keep the prompts where they are to be chosen by it and are better than any before."""
@@ -241,14 +232,8 @@ class Trainer:
 
     def log(self, record: dict[str, object]) -> None:
         """Append one line to `train.jsonl`."""
-        if not self.team.leads:
-            return
-        file = self.directory / "train.jsonl"
-        try:
-            with file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise pretrain_disk_error(error, "append to it", file) from error
+        if self.team.leads:
+            append_log(self.directory, record)
 
     def _log_window(self) -> None:
         """The mean loss since the last checkpoint."""
@@ -264,19 +249,10 @@ class Trainer:
             UsageError: A weight is not finite; the checkpoint before stays.
             DiskError: It cannot be written; the checkpoint before stays.
         """
-        for name, parameter in self.prompts.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise UsageError(
-                    f"step {self.step}: {name} is not finite; lower the recipe's learning rates (the last checkpoint "
-                    "is kept: go on from it with --resume)"
-                )
+        check_finite(self.step, self.prompts)
         if not self.team.leads:
             return
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.prompts.named_parameters():
-            tensors[name] = parameter
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
+        tensors = training_state(self.prompts, self.optimizer)
         words = {
             "step": str(self.step),
             "best": json.dumps(self.best),
@@ -302,12 +278,7 @@ class Trainer:
             step = int(words["step"])
             data, best = json.loads(words.get("data", "null")), json.loads(words.get("best", "null"))
             untrained = json.loads(words.get("untrained", "{}"))
-            with torch.no_grad():
-                for name, parameter in self.prompts.named_parameters():
-                    parameter.copy_(tensors[name])
-                    if parameter.requires_grad:
-                        state = {key: tensors[f"adam.{key}.{name}"] for key in _MOMENTS}
-                        self.optimizer.state[parameter] = state
+            restore_state(tensors, self.prompts, self.optimizer)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
         present = self.batches.digests
@@ -338,18 +309,8 @@ class Trainer:
 
     def cut_log(self) -> None:
         """Take the lines out of `train.jsonl` that the resumed training will write again."""
-        file = self.directory / "train.jsonl"
-        if not self.team.leads or not file.is_file():
-            return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # torn by a kill
-                continue
-            if record["step"] <= self.step > 0 and "speed" not in record:
-                kept.append(line + "\n")
-        write_atomic(self.disk, file, "".join(kept).encode())
+        if self.team.leads:
+            cut_log(self.disk, self.directory, self.step)
 
 
 class _Meter:

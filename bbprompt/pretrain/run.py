@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +18,11 @@ from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
-from bbprompt.errors import ResumeMismatch, UsageError
+from bbprompt.errors import UsageError
 from bbprompt.pretrain.artifact import artifact, begin_from
 from bbprompt.pretrain.card import model_card
-from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
+from bbprompt.pretrain.checkpoint import pretrain_disk_error
+from bbprompt.pretrain.directory import claim
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
 from bbprompt.pretrain.ppt_annotator import open_annotator
@@ -35,7 +35,6 @@ from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.store.disk import RealDisk
 from bbprompt.tasks.task import Task
 from bbprompt.texts.mrc import Frame
-from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = ["pretrain"]
 
@@ -88,7 +87,7 @@ def pretrain(
     lock = None
     try:
         if team.leads:
-            _claim(disk, out, config, resume)
+            claim(disk, out, config, resume)
             lock = disk.lock(out / "train.lock")
         team.wait()
         return _pretrain(config, chosen, out, data, report, resume, device, team)
@@ -270,22 +269,3 @@ def _speed(progress: Progress) -> dict[str, float]:
 def _chosen_step(trainer: Trainer) -> dict[str, Any]:
     """Which step the artifact is of, where it need not be the last."""
     return {} if trainer.best is None else {"best_step": trainer.best[1], "best_validation": trainer.best[0]}
-
-
-def _claim(disk: RealDisk, out: Path, config: PretrainConfig, resume: bool) -> None:
-    """Bind the directory to the recipe."""
-    text = json.dumps(config.model_dump(mode="json"), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
-    file = out / "recipe.json"
-    if resume:
-        # Killed before its first checkpoint, a training goes on from step 0.
-        if not file.is_file():
-            raise UsageError(f"--resume {out}: there is no training to go on with")
-        # Read as settings: a recipe of an older version lacks keys whose defaults are what it did.
-        if validate(PretrainConfig, read_yaml(file), str(file)) != config:
-            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-            raise ResumeMismatch(f"{file}: the checkpoint was made with another recipe than this one ({digest})")
-        return
-    if file.is_file():
-        raise UsageError(f"{out}: holds a training already; go on with --resume {out}, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(disk, file, text.encode())
