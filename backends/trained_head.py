@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from bbprompt import tensorfile
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.errors import ArtifactError
 
-__all__ = ["HeadCard", "TrainedHead", "Transform", "bundled_heads", "is_head"]
+__all__ = ["HeadCard", "TrainedHead", "Transform", "bundled_head", "is_head"]
 
 _TOKENS, _BIAS = "tokens", "bias"
 _BUNDLED = Path(__file__).parent.parent / "bundled" / "heads"
@@ -176,11 +175,11 @@ def is_head(folder: Path) -> bool:
     return isinstance(config, dict) and config.get("kind") == "lm-head"
 
 
-@cache
-def bundled_heads() -> dict[str, Path]:
-    """The heads that come with the package: digest of the encoder they are for -> directory."""
-    found = {}
+def bundled_head(digest: str) -> TrainedHead | None:
+    """The head that comes with the package for an encoder with weights of this digest; None where there is none."""
     for folder in sorted(_BUNDLED.iterdir()) if _BUNDLED.is_dir() else ():
         if is_head(folder):
-            found[str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["backbone_digest"])] = folder
-    return found
+            trained = TrainedHead.load(folder)
+            if trained.card.backbone_digest == digest:
+                return trained
+    return None

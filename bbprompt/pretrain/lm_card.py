@@ -14,7 +14,9 @@ def head_card(card: HeadCard) -> str:
     total = sum(each["tokens"] for each in held.values())
     rows = {
         **held,
-        "all": {key: sum(each[key] * each["tokens"] for each in held.values()) / total for key in next(iter(held.values()))}
+        "all": {
+            key: sum(each[key] * each["tokens"] for each in held.values()) / total for key in next(iter(held.values()))
+        }
         | {"tokens": total},
     }
     pieces = recipe["files_per_step"] * recipe["per_file"]

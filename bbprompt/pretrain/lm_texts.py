@@ -93,6 +93,8 @@ def open_pieces(
 def kept_tokens(stores: Sequence[TokenStore], rows: int, most: int, least: int) -> tuple[_Ids, _Ids]:
     """The most frequent tokens of what is trained on, in the order of their ids, and how often each occurs.
 
+    What surrounds every piece counts too.
+
     Args:
         stores: Pieces.
         rows: Size of the whole vocabulary.
@@ -153,6 +155,11 @@ class MaskedTexts:
             if not len(train) or not len(valid):
                 raise DataError(f"corpus: {name}: too few documents to train and to measure on; give more text")
             log.info("%s: %d pieces, %d tokens to train", name, len(train), int(store.lengths[train].sum()))
+
+    def frequent(self, counts: _Ids, most: int) -> _Ids:
+        """Numbers of the tokens that occur most often within pieces, the most frequent first."""
+        around = np.isin(self._kept, (*self._frame.first, *self._frame.last))
+        return np.argsort(np.where(around, 0, -counts), kind="stable")[:most]
 
     def batch(self, step: int, part: int = 0) -> MaskedBatch:
         """The batch of `step` (from 0)."""

@@ -108,7 +108,7 @@ class HeadTrainer:
         self.disk, self._identity = disk or RealDisk(), identity or {}
         self.head = _Head(encoder.hidden, config.width, counts, config.seed).to(encoder.device)
         self._embedding = embedding.to(encoder.device, encoder.dtype)
-        self._frequent = torch.from_numpy(np.argsort(-counts, kind="stable")[:5].copy()).to(encoder.device)
+        self._frequent = torch.from_numpy(texts.frequent(counts, 5)).to(encoder.device)
         self.optimizer = torch.optim.Adam(self.head.parameters(), config.rate, fused=encoder.device.type == "cuda")
         self.step = 0
         self._window: list[tuple[float, float]] = []
@@ -210,7 +210,8 @@ class HeadTrainer:
         losses, rights = zip(*self._window, strict=True) if self._window else ((math.nan,), (math.nan,))
         size = len(losses)
         append_log(
-            self.directory, {"step": self.step, "loss": round(sum(losses) / size, 6), "right": round(sum(rights) / size, 4)}
+            self.directory,
+            {"step": self.step, "loss": round(sum(losses) / size, 6), "right": round(sum(rights) / size, 4)},
         )
         self._window.clear()
 
@@ -237,14 +238,12 @@ class HeadTrainer:
         if not file.is_file():
             return
         tensors, words = load_checkpoint(file, self.encoder.device)
+        for what, now in {**self._identity, "texts": json.dumps(self.texts.digests)}.items():
+            if words.get(what) != now:
+                raise ResumeMismatch(f"{file}: was made with other {what} than these; restore what it was begun with")
         try:
-            step, texts = int(words["step"]), json.loads(words["texts"])
+            step = int(words["step"])
             restore_state(tensors, self.head, self.optimizer)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
-        for what, now in self._identity.items():
-            if words.get(what) != now:
-                raise ResumeMismatch(f"{file}: was made with {what} {words.get(what)}, this is {now}")
-        if texts != self.texts.digests:
-            raise ResumeMismatch(f"{file}: was made with other texts; restore the files of the corpus")
         self.step = step
