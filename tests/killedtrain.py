@@ -1,8 +1,8 @@
 """Run one training again and again, kill it (SIGKILL) at chosen instants, and go on until it is finished.
 
-Called as `python killedtrain.py RECIPE.json DATA OUT`, with a recipe for prompts or for a language model head. Every run
-is a forked process of its own. Writes `OUT/summary.json`: instant -> {"killed": how often, "files": digests of what is
-left}.
+Called as `python killedtrain.py RECIPE.json DATA OUT`, with a recipe for prompts or for a language model head. Every
+run is a forked process of its own. Writes `OUT/summary.json`: instant -> {"killed": how often, "files": digests of what
+is left}.
 """
 
 from __future__ import annotations

@@ -80,7 +80,11 @@ def test_what_is_masked(encoder: Path, files: dict[Path, int]) -> None:
                 fates["masked" if now == tokenizer.mask_token_id else "left" if now == was else "replaced"] += 1
     total = sum(fates.values())
     # One in about twenty replacements is by chance the token itself.
-    assert {name: round(count / total, 1) for name, count in fates.items()} == {"masked": 0.8, "left": 0.1, "replaced": 0.1}
+    assert {name: round(count / total, 1) for name, count in fates.items()} == {
+        "masked": 0.8,
+        "left": 0.1,
+        "replaced": 0.1,
+    }
     assert texts.batch(0).ids != texts.batch(6).ids
 
 
@@ -187,7 +191,9 @@ def test_the_command(encoder: Path, files: dict[Path, int], tmp_path: Path, caps
     assert f"--method zero-shot-lm --backbone {tmp_path / 'out' / 'artifact'}" in out
     assert "6/6 steps, loss" in err
     assert len(TrainedHead.load(tmp_path / "out" / "artifact").files()) == 2
-    assert cli.run(["pretrain", "lm-head", "--resume", str(tmp_path / "out"), "--json", "--quiet", "--device", "cpu"]) == 0
+    assert (
+        cli.run(["pretrain", "lm-head", "--resume", str(tmp_path / "out"), "--json", "--quiet", "--device", "cpu"]) == 0
+    )
     held = json.loads(capsys.readouterr().out)["held_out"]
     assert held["a.txt"]["tokens"] > 0
     assert cli.run(["pretrain", "mp2", "--config", str(tmp_path / "recipe.yaml")]) == 2

@@ -88,8 +88,12 @@ def test_it_equals_plain_products(encoder: Path, tmp_path: Path) -> None:
 
 def test_words_that_it_cannot_name_are_refused(encoder: Path, tmp_path: Path) -> None:
     model = LocalLanguageModel(load_backbone(str(head_dir(tmp_path / "head", encoder)), head=True))
-    missing = next(char for char in "一丁七万丈三上下不与" if model._head._known is not None and not_named(encoder, char))
-    with pytest.raises(DataError, match=f"option word '{missing}' has a token that the language model head cannot name"):
+    missing = next(
+        char for char in "一丁七万丈三上下不与" if model._head._known is not None and not_named(encoder, char)
+    )
+    with pytest.raises(
+        DataError, match=f"option word '{missing}' has a token that the language model head cannot name"
+    ):
         model.words([Form(FORM.parts, ("天", missing), -1, gap=2)])
 
 

@@ -12,13 +12,9 @@ def head_card(card: HeadCard) -> str:
     recipe = card.training["recipe"]
     held: dict[str, dict[str, float]] = card.training["held_out"]
     total = sum(each["tokens"] for each in held.values())
-    rows = {
-        **held,
-        "all": {
-            key: sum(each[key] * each["tokens"] for each in held.values()) / total for key in next(iter(held.values()))
-        }
-        | {"tokens": total},
-    }
+    names = next(iter(held.values()))
+    whole = {name: sum(each[name] * each["tokens"] for each in held.values()) / total for name in names}
+    rows = {**held, "all": whole | {"tokens": total}}
     pieces = recipe["files_per_step"] * recipe["per_file"]
     return "\n".join(
         [
@@ -30,18 +26,16 @@ def head_card(card: HeadCard) -> str:
             "",
             f"# Language model head for {card.backbone}",
             "",
-            f"A transform layer (dense layer of width {card.width}, GELU, LayerNorm, and back to {card.hidden}), a bias for "
-            f"each of {card.tokens:,} tokens,",
-            "and the ids of these tokens. A token is scored by the product with its row of the backbone's own input",
-            "embedding, which is not in here. The backbone was frozen. It makes the backbone a masked language model for",
-            "methods that read labels as words; it is no good at writing text.",
+            f"A transform layer (dense layer of width {card.width}, GELU, LayerNorm, and back to {card.hidden}),",
+            f"a bias for each of {card.tokens:,} tokens, and their ids. A token is scored by the product with its",
+            "row of the backbone's own input embedding, which is not in here. The backbone was frozen. The head makes",
+            "it a masked language model for methods that read labels as words; it is no good at writing text.",
             "",
             f"**Licence: {card.license}.** The texts it was trained on are listed below.",
             "",
-            f"Backbone weights (SHA-256): `{card.backbone_digest}`. Training: {recipe['steps']} steps of {pieces} pieces of at "
-            f"most {recipe['max_tokens']} tokens,",
-            f"{recipe['masked']:.0%} of them to guess (80 % masked, 10 % replaced, 10 % left), seed {recipe['seed']}; the whole "
-            "recipe stands in `config.json`.",
+            f"Backbone weights (SHA-256): `{card.backbone_digest}`. Training: {recipe['steps']} steps of {pieces}",
+            f"pieces of at most {recipe['max_tokens']} tokens, {recipe['masked']:.0%} of them to guess (80 %",
+            f"masked, 10 % replaced, 10 % left), seed {recipe['seed']}; the whole recipe stands in `config.json`.",
             "",
             *([recipe["note"], ""] if recipe.get("note") else []),
             "## Masked tokens of held-out documents",

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.pretrain.ahead import Ahead
 from bbprompt.pretrain.checkpoint import check_finite, load_checkpoint, restore_state, save_checkpoint, training_state
+from bbprompt.pretrain.cloze import ClozeBatch, StockModel, cloze_loss
 from bbprompt.pretrain.directory import append_log, cut_log
 from bbprompt.pretrain.mixture import Batches
 from bbprompt.pretrain.model import Batch, Gates, ModularPrompts, SpanBatch, span_loss
@@ -66,14 +68,14 @@ class Trainer:
 
     Args:
         config: The recipe.
-        encoder: The frozen encoder in `config.dtype`.
+        encoder: The frozen model in `config.dtype`.
         batches: Upstream tasks.
         frame: Placeholders and special tokens.
         directory: Where checkpoints and the log go.
         disk: Writes them.
         team: The processes that train together.
         identity: What a checkpoint must have been made with to be gone on with, in words, beside the data.
-        head: Reads embeddings, where the recipe's readout is prototypes.
+        head: Reads embeddings where the recipe's readout is prototypes, words where it is a verbalizer.
         grades: Then the most labels of a task whose texts are compared.
         ffn: Width of the encoder's feed-forward part, for the arithmetic of the speed; 0 leaves that out.
     """
@@ -81,7 +83,7 @@ class Trainer:
     def __init__(
         self,
         config: PretrainConfig,
-        encoder: Encoder,
+        encoder: Encoder | StockModel,
         batches: Batches,
         frame: Frame,
         directory: Path,
@@ -90,7 +92,7 @@ class Trainer:
         team: Team = ALONE,
         identity: dict[str, str] | None = None,
         ffn: int = 0,
-        head: PrototypeHead | None = None,
+        head: PrototypeHead | LanguageHead | None = None,
         grades: int = 0,
     ) -> None:
         self.config, self.encoder, self.batches, self.frame = config, encoder, batches, frame
@@ -109,15 +111,17 @@ class Trainer:
             config.routed,
             config.scale if config.readout == "prototype" else None,
             grades,
+            spans=config.readout == "span",
         ).to(encoder.device)
         p = self.prompts
+        readers = {"span": ("head_weight", "head_bias"), "prototype": ("log_scale", "threshold"), "verbalizer": ()}
         groups: list[tuple[list[torch.nn.Parameter], float]] = [
             ([p.bank], config.module_rate),
             ([p.projection], config.projection_rate),
             # Without fast and slow learning routers learn as fast as prompts (MP2, Table 5).
             ([p.router] if config.routed else [], config.router_rate if config.fsl else config.module_rate),
-            ([p.log_scale, p.threshold] if head else [p.head_weight, p.head_bias], config.head_rate),
-            ([p.offsets] if head and grades else [], config.router_rate),
+            ([getattr(p, name) for name in readers[config.readout]], config.head_rate),
+            ([p.offsets] if grades else [], config.router_rate),
         ]
         self.optimizer = torch.optim.Adam(
             [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters],
@@ -191,11 +195,15 @@ class Trainer:
 
     def _judge(self, batch: Batch, gates: Gates, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Loss of each example and whether it was answered right, `(N,)` both."""
-        if isinstance(batch, SpanBatch):
-            return span_loss(self.prompts(self.encoder, batch, gates, generator), batch)
-        if self._head is None or not isinstance(batch, PrototypeBatch):
-            raise TypeError(f"no readout for a {type(batch).__name__}")
-        return prototype_loss(self.prompts, self.encoder, self._head, batch, gates, generator)
+        model, head = self.encoder, self._head
+        if isinstance(batch, ClozeBatch) and isinstance(head, LanguageHead):
+            return cloze_loss(self.prompts, model, head, batch, gates, generator)
+        if isinstance(model, Encoder):
+            if isinstance(batch, SpanBatch):
+                return span_loss(self.prompts(model, batch, gates, generator), batch)
+            if isinstance(batch, PrototypeBatch) and isinstance(head, PrototypeHead):
+                return prototype_loss(self.prompts, model, head, batch, gates, generator)
+        raise TypeError(f"no readout for a {type(batch).__name__}")
 
     def _broken(self, batch: Batch, finite: Tensor) -> str:
         """Names the first text whose loss is not finite."""

@@ -14,14 +14,18 @@ import torch
 from safetensors import SafetensorError
 
 from bbprompt.backends.backbone import Backbone, load_backbone
+from bbprompt.backends.body import body_of
 from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import UsageError
 from bbprompt.pretrain.artifact import artifact, begin_from
 from bbprompt.pretrain.card import model_card
 from bbprompt.pretrain.checkpoint import pretrain_disk_error
+from bbprompt.pretrain.cloze import StockModel
 from bbprompt.pretrain.directory import claim
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
@@ -121,10 +125,11 @@ def _pretrain(
 ) -> dict[str, float]:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     start = None if config.start is None else ModularPrompt.load(resolve_prompts(config.start))
-    backbone = load_backbone(config.backbone)
-    encoder = Encoder(backbone.model, getattr(torch, config.dtype), device, backbone.token_type, prepack=False)
-    frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens)
-    head = None
+    backbone = load_backbone(config.backbone, head=config.readout == "verbalizer")
+    encoder = _frozen(backbone, getattr(torch, config.dtype), device)
+    causal = backbone.head is not None and backbone.head.causal
+    frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens, open_end=causal)
+    head: PrototypeHead | LanguageHead | None = None if backbone.head is None else backbone.head.to(encoder.device)
     if config.readout == "prototype":
         # Scale and threshold are trained; the head writes and pools.
         head = PrototypeHead(1.0, config.prefix, False, 0.0, tokenize_with(backbone.tokenizer), frame, encoder.device)
@@ -139,7 +144,7 @@ def _pretrain(
         identity={"backbone": backbone.digest},
         head=head,
         grades=batches.grades if isinstance(batches, PrototypeMixture) else 0,
-        ffn=int(getattr(backbone.model.config, "intermediate_size", 0)),
+        ffn=int(getattr(backbone.model.config, "intermediate_size", 0)) if isinstance(encoder, Encoder) else 0,
     )
     if start is not None:
         begin_from(trainer, start, backbone.digest)
@@ -185,6 +190,14 @@ def _pretrain(
     return scores
 
 
+def _frozen(backbone: Backbone, dtype: torch.dtype, device: str) -> Encoder | StockModel:
+    """The backbone as a training runs it."""
+    if backbone.head is None or backbone.head.kind == "masked":
+        return Encoder(backbone.model, dtype, device, backbone.token_type, prepack=False)
+    place = torch.device(device)
+    return StockModel(body_of(backbone, place, dtype), dtype, place, backbone.hidden, range(backbone.layers))
+
+
 def _batches(
     config: PretrainConfig,
     chosen: list[Task],
@@ -192,7 +205,7 @@ def _batches(
     frame: Frame,
     data: Path | None,
     team: Team,
-    head: PrototypeHead | None,
+    head: PrototypeHead | LanguageHead | None,
 ) -> Batches:
     """The tasks of the recipe, as tokens."""
     tokenize = tokenize_with(backbone.tokenizer)
@@ -210,6 +223,9 @@ def _batches(
             annotate=annotator[0] if annotator else None,
             annotator_words=annotator[1] if annotator else (),
             annotator_digest=annotator[2] if annotator else "",
+            head=VerbalizerHead(head, backbone.gap_token, tokenize, frame, head.weight.device)
+            if isinstance(head, LanguageHead)
+            else None,
         )
         names = ", ".join(Path(name).name for name in config.ppt.corpus)
         return PptBatches(
@@ -223,6 +239,7 @@ def _batches(
             weights=config.weights,
             slices=slices,
             bucket=config.bucket,
+            cloze=config.readout == "verbalizer",
         )
     tasks = load_upstream(
         chosen,
@@ -255,7 +272,7 @@ def _batches(
         slices=slices,
         bucket=config.bucket,
     )
-    return mixture if head is None else PrototypeMixture(mixture, head)
+    return PrototypeMixture(mixture, head) if isinstance(head, PrototypeHead) else mixture
 
 
 def _speed(progress: Progress) -> dict[str, float]:
