@@ -13,8 +13,8 @@ import yaml
 from bbprompt import cli
 from bbprompt.commands import pretrain as command
 from bbprompt.pretrain import run
-from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.lm_recipe import HeadConfig
+from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 
 Calls = list[tuple[PretrainConfig, Path, Path | None, dict[str, Any]]]

@@ -16,10 +16,12 @@ from reference import plain_states
 
 import bbprompt
 from bbprompt.backends import trained_head
-from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
 from bbprompt.backends.language import LocalLanguageModel
 from bbprompt.backends.trained_head import HeadCard, TrainedHead, Transform
 from bbprompt.errors import ArtifactError, DataError
+from bbprompt.pretrain.lm_card import head_card
+from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.tasks.example import Form, Part
 
 KEPT = [*range(5), *range(60, 3000, 2)]
@@ -179,3 +181,15 @@ def test_methods_run_on_it(method: str, encoder: Path, tiny_pair_data: Path, tmp
     assert result.test.n == 30
     with bbprompt.load_prompt(str(tmp_path / "run")) as prompt:
         assert len(prompt.predict([{"text_a": "天天", "text_b": "地地"}])) == 1
+
+
+def test_the_head_of_the_default_backbone() -> None:
+    prompts = ModularPrompt.load(resolve_prompts("e5-small-mp2-deep")).config
+    head = trained_head.bundled_head(prompts.backbone_digest)
+    assert head is not None
+    assert head.card.backbone == prompts.backbone == DEFAULT_BACKBONE
+    assert head.folder is not None
+    assert sum(file.stat().st_size for file in head.folder.iterdir()) < 15e6
+    held = head.card.training["held_out"].values()
+    assert all(text["top1"] > text["unigram1"] for text in held)
+    assert (head.folder / "README.md").read_text(encoding="utf-8") == head_card(head.card)
