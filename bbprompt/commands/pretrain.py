@@ -158,10 +158,9 @@ def _begin(kinds: tuple[str, ...], config: str | None, resume: Path | None, out:
     if resume is not None and out is not None:
         raise UsageError("--out: --resume says the directory already; leave one of them out")
     if config is None and resume is None:
-        name = kinds[0] if kinds[0] in _names() else kinds[0].partition("-")[0]
-        if name not in _names():
+        if len(kinds) > 1:
             raise UsageError("--config is missing; give a recipe or one of " + ", ".join(_names(kinds)))
-        config = name
+        config = kinds[0]
     folder = resume or out or Path("runs") / f"pretrain-{Path(config or '').stem}"
     recipe = _recipe(config, folder)
     if recipe.kind not in kinds:
