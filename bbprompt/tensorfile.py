@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-__all__ = ["pack", "unpack"]
+__all__ = ["checksum", "pack", "unpack"]
 
 _KEY = "sha256"
 
@@ -22,7 +22,7 @@ _KEY = "sha256"
 def pack(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     """The file, with the checksum of names, types, shapes and numbers in its metadata."""
     rows = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    data: bytes = save(rows, metadata={_KEY: _checksum(rows)})
+    data: bytes = save(rows, metadata={_KEY: checksum(rows)})
     return data
 
 
@@ -34,12 +34,13 @@ def unpack(data: bytes) -> dict[str, NDArray[Any]]:
     """
     tensors: dict[str, NDArray[Any]] = dict(load(data))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    if "__metadata__" in header and header["__metadata__"] != {_KEY: _checksum(tensors)}:
+    if "__metadata__" in header and header["__metadata__"] != {_KEY: checksum(tensors)}:
         raise ValueError("it does not match its checksum")
     return tensors
 
 
-def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
+def checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over names, types, shapes and numbers, in the order of the names."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         array = tensors[name]

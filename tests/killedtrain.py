@@ -1,7 +1,8 @@
 """Run one training again and again, kill it (SIGKILL) at chosen instants, and go on until it is finished.
 
-Called as `python killedtrain.py RECIPE.json DATA OUT`. Every run is a forked process of its own. Writes
-`OUT/summary.json`: instant -> {"killed": how often, "files": digests of what is left}.
+Called as `python killedtrain.py RECIPE.json DATA OUT`, with a recipe for prompts or for a language model head. Every
+run is a forked process of its own. Writes `OUT/summary.json`: instant -> {"killed": how often, "files": digests of what
+is left}.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bbprompt.backends.trained_head import TrainedHead
+from bbprompt.pretrain.lm_recipe import HeadConfig
+from bbprompt.pretrain.lm_run import train_head
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
 from bbprompt.prompts import ModularPrompt
@@ -60,9 +64,10 @@ def arm(kind: str, number: int) -> None:
         RealDisk.replace = renamed  # type: ignore[method-assign]
     elif kind == "artifact":
         ModularPrompt.save = lambda self, folder, half=True: die()  # type: ignore[method-assign]
+        TrainedHead.files = lambda self: die()  # type: ignore[assignment,method-assign]
 
 
-def outcome(config: PretrainConfig, data: Path, folder: Path, kind: str, number: int) -> int:
+def outcome(config: PretrainConfig | HeadConfig, data: Path, folder: Path, kind: str, number: int) -> int:
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -75,7 +80,11 @@ def outcome(config: PretrainConfig, data: Path, folder: Path, kind: str, number:
             if not reports[0]:
                 die()
 
-        pretrain(config, folder, data, report, resume=(folder / "recipe.json").exists())
+        resume = (folder / "recipe.json").exists()
+        if isinstance(config, HeadConfig):
+            train_head(config, folder, report, resume=resume)
+        else:
+            pretrain(config, folder, data, report, resume=resume)
     except BaseException as error:
         print(f"{kind} {number}: {error!r}", file=sys.stderr)
         os._exit(1)
@@ -83,7 +92,9 @@ def outcome(config: PretrainConfig, data: Path, folder: Path, kind: str, number:
 
 
 def main() -> None:
-    config = PretrainConfig.model_validate_json(Path(sys.argv[1]).read_text())
+    text = Path(sys.argv[1]).read_text()
+    kind = HeadConfig if json.loads(text)["kind"] == "lm-head" else PretrainConfig
+    config: PretrainConfig | HeadConfig = kind.model_validate_json(text)
     data, out = Path(sys.argv[2]), Path(sys.argv[3])
     plans: dict[str, list[tuple[str, int]]] = {
         "never": [],
@@ -102,7 +113,8 @@ def main() -> None:
         lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
         for line in lines:
             line.pop("speed", None)
-        files = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in FILES}
+        written = [file for file in FILES if (folder / file).is_file()]
+        files = {file: hashlib.sha256((folder / file).read_bytes()).hexdigest() for file in written}
         summary[name] = {"killed": len(codes), "files": files, "log": lines}
     (out / "summary.json").write_text(json.dumps(summary))
 

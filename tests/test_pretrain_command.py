@@ -13,6 +13,7 @@ import yaml
 from bbprompt import cli
 from bbprompt.commands import pretrain as command
 from bbprompt.pretrain import run
+from bbprompt.pretrain.lm_recipe import HeadConfig
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 
@@ -44,6 +45,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
     file = command._RECIPES / f"{name}.yaml"
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if name == "lm-head":
+        assert set(values) == set(HeadConfig.model_fields)
+        assert command._recipe(name, Path()).kind == "lm-head"
+        return
     assert set(values) == set(PretrainConfig.model_fields)
     assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
     assert command._recipe(name, Path()).kind == ("mp2-deep" if name == "mp2-proto" else name.removesuffix("-pairs"))

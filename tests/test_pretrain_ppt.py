@@ -30,10 +30,11 @@ from bbprompt.pretrain.ppt_examples import (
     pseudo_labelled,
     unified_caps,
 )
-from bbprompt.pretrain.ppt_forms import label_words, pattern_text, span_task
+from bbprompt.pretrain.ppt_forms import label_words, pattern_form, span_task
 from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 from bbprompt.pretrain.run import pretrain
 from bbprompt.prompts import ModularPrompt
+from bbprompt.tasks.example import Example, Form
 
 pytestmark = pytest.mark.usefixtures("token_cache")
 
@@ -233,24 +234,47 @@ def test_label_words() -> None:
 @pytest.mark.parametrize(
     ("form", "language", "hybrid", "expected"),
     [
-        ("pair", "en", False, "<P>s1 <X> .s2"),
-        ("pair", "en", True, "<P>Question: s1 ? <X>. s2"),
-        ("pair", "zh", False, "<P>s1<X>。s2"),
-        ("pair", "zh", True, "<P>问题：s1？<X>。s2"),
-        ("choice", "en", False, "<P>q? A.a. B.b. Answer is <X>."),
-        ("choice", "en", True, "<P>We ask q ? A. a. B. b. The answer is <X>."),
-        ("choice", "zh", False, "<P>q？一、a 二、b。答案是<X>。"),
-        ("choice", "zh", True, "<P>问题：q？一、a 二、b。答案是：<X>。"),
-        ("single", "en", False, "<P>{query}. <X>."),
-        ("single", "en", True, "<P>{query}. It was <X>."),
-        ("single", "zh", False, "<P>{query}。<X>。"),
-        ("single", "zh", True, "<P>{query}。这很<X>。"),
+        ("pair", "en", False, "s1 <X> .s2"),
+        ("pair", "en", True, "Question: s1 ? <X>. s2"),
+        ("pair", "zh", False, "s1<X>。s2"),
+        ("pair", "zh", True, "问题：s1？<X>。s2"),
+        ("choice", "en", False, "q? A.a. B.b. Answer is <X>."),
+        ("choice", "en", True, "We ask q ? A. a. B. b. The answer is <X>."),
+        ("choice", "zh", False, "q？一、a 二、b。答案是<X>。"),
+        ("choice", "zh", True, "问题：q？一、a 二、b。答案是：<X>。"),
+        ("single", "en", False, "{query}. <X>."),
+        ("single", "en", True, "{query}. It was <X>."),
+        ("single", "zh", False, "{query}。<X>。"),
+        ("single", "zh", True, "{query}。这很<X>。"),
     ],
 )
 def test_patterns(form: Any, language: Any, hybrid: bool, expected: str) -> None:
     # What a text holds is never taken for a field.
     fields = {"pair": {"text_a": "s1", "text_b": "s2"}, "choice": {"query": "q"}, "single": {"text": "{query}"}}[form]
-    assert pattern_text(form, language, fields, ("a", "b"), hybrid) == expected
+    options = ("a", "b") if form == "choice" else ()
+    words = label_words(form, language)
+    written = pattern_form(form, language, Example(fields, options, 0, (), ""), words, hybrid=hybrid)
+    assert with_gap(written) == expected
+    assert written.options == (words[:2] if form == "choice" else words)
+    assert {part.text for part in written.parts if part.cut} == set(fields.values())
+
+
+def with_gap(form: Form) -> str:
+    texts = [part.text for part in form.parts]
+    return "".join([*texts[: form.gap], "<X>", *texts[form.gap :]])
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("form", ["pair", "choice", "single"])
+def test_a_causal_model_reads_everything_before_the_gap(form: Any, language: Any, hybrid: bool) -> None:
+    fields = {"text_a": "s1", "text_b": "s2", "query": "q", "text": "t"}
+    example = Example(fields, ("a", "b"), 0, (), "")
+    written = pattern_form(form, language, example, label_words(form, language), hybrid=hybrid, causal=True)
+    before, after = with_gap(written).split("<X>")
+    assert after in {"。", "."}
+    for text in {"pair": ("s1", "s2"), "choice": ("q", "a", "b"), "single": ("t",)}[form]:
+        assert text in before
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])

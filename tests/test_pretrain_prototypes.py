@@ -197,7 +197,7 @@ def test_extraction_has_no_prototypes(recipe: PretrainConfig, data: Path, tmp_pa
     tasks = [*recipe.tasks, str(data / "tiny-extract" / "task.yaml")]
     with pytest.raises(UsageError, match="'tiny-extract' has no options for prototypes"):
         pretrain(recipe.model_copy(update={"tasks": tasks}), tmp_path / "out", data, silent)
-    with pytest.raises(ValidationError, match="readout: kind ppt"):
+    with pytest.raises(ValidationError, match="readout: 'prototype' is not for kind ppt"):
         PretrainConfig.model_validate(recipe.model_dump() | {"kind": "ppt", "modules": 1})
 
 

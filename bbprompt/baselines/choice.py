@@ -62,7 +62,7 @@ def open_model(config: TuneConfig, method: MethodConfig, **use: Any) -> Model:
     machine = {key: getattr(config, key) for key in ("device", "dtype", "batch_tokens", "threads")} | use
     if isinstance(settings, BaselineConfig):
         return open_embedder(config.backend, backbone=config.backbone, max_tokens=config.max_tokens, **machine)
-    backbone = named_language_model(method.name, config.backbone)
+    backbone = named_language_model(config.backbone)
     model = open_language_model(config.backend, backbone, max_tokens=config.max_tokens, **machine)
     if isinstance(settings, InContextConfig) and not model.causal:
         model.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +15,13 @@ from bbprompt.commands.stop import Stop
 from bbprompt.errors import UsageError
 
 if TYPE_CHECKING:
+    from bbprompt.pretrain.lm_recipe import HeadConfig
     from bbprompt.pretrain.mp2 import Progress
     from bbprompt.pretrain.recipe import PretrainConfig
 
-__all__ = ["mp2", "ppt", "spot"]
+    Recipe = PretrainConfig | HeadConfig
+
+__all__ = ["lm_head", "mp2", "ppt", "spot"]
 
 _RECIPES = Path(__file__).parent.parent / "configs" / "pretrain"
 
@@ -87,6 +92,37 @@ def ppt(
     _pretrain(("ppt",), config, resume, out, data, device, quiet, json)
 
 
+def lm_head(
+    config: _Config = None,
+    resume: _Resume = None,
+    out: _Out = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a language model head on raw text for an encoder that has none; the recipe names the corpus."""
+    recipe, folder = _begin(("lm-head",), config, resume, out)
+
+    from bbprompt.pretrain.lm_recipe import HeadConfig
+    from bbprompt.pretrain.lm_run import train_head
+
+    if not isinstance(recipe, HeadConfig):
+        raise TypeError(f"a recipe of kind {recipe.kind}")
+    with _shown("lm-head", folder, recipe.steps, quiet) as report:
+        found = train_head(recipe, folder, report, resume=resume is not None, device=_device(device or "auto"))
+    artifact = folder / "artifact"
+    if json:
+        from dataclasses import asdict
+
+        write_json({"artifact": str(artifact), "held_out": {name: asdict(each) for name, each in found.items()}})
+        return
+    lines = [f"{'masked tokens of held-out text':34} top-1  top-5  unigram top-1"]
+    lines += [f"{name:34} {each.top1:.3f}  {each.top5:.3f}  {each.unigram1:.3f}" for name, each in found.items()]
+    following = command("tune", "--task", "lcqmc", "--method", "zero-shot-lm", "--backbone", artifact)
+    write("\n".join([*lines, "", f"Written: {artifact}", f"Next: {following}"]))
+
+
 def _pretrain(
     kinds: tuple[str, ...],
     config: str | None,
@@ -97,26 +133,50 @@ def _pretrain(
     quiet: bool,
     json: bool,
 ) -> None:
-    """What the commands share; `kinds` are the recipes that the command is for."""
-    name = kinds[0].partition("-")[0]
+    """What the trainings of prompts share; `kinds` are the recipes that the command is for."""
+    recipe, folder = _begin(kinds, config, resume, out)
+
+    from bbprompt.pretrain.recipe import PretrainConfig
+    from bbprompt.pretrain.run import pretrain
+
+    if not isinstance(recipe, PretrainConfig):
+        raise TypeError(f"a recipe of kind {recipe.kind}")
+    with _shown(_command(recipe), folder, recipe.steps, quiet) as report:
+        scores = pretrain(recipe, folder, data, report, resume=resume is not None, device=_device(device or "auto"))
+    artifact = folder / "artifact"
+    mean = sum(scores.values()) / len(scores)
+    if json:
+        write_json({"artifact": str(artifact), "validation": scores, "mean": mean})
+        return
+    lines = [f"{name:24} {score:.3f}" for name, score in scores.items()]
+    following = command("tune", "--task", "lcqmc", *_method(recipe), "--prompts", artifact)
+    write("\n".join([*lines, f"{'mean':24} {mean:.3f}", "", f"Written: {artifact}", f"Next: {following}"]))
+
+
+def _begin(kinds: tuple[str, ...], config: str | None, resume: Path | None, out: Path | None) -> tuple[Recipe, Path]:
+    """The recipe, of one of `kinds`, and the directory of the training."""
     if resume is not None and out is not None:
         raise UsageError("--out: --resume says the directory already; leave one of them out")
     if config is None and resume is None:
-        if name not in _names():
+        if len(kinds) > 1:
             raise UsageError("--config is missing; give a recipe or one of " + ", ".join(_names(kinds)))
-        config = name
+        config = kinds[0]
     folder = resume or out or Path("runs") / f"pretrain-{Path(config or '').stem}"
     recipe = _recipe(config, folder)
     if recipe.kind not in kinds:
         raise UsageError(f"--config: this recipe is of kind {recipe.kind}; run `bbprompt pretrain {_command(recipe)}`")
+    return recipe, folder
 
-    from bbprompt.pretrain.run import pretrain
+
+@contextmanager
+def _shown(name: str, folder: Path, steps: int, quiet: bool) -> Iterator[Callable[[Progress, int], None]]:
+    """Show a training's progress while the context is open; stops it where the user does."""
     from bbprompt.terminal import Meter, duration, logging_to, open_console
 
     console = open_console(quiet)
     with Stop() as stop, logging_to(console):
         stop.advice = f"go on with: {command('pretrain', name, '--resume', folder)}"
-        meter = Meter(console, recipe.steps)
+        meter = Meter(console, steps)
 
         def report(progress: Progress, steps: int) -> None:
             share = f" ({100 * progress.gemm_share:.0f}% of GEMM)" if progress.gemm_share else ""
@@ -130,21 +190,13 @@ def _pretrain(
             stop.check()
 
         try:
-            scores = pretrain(recipe, folder, data, report, resume=resume is not None, device=_device(device or "auto"))
+            yield report
         finally:
             meter.close()
-    artifact = folder / "artifact"
-    mean = sum(scores.values()) / len(scores)
-    if json:
-        write_json({"artifact": str(artifact), "validation": scores, "mean": mean})
-        return
-    lines = [f"{name:24} {score:.3f}" for name, score in scores.items()]
-    following = command("tune", "--task", "lcqmc", *_method(recipe), "--prompts", artifact)
-    write("\n".join([*lines, f"{'mean':24} {mean:.3f}", "", f"Written: {artifact}", f"Next: {following}"]))
 
 
-def _command(recipe: PretrainConfig) -> str:
-    return recipe.kind.partition("-")[0]
+def _command(recipe: Recipe) -> str:
+    return recipe.kind if recipe.kind == "lm-head" else recipe.kind.partition("-")[0]
 
 
 def _method(recipe: PretrainConfig) -> tuple[str, ...]:
@@ -154,7 +206,7 @@ def _method(recipe: PretrainConfig) -> tuple[str, ...]:
     return ("--method", "mp2-deep" if recipe.deep else "mp2-shallow", "--set", "router=null")
 
 
-def _recipe(config: str | None, folder: Path) -> PretrainConfig:
+def _recipe(config: str | None, folder: Path) -> Recipe:
     """The recipe by name or file, or the one that the directory was begun with."""
     from bbprompt.yamlfile import closest, read_yaml, validate
 
@@ -170,8 +222,11 @@ def _recipe(config: str | None, folder: Path) -> PretrainConfig:
             raise UsageError(f"--config {config}: no such file or bundled recipe{closest(config, _names())}")
     values = read_yaml(file)  # JSON is YAML
 
+    from bbprompt.pretrain.lm_recipe import HeadConfig
     from bbprompt.pretrain.recipe import PretrainConfig
 
+    if values.get("kind") == "lm-head":
+        return validate(HeadConfig, values, str(file))
     return validate(PretrainConfig, values, str(file))
 
 

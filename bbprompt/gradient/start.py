@@ -47,7 +47,7 @@ def _from_scratch(config: TuneConfig, method: MethodConfig, soft: SoftPromptConf
     spans = soft.readout == "span"
     head = ModularPrompt.load(resolve_prompts(soft.head)) if spans and soft.head is not None else None
     if soft.readout == "verbalizer":
-        named_language_model(method.name, config.backbone)
+        named_language_model(config.backbone)
     name = config.backbone or (head.config.backbone if head is not None else DEFAULT_BACKBONE)
     backbone = load_backbone(name, head=soft.readout == "verbalizer")
     if head is not None and head.config.backbone_digest != backbone.digest:

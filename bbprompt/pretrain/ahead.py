@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Generic, Protocol, Self, TypeVar
 
-from bbprompt.pretrain.mixture import Batches
-from bbprompt.pretrain.model import Batch
+__all__ = ["Ahead", "Source"]
 
-__all__ = ["Ahead"]
+_Batch = TypeVar("_Batch", covariant=True)
 
 
-class Ahead:
+class Source(Protocol[_Batch]):
+    """What batches come from."""
+
+    def batch(self, step: int, part: int = 0) -> _Batch:
+        """Part `part` of the batch of `step` (both from 0), always the same."""
+
+
+class Ahead(Generic[_Batch]):
     """Gives slices of steps in order, working on the next while one is used; what they hold is not changed by it.
 
     Args:
@@ -21,12 +27,12 @@ class Ahead:
         last: Number of steps.
     """
 
-    def __init__(self, batches: Batches, parts: range, last: int) -> None:
+    def __init__(self, batches: Source[_Batch], parts: range, last: int) -> None:
         self._batches, self._parts, self._last = batches, parts, last
         self._worker = ThreadPoolExecutor(1, "batches")
-        self._ready: dict[tuple[int, int], Future[Batch]] = {}
+        self._ready: dict[tuple[int, int], Future[_Batch]] = {}
 
-    def get(self, step: int, part: int) -> Batch:
+    def get(self, step: int, part: int) -> _Batch:
         """The slice; begins the one after it."""
         held = self._ready.pop((step, part), None)
         batch = self._batches.batch(step, part) if held is None else held.result()

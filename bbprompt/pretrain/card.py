@@ -68,15 +68,19 @@ def _table(scores: dict[str, float], untrained: dict[str, float]) -> list[str]:
 def _what(config: PromptConfig, where: str) -> list[str]:
     size = f"{config.prompt_length} positions {where} backbone's layers, with intrinsic dimension"
     frozen = "The backbone was frozen; only these were trained."
-    head = "a span head" if config.readout == "span" else "scale and threshold of the similarity of embeddings"
+    head = {
+        "span": ", and a span head",
+        "prototype": ", and scale and threshold of the similarity of embeddings",
+        "verbalizer": "; label words are read by the backbone's own language model head",
+    }[config.readout]
     if config.tasks:
         return [
             f"{config.modules} modular soft prompts of {size}",
-            f"{config.intrinsic_dim}, a router for each of {len(config.tasks)} upstream tasks and {head}",
+            f"{config.intrinsic_dim}, a router for each of {len(config.tasks)} upstream tasks{head}",
             f"(MP2, arXiv:2210.07565). {frozen}",
         ]
     paper = "PPT, arXiv:2109.04332" if config.kind == "ppt" else "SPoT, arXiv:2110.07904"
-    return [f"One soft prompt of {size}", f"{config.intrinsic_dim}, and {head} ({paper}). {frozen}"]
+    return [f"One soft prompt of {size}", f"{config.intrinsic_dim}{head} ({paper}). {frozen}"]
 
 
 def _left_out(recipe: dict[str, Any]) -> str:

@@ -10,13 +10,22 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
-from bbprompt.errors import ArtifactError, DiskError
+from bbprompt.errors import ArtifactError, DiskError, UsageError
 from bbprompt.store.disk import Disk, disk_error
 
-__all__ = ["load_checkpoint", "pretrain_disk_error", "save_checkpoint", "write_atomic"]
+__all__ = [
+    "check_finite",
+    "load_checkpoint",
+    "pretrain_disk_error",
+    "restore_state",
+    "save_checkpoint",
+    "training_state",
+    "write_atomic",
+]
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _CHUNK = 64 * 2**20
 
 
@@ -79,3 +88,40 @@ def load_checkpoint(file: Path, device: torch.device) -> tuple[dict[str, Tensor]
         return load_file(file, device=str(device)), words
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
+
+
+def check_finite(step: int, module: nn.Module) -> None:
+    """Refuse weights that no checkpoint may hold.
+
+    Raises:
+        UsageError: A weight is not finite; names the step.
+    """
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UsageError(
+                f"step {step}: {name} is not finite; lower the recipe's learning rates (the last checkpoint "
+                "is kept: go on from it with --resume)"
+            )
+
+
+def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is trained, and Adam's moments of it."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in module.named_parameters():
+        tensors[name] = parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"adam.{key}.{name}"] = value
+    return tensors
+
+
+def restore_state(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put back what `training_state` gave.
+
+    Raises:
+        KeyError, RuntimeError: A tensor is missing or has another shape.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(tensors[name])
+            if parameter.requires_grad:
+                optimizer.state[parameter] = {key: tensors[f"adam.{key}.{name}"] for key in _MOMENTS}

@@ -154,7 +154,8 @@ class ModularPrompts(nn.Module):
     Initialisation: w ~ U(-1e-3, 1e-3), head ~ N(0, 0.02), z ~ N(0, 1) and A ~ N(0, scale^2 / d), so that the
     prompt of one module has entries of size `scale`. (Released: z and A so small that their product starts near
     a saddle and, at learning rates that leave it soon, grows past any useful size within a few dozen steps.)
-    Under prototypes there is no head, but a scale, a threshold, and offsets (T, G) of the labels of compared texts.
+    Without `spans` there is no head, for label words need none. Under prototypes there is none either, but a scale, a
+    threshold, and offsets (T, G) of the labels of compared texts.
     Without `routed` there are no routers and all tasks share the mean of the modules: with K = 1 one soft prompt.
     """
 
@@ -171,6 +172,7 @@ class ModularPrompts(nn.Module):
         routed: bool = True,
         prototype_scale: float | None = None,
         grades: int = 0,
+        spans: bool = True,
     ) -> None:
         super().__init__()
         length = len(frame.placeholders)
@@ -184,7 +186,7 @@ class ModularPrompts(nn.Module):
         self.router = nn.Parameter(routers, requires_grad=routed)
         self.bank = normal(1.0, layers, modules, dim)
         self.projection = normal(scale / math.sqrt(dim), layers, dim, length * hidden)
-        spans = prototype_scale is None
+        spans = spans and prototype_scale is None
         self.head_weight = normal(0.02, 2 if spans else 0, hidden)
         self.head_bias = nn.Parameter(torch.zeros(2 if spans else 0))
         for empty in () if spans else (self.head_weight, self.head_bias):
@@ -203,6 +205,11 @@ class ModularPrompts(nn.Module):
         weights = relaxed_bernoulli(logits, gates.temperature, generator) if noise else torch.sigmoid(logits)
         total = weights.sum(-1, keepdim=True) + 1e-12 if gates.normalized else weights.shape[-1]
         return torch.einsum("glk,lkd->gld", weights / total, self.bank)
+
+    def vectors(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
+        """Prompts `(G, L, P, H)` of the given tasks."""
+        points = self.points(gates, generator, tasks)
+        return torch.einsum("gld,ldx->glx", points, self.projection).view(len(tasks), *self.shape)
 
     def forward(self, encoder: Encoder, batch: SpanBatch, gates: Gates, generator: torch.Generator) -> Tensor:
         """Start and end logits of the batch's candidates, `(N, 2, C)`."""
@@ -226,8 +233,7 @@ class ModularPrompts(nn.Module):
         """Last states of texts `(N,)` under their tasks' prompts, float32: `(N, R, H)` of `read`, or `(T, H)`."""
         layers, length, hidden = self.shape
         groups, member = torch.unique(tasks, return_inverse=True)
-        points = self.points(gates, generator, groups)
-        prompts = torch.einsum("gld,ldx->glx", points, self.projection).view(len(groups), layers, length, hidden)
+        prompts = self.vectors(gates, generator, groups)
         slots = torch.arange(length, device=encoder.device) + self.frame.prompt_start
         at = (layout.starts[:, None] + slots).flatten()
         states = encoder.embed(ids, layout)

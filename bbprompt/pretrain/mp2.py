@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,18 @@ import torch
 from torch import Tensor
 
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.pretrain.ahead import Ahead
-from bbprompt.pretrain.checkpoint import load_checkpoint, pretrain_disk_error, save_checkpoint, write_atomic
+from bbprompt.pretrain.checkpoint import check_finite, load_checkpoint, restore_state, save_checkpoint, training_state
+from bbprompt.pretrain.cloze import ClozeBatch, StockModel, cloze_loss
+from bbprompt.pretrain.directory import append_log, cut_log
 from bbprompt.pretrain.mixture import Batches
 from bbprompt.pretrain.model import Batch, Gates, ModularPrompts, SpanBatch, span_loss
 from bbprompt.pretrain.prototypes import PrototypeBatch, prototype_loss
 from bbprompt.pretrain.recipe import PretrainConfig
+from bbprompt.pretrain.schedule import rate_factor
 from bbprompt.pretrain.speed import gemm_rate, step_flops
 from bbprompt.pretrain.team import ALONE, Team
 from bbprompt.store.disk import Disk, RealDisk
@@ -35,8 +38,6 @@ from bbprompt.texts.mrc import Frame
 __all__ = ["PretrainConfig", "Progress", "Trainer"]
 
 log = logging.getLogger("bbprompt")
-
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,14 @@ class Trainer:
 
     Args:
         config: The recipe.
-        encoder: The frozen encoder in `config.dtype`.
+        encoder: The frozen model in `config.dtype`.
         batches: Upstream tasks.
         frame: Placeholders and special tokens.
         directory: Where checkpoints and the log go.
         disk: Writes them.
         team: The processes that train together.
         identity: What a checkpoint must have been made with to be gone on with, in words, beside the data.
-        head: Reads embeddings, where the recipe's readout is prototypes.
+        head: Reads embeddings where the recipe's readout is prototypes, words where it is a verbalizer.
         grades: Then the most labels of a task whose texts are compared.
         ffn: Width of the encoder's feed-forward part, for the arithmetic of the speed; 0 leaves that out.
     """
@@ -82,7 +83,7 @@ class Trainer:
     def __init__(
         self,
         config: PretrainConfig,
-        encoder: Encoder,
+        encoder: Encoder | StockModel,
         batches: Batches,
         frame: Frame,
         directory: Path,
@@ -91,7 +92,7 @@ class Trainer:
         team: Team = ALONE,
         identity: dict[str, str] | None = None,
         ffn: int = 0,
-        head: PrototypeHead | None = None,
+        head: PrototypeHead | LanguageHead | None = None,
         grades: int = 0,
     ) -> None:
         self.config, self.encoder, self.batches, self.frame = config, encoder, batches, frame
@@ -110,15 +111,17 @@ class Trainer:
             config.routed,
             config.scale if config.readout == "prototype" else None,
             grades,
+            spans=config.readout == "span",
         ).to(encoder.device)
         p = self.prompts
+        readers = {"span": ("head_weight", "head_bias"), "prototype": ("log_scale", "threshold"), "verbalizer": ()}
         groups: list[tuple[list[torch.nn.Parameter], float]] = [
             ([p.bank], config.module_rate),
             ([p.projection], config.projection_rate),
             # Without fast and slow learning routers learn as fast as prompts (MP2, Table 5).
             ([p.router] if config.routed else [], config.router_rate if config.fsl else config.module_rate),
-            ([p.log_scale, p.threshold] if head else [p.head_weight, p.head_bias], config.head_rate),
-            ([p.offsets] if head and grades else [], config.router_rate),
+            ([getattr(p, name) for name in readers[config.readout]], config.head_rate),
+            ([p.offsets] if grades else [], config.router_rate),
         ]
         self.optimizer = torch.optim.Adam(
             [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters],
@@ -184,7 +187,7 @@ class Trainer:
                 f"step {self.step}: {what}; {spoilt or 'in a batch of ' + ', '.join(tasks)}; lower the recipe's "
                 f"learning rates (the last checkpoint is kept: go on from it with --resume)"
             )
-        factor = self._schedule()
+        factor = rate_factor(self.step, config.steps, config.warmup)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.step()
@@ -192,25 +195,21 @@ class Trainer:
 
     def _judge(self, batch: Batch, gates: Gates, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Loss of each example and whether it was answered right, `(N,)` both."""
-        if isinstance(batch, SpanBatch):
-            return span_loss(self.prompts(self.encoder, batch, gates, generator), batch)
-        if self._head is None or not isinstance(batch, PrototypeBatch):
-            raise TypeError(f"no readout for a {type(batch).__name__}")
-        return prototype_loss(self.prompts, self.encoder, self._head, batch, gates, generator)
+        model, head = self.encoder, self._head
+        if isinstance(batch, ClozeBatch) and isinstance(head, LanguageHead):
+            return cloze_loss(self.prompts, model, head, batch, gates, generator)
+        if isinstance(model, Encoder):
+            if isinstance(batch, SpanBatch):
+                return span_loss(self.prompts(model, batch, gates, generator), batch)
+            if isinstance(batch, PrototypeBatch) and isinstance(head, PrototypeHead):
+                return prototype_loss(self.prompts, model, head, batch, gates, generator)
+        raise TypeError(f"no readout for a {type(batch).__name__}")
 
     def _broken(self, batch: Batch, finite: Tensor) -> str:
         """Names the first text whose loss is not finite."""
         row = int((~finite).nonzero()[0])
         uid = f", example {batch.uids[row]}" if batch.uids else ""
         return f"first for task {self.batches.names[int(batch.tasks[row])]}, row {row} of {len(finite)}{uid}"
-
-    def _schedule(self) -> float:
-        """Linear warm-up, then half a cosine down to a twentieth."""
-        progress = (self.step + 1) / self.config.steps
-        if progress < self.config.warmup:
-            return progress / self.config.warmup
-        rest = (progress - self.config.warmup) / (1 - self.config.warmup)
-        return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * rest))
 
     def _look(self) -> None:
         """Validate; keep the prompts where they are to be chosen by it and are better than any before."""
@@ -241,14 +240,8 @@ class Trainer:
 
     def log(self, record: dict[str, object]) -> None:
         """Append one line to `train.jsonl`."""
-        if not self.team.leads:
-            return
-        file = self.directory / "train.jsonl"
-        try:
-            with file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps(record, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise pretrain_disk_error(error, "append to it", file) from error
+        if self.team.leads:
+            append_log(self.directory, record)
 
     def _log_window(self) -> None:
         """The mean loss since the last checkpoint."""
@@ -264,19 +257,10 @@ class Trainer:
             UsageError: A weight is not finite; the checkpoint before stays.
             DiskError: It cannot be written; the checkpoint before stays.
         """
-        for name, parameter in self.prompts.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise UsageError(
-                    f"step {self.step}: {name} is not finite; lower the recipe's learning rates (the last checkpoint "
-                    "is kept: go on from it with --resume)"
-                )
+        check_finite(self.step, self.prompts)
         if not self.team.leads:
             return
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.prompts.named_parameters():
-            tensors[name] = parameter
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
+        tensors = training_state(self.prompts, self.optimizer)
         words = {
             "step": str(self.step),
             "best": json.dumps(self.best),
@@ -302,12 +286,7 @@ class Trainer:
             step = int(words["step"])
             data, best = json.loads(words.get("data", "null")), json.loads(words.get("best", "null"))
             untrained = json.loads(words.get("untrained", "{}"))
-            with torch.no_grad():
-                for name, parameter in self.prompts.named_parameters():
-                    parameter.copy_(tensors[name])
-                    if parameter.requires_grad:
-                        state = {key: tensors[f"adam.{key}.{name}"] for key in _MOMENTS}
-                        self.optimizer.state[parameter] = state
+            restore_state(tensors, self.prompts, self.optimizer)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
         present = self.batches.digests
@@ -338,18 +317,8 @@ class Trainer:
 
     def cut_log(self) -> None:
         """Take the lines out of `train.jsonl` that the resumed training will write again."""
-        file = self.directory / "train.jsonl"
-        if not self.team.leads or not file.is_file():
-            return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # torn by a kill
-                continue
-            if record["step"] <= self.step > 0 and "speed" not in record:
-                kept.append(line + "\n")
-        write_atomic(self.disk, file, "".join(kept).encode())
+        if self.team.leads:
+            cut_log(self.disk, self.directory, self.step)
 
 
 class _Meter:

@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.backends.cache import file_digest
+from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import DataError, UsageError
+from bbprompt.pretrain.cloze import ClozeBatch, collate_cloze, write_cloze
 from bbprompt.pretrain.model import SpanBatch, collate
 from bbprompt.pretrain.ppt_corpus import Document, documents, sentences, usable, windows
 from bbprompt.pretrain.ppt_examples import CHOICE, choice, pair, pseudo_labelled, unified_caps
-from bbprompt.pretrain.ppt_forms import Format, span_task
+from bbprompt.pretrain.ppt_forms import Format, label_words, pattern_form, span_task
 from bbprompt.pretrain.recipe import PptSettings
 from bbprompt.pretrain.schedule import positions, visits
 from bbprompt.pretrain.tokens import FORMAT, TokenStore, stored
-from bbprompt.tasks.example import Example
+from bbprompt.tasks.example import Example, Form
 from bbprompt.tasks.task import Task
 from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
@@ -31,6 +33,7 @@ __all__ = ["Annotator", "PptBatches", "open_ppt"]
 log = logging.getLogger("bbprompt")
 
 _Tokenize = Callable[[str], tuple[Sequence[int], Offsets]]
+_Write = Callable[[Example], Encoded]
 #: N texts -> probabilities (N, L).
 Annotator = Callable[[Sequence[str]], NDArray[np.floating]]
 
@@ -55,6 +58,7 @@ class PptBatches:
         weights: Visits of a format in a round.
         slices: Slices of a step.
         bucket: See `bbprompt.pretrain.schedule.epoch_order`.
+        cloze: The examples are texts with a gap.
 
     Raises:
         DataError: A format has nothing to train or to validate on.
@@ -73,10 +77,11 @@ class PptBatches:
         weights: Mapping[str, int] | None = None,
         slices: int = 1,
         bucket: int = 1,
+        cloze: bool = False,
     ) -> None:
         self._stores = tuple(stores.values())
         self._names = tuple(f"ppt-{name}" for name in stores)
-        self._source, self._digest = source, digest
+        self._source, self._digest, self._cloze = source, digest, cloze
         self._seed, self._per_step, self._size = seed, tasks_per_step, per_task * slices
         self._slices, self._bucket = slices, bucket
         self._copies = [(weights or {}).get(name, 1) for name in stores]
@@ -103,7 +108,7 @@ class PptBatches:
         """One digest for all formats."""
         return dict.fromkeys(self._names, self._digest)
 
-    def batch(self, step: int, part: int = 0) -> SpanBatch:
+    def batch(self, step: int, part: int = 0) -> SpanBatch | ClozeBatch:
         """Part `part` of the batch of `step` (both from 0)."""
         rows = []
         for index, visit in visits(self._seed, step, self._per_step, self._copies):
@@ -113,15 +118,16 @@ class PptBatches:
             rows += [(index, int(train[at])) for at in chosen[part :: self._slices]]
         return self._collate(rows)
 
-    def valid(self, index: int, limit: int, size: int) -> list[SpanBatch]:
+    def valid(self, index: int, limit: int, size: int) -> list[SpanBatch | ClozeBatch]:
         """Validation batches of one format."""
         rows = [(index, int(at)) for at in self._valid[index][:limit]]
         return [self._collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def _collate(self, rows: Sequence[tuple[int, int]]) -> SpanBatch:
+    def _collate(self, rows: Sequence[tuple[int, int]]) -> SpanBatch | ClozeBatch:
         items = [self._stores[index][at] for index, at in rows]
         uids = [f"{at} of document {self._stores[index].keys[at] + 1}" for index, at in rows]
-        return collate([item for item, _ in items], [gold for _, gold in items], [index for index, _ in rows], uids)
+        put = collate_cloze if self._cloze else collate
+        return put([item for item, _ in items], [gold for _, gold in items], [index for index, _ in rows], uids)
 
 
 def open_ppt(
@@ -135,43 +141,85 @@ def open_ppt(
     annotate: Annotator | None = None,
     annotator_words: Sequence[str] = (),
     annotator_digest: str = "",
+    head: VerbalizerHead | None = None,
 ) -> tuple[dict[str, TokenStore], str]:
     """The examples of each format as tokens, made where the cache does not hold them, and a digest of them all.
 
+    With the `head` of a language model they are texts with a gap for a label word, else options stand in the text.
+
     Raises:
+        UsageError: The head cannot tell a format's label words apart, or cannot name one.
         DataError: A corpus file cannot be read; names file and line.
         DiskError: The cache cannot be written.
     """
     parts = [
         FORMAT,
-        settings.model_dump_json(exclude={"corpus", "terms", "annotator", "formats"}),
+        settings.model_dump_json(exclude={"corpus", "terms", "annotator", "formats", "hybrid"}),
         *map(file_digest, map(Path, settings.corpus)),
         tokenizer_digest,
         repr(frame),
         str(seed),
         annotator_digest,
         json.dumps(list(annotator_words)),
+        *([] if head is None else [f"cloze {settings.hybrid} {head.kind}"]),
     ]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     stores = {}
     for number, form in enumerate(settings.formats):
-        task = span_task(form, settings.language, annotator_words if form == "single" else ())
+        words = tuple(annotator_words) if form == "single" else ()
+        if head is None:
+            write = _span_writer(span_task(form, settings.language, words), tokenize, frame)
+        else:
+            write = _cloze_writer(form, settings, words, head)
         rng = np.random.default_rng((seed, 3, number))
 
         def examples(
-            notes: dict[str, int], form: Format = form, task: Task = task, rng: np.random.Generator = rng
+            notes: dict[str, int], form: Format = form, write: _Write = write, rng: np.random.Generator = rng
         ) -> Iterator[tuple[int, Encoded, int]]:
             made = _made(form, settings, tokenize, frame, rng, annotate)
-            for key, bare in made:
-                example = replace(bare, options=task.options) if task.labelled else bare
+            for key, example in made:
                 try:
-                    yield key, encode(task.render(example), tokenize, frame), example.label
+                    yield key, write(example), example.label
                 except DataError:  # options that do not fit even when they are cut
                     continue
 
         name = hashlib.sha256(f"{form} {digest}".encode()).hexdigest()
         stores[form] = stored(cache, name, functools.partial(_first, examples, settings.examples))
     return {str(form): store for form, store in stores.items()}, digest
+
+
+def _span_writer(task: Task, tokenize: _Tokenize, frame: Frame) -> _Write:
+    """Writes examples with their options in the text."""
+
+    def write(example: Example) -> Encoded:
+        whole = replace(example, options=task.options) if task.labelled else example
+        return encode(task.render(whole), tokenize, frame)
+
+    return write
+
+
+def _cloze_writer(form: Format, settings: PptSettings, words: Sequence[str], head: VerbalizerHead) -> _Write:
+    """Writes examples as texts with a gap.
+
+    Raises:
+        UsageError: The head cannot tell the label words apart, or cannot name one.
+    """
+    most = settings.options[1] if form == "choice" else None
+    labels = tuple(words) or label_words(form, settings.language, most)
+
+    def put(example: Example) -> Form:
+        causal = head.kind == "causal"
+        return pattern_form(form, settings.language, example, labels, hybrid=settings.hybrid, causal=causal)
+
+    fields = {"text_a": "", "text_b": "", "query": "", "text": ""}
+    try:
+        head.words(put(Example(fields, labels if form == "choice" else (), 0, (), "")))
+    except DataError as error:
+        fewer = "; give ppt.options fewer" if form == "choice" else ""
+        raise UsageError(
+            f"ppt.formats: '{form}' has label words that this backbone cannot do with: {error}{fewer}"
+        ) from error
+    return lambda example: write_cloze(put(example), head)
 
 
 def _first(

@@ -1,8 +1,8 @@
 """How self-supervised examples are put to a model: patterns, label words and hard prompts in two languages.
 
-`pattern_text` writes the pattern-verbalizer pairs of PPT (Table 2 and appendix), with `<X>` where the label word is
-predicted and `<P>` where the soft prompt stands; `span_task` puts the same examples as machine reading with the
-options in the text, which a model without a language-model head can answer.
+`pattern_form` writes the pattern-verbalizer pairs of PPT (Table 2 and appendix), with a gap where the label word is
+predicted and the soft prompt before everything; `span_task` puts the same examples as machine reading with the options
+in the text, which a model without a language-model head can answer.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from bbprompt.tasks.example import Example, Form, Part
 from bbprompt.tasks.task import Task
 
-__all__ = ["MASK", "PROMPT", "Format", "Language", "label_words", "pattern_text", "span_task"]
+__all__ = ["Format", "Language", "label_words", "pattern_form", "span_task"]
 
 Format = Literal["pair", "choice", "single"]
 Language = Literal["zh", "en"]
 
-MASK = "<X>"
-"""Where the label word is predicted."""
-
-PROMPT = "<P>"
-"""Where the soft prompt stands."""
+_GAP = "<X>"
 
 _WORDS: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("pair", "en"): ("no", "maybe", "yes"),
@@ -34,14 +31,19 @@ _WORDS: Mapping[tuple[str, str], tuple[str, ...]] = {
 }
 _SENTIMENTS = {2: (0, 4), 3: (0, 2, 4), 4: (0, 1, 3, 4), 5: (0, 1, 2, 3, 4)}
 
-# (plain, hybrid with a hard prompt); {options} is the list of lettered options.
+# (plain, hybrid with a hard prompt), behind the soft prompt; {options} is the list of lettered options.
 _PATTERNS: Mapping[tuple[str, str], tuple[str, str]] = {
-    ("pair", "en"): ("<P>{text_a} <X> .{text_b}", "<P>Question: {text_a} ? <X>. {text_b}"),
-    ("pair", "zh"): ("<P>{text_a}<X>。{text_b}", "<P>问题：{text_a}？<X>。{text_b}"),
-    ("choice", "en"): ("<P>{query}? {options} Answer is <X>.", "<P>We ask {query} ? {options} The answer is <X>."),
-    ("choice", "zh"): ("<P>{query}？{options}答案是<X>。", "<P>问题：{query}？{options}答案是：<X>。"),
-    ("single", "en"): ("<P>{text}. <X>.", "<P>{text}. It was <X>."),
-    ("single", "zh"): ("<P>{text}。<X>。", "<P>{text}。这很<X>。"),
+    ("pair", "en"): ("{text_a} <X> .{text_b}", "Question: {text_a} ? <X>. {text_b}"),
+    ("pair", "zh"): ("{text_a}<X>。{text_b}", "问题：{text_a}？<X>。{text_b}"),
+    ("choice", "en"): ("{query}? {options} Answer is <X>.", "We ask {query} ? {options} The answer is <X>."),
+    ("choice", "zh"): ("{query}？{options}答案是<X>。", "问题：{query}？{options}答案是：<X>。"),
+    ("single", "en"): ("{text}. <X>.", "{text}. It was <X>."),
+    ("single", "zh"): ("{text}。<X>。", "{text}。这很<X>。"),
+}
+# A causal model reads only what stands before the gap, so the second text goes there (ours).
+_CAUSAL_PAIRS: Mapping[str, tuple[str, str]] = {
+    "en": ("{text_a}. {text_b} <X>.", "Question: {text_a} ? {text_b} <X>."),
+    "zh": ("{text_a}。{text_b}<X>。", "问题：{text_a}？{text_b}<X>。"),
 }
 _SPANS: Mapping[tuple[str, str], str] = {
     ("pair", "zh"): '意思判别："{text_a}"与"{text_b}"的关系是？选项：',
@@ -76,33 +78,48 @@ def label_words(form: Format, language: Language, count: int | None = None) -> t
     return words[:count]
 
 
-def pattern_text(
+def pattern_form(
     form: Format,
     language: Language,
-    fields: Mapping[str, str],
-    options: Sequence[str] = (),
+    example: Example,
+    words: Sequence[str],
+    *,
     hybrid: bool = False,
-) -> str:
-    """Write an example as a cloze, with `<P>` for the soft prompt and `<X>` for the label word.
+    causal: bool = False,
+) -> Form:
+    """Write an example as a text with a gap for the label word.
 
     Args:
         form: The format.
         language: Of the texts.
-        fields: `text_a` and `text_b`, `query`, or `text`.
-        options: Of a choice.
+        example: Fields `text_a` and `text_b`, `query`, or `text`; a choice also has options.
+        words: The label words; of a choice at least as many as it has options.
         hybrid: With the hard prompt.
+        causal: For a model that reads only what stands before the gap.
     """
-    listed = ""
-    if form == "choice":
-        words = label_words(form, language, len(options))
-        if language == "zh":
-            listed = " ".join(f"{word}、{option}" for word, option in zip(words, options, strict=True)) + "。"
-        else:
-            dot = ". " if hybrid else "."
-            listed = " ".join(f"{word}{dot}{option}." for word, option in zip(words, options, strict=True))
-    contents = {**fields, "options": listed}
-    # In one pass: what a text holds is never taken for a field.
-    return re.sub(r"\{(\w+)\}", lambda field: contents[field[1]], _PATTERNS[form, language][hybrid])
+    patterns = _CAUSAL_PAIRS[language] if causal and form == "pair" else _PATTERNS[form, language]
+    parts: list[Part] = []
+    gap = -1
+    for piece in re.split(r"(\{\w+\}|<X>)", patterns[hybrid]):
+        if piece == _GAP:
+            gap = len(parts)
+        elif piece == "{options}":
+            parts.append(Part(_listed(language, example.options, words, hybrid), cut=False))
+        elif piece.startswith("{"):
+            parts.append(Part(example.fields[piece[1:-1]], cut=True))
+        elif piece:
+            parts.append(Part(piece, cut=False))
+    count = len(example.options) if form == "choice" else len(words)
+    return Form(tuple(parts), tuple(words[:count]), -1, gap=gap)
+
+
+def _listed(language: Language, options: Sequence[str], words: Sequence[str], hybrid: bool) -> str:
+    """Options behind their words."""
+    pairs = list(zip(words, options, strict=False))
+    if language == "zh":
+        return " ".join(f"{word}、{option}" for word, option in pairs) + "。"
+    dot = ". " if hybrid else "."
+    return " ".join(f"{word}{dot}{option}." for word, option in pairs)
 
 
 def span_task(form: Format, language: Language, words: Sequence[str] = (), source: str = "") -> Task:

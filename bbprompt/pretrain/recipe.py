@@ -22,6 +22,7 @@ class PptSettings(BaseModel):
         corpus: Text files (`.txt`, `.txt.gz`), a document a block of lines, blocks parted by blank lines.
         terms: Under which terms the corpus stands; goes into the model card.
         language: Of the corpus; decides where sentences end and which words options have.
+        hybrid: With the hard prompts of PPT's hybrid variants, where words in a gap are read.
         formats: "choice" is next-sentence selection among `options` (the unified format), "pair" the 3-way
             next-sentence task, "single" sentiment by the pseudo labels of `annotator`.
         options: Fewest and most options of a choice; drawn evenly (6 and 6 give the plain format).
@@ -38,6 +39,7 @@ class PptSettings(BaseModel):
     corpus: list[str] = Field(min_length=1)
     terms: str = ""
     language: Literal["zh", "en"] = "zh"
+    hybrid: bool = False
     formats: list[Literal["choice", "pair", "single"]] = Field(default=["choice"], min_length=1)
     options: tuple[Annotated[int, Field(ge=2, le=16)], Annotated[int, Field(ge=2, le=16)]] = (2, 16)
     annotator: str | None = None
@@ -72,7 +74,8 @@ class PretrainConfig(BaseModel):
         prompt_length: P.
         first_placeholder: Token id at the first prompt position; the others follow.
         repeat_placeholder: Put the first placeholder at every prompt position.
-        readout: How options are scored: by a span head, or as prototypes, by the similarity of embeddings.
+        readout: How options are scored: by a span head; as prototypes, by the similarity of embeddings; or (kind `ppt`)
+            as words in a gap, by the language model head of the backbone.
         prefix: Prototypes: stands before every text and option, as the backbone was trained.
         scale: Prototypes: initial factor from cosine to logit; learned.
         depth: "all" puts prompts before every layer, "input" at the input alone; None as the kind says.
@@ -123,7 +126,7 @@ class PretrainConfig(BaseModel):
     prompt_length: _Count = 8
     first_placeholder: Annotated[int, Field(ge=0)] = 1000
     repeat_placeholder: bool = False
-    readout: Literal["span", "prototype"] = "span"
+    readout: Literal["span", "prototype", "verbalizer"] = "span"
     prefix: str = "query: "
     scale: _Rate = 20.0
     depth: Literal["input", "all"] | None = None
@@ -187,8 +190,12 @@ class PretrainConfig(BaseModel):
             raise ValueError(f"modules: kind {self.kind} is one prompt; write 1 instead of {self.modules}")
         if self.routed and self.depth is not None and self.deep != (self.kind == "mp2-deep"):
             raise ValueError(f"depth: '{self.depth}' is not what kind {self.kind} says; leave it null")
-        if self.kind == "ppt" and self.readout != "span":
-            raise ValueError("readout: kind ppt asks for options in the text, which a span head finds; write 'span'")
+        fitting = ("span", "verbalizer") if self.kind == "ppt" else ("span", "prototype")
+        if self.readout not in fitting:
+            other = " or ".join(map(repr, fitting))
+            raise ValueError(f"readout: '{self.readout}' is not for kind {self.kind}; write {other}")
+        if self.ppt is not None and self.ppt.hybrid and self.readout != "verbalizer":
+            raise ValueError("ppt.hybrid: only the patterns of the readout 'verbalizer' have hard prompts; write false")
         if (self.ppt is None) == (self.kind == "ppt"):
             raise ValueError(f"ppt: kind ppt needs these settings, the other kinds have none (kind: {self.kind})")
         return self

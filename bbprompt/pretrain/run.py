@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,14 +14,19 @@ import torch
 from safetensors import SafetensorError
 
 from bbprompt.backends.backbone import Backbone, load_backbone
+from bbprompt.backends.body import body_of
 from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
-from bbprompt.errors import ResumeMismatch, UsageError
+from bbprompt.backends.verbalizer_head import VerbalizerHead
+from bbprompt.errors import UsageError
 from bbprompt.pretrain.artifact import artifact, begin_from
 from bbprompt.pretrain.card import model_card
-from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
+from bbprompt.pretrain.checkpoint import pretrain_disk_error
+from bbprompt.pretrain.cloze import StockModel
+from bbprompt.pretrain.directory import claim
 from bbprompt.pretrain.linear import DifferentiableLinear
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
@@ -36,7 +40,6 @@ from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.store.disk import RealDisk
 from bbprompt.tasks.task import Task
 from bbprompt.texts.mrc import Frame
-from bbprompt.yamlfile import read_yaml, validate
 
 __all__ = ["pretrain"]
 
@@ -89,7 +92,7 @@ def pretrain(
     lock = None
     try:
         if team.leads:
-            _claim(disk, out, config, resume)
+            claim(disk, out, config, resume)
             lock = disk.lock(out / "train.lock")
         team.wait()
         return _pretrain(config, chosen, out, data, report, resume, device, team)
@@ -123,12 +126,11 @@ def _pretrain(
 ) -> dict[str, float]:
     torch.set_num_threads(config.threads or torch.get_num_threads())
     start = None if config.start is None else ModularPrompt.load(resolve_prompts(config.start))
-    backbone = load_backbone(config.backbone)
-    encoder = Encoder(
-        backbone.model, getattr(torch, config.dtype), device, backbone.token_type, linear=DifferentiableLinear
-    )
-    frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens)
-    head = None
+    backbone = load_backbone(config.backbone, head=config.readout == "verbalizer")
+    encoder = _frozen(backbone, getattr(torch, config.dtype), device)
+    causal = backbone.head is not None and backbone.head.causal
+    frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens, open_end=causal)
+    head: PrototypeHead | LanguageHead | None = None if backbone.head is None else backbone.head.to(encoder.device)
     if config.readout == "prototype":
         # Scale and threshold are trained; the head writes and pools.
         head = PrototypeHead(1.0, config.prefix, False, 0.0, tokenize_with(backbone.tokenizer), frame, encoder.device)
@@ -143,7 +145,7 @@ def _pretrain(
         identity={"backbone": backbone.digest},
         head=head,
         grades=batches.grades if isinstance(batches, PrototypeMixture) else 0,
-        ffn=int(getattr(backbone.model.config, "intermediate_size", 0)),
+        ffn=int(getattr(backbone.model.config, "intermediate_size", 0)) if isinstance(encoder, Encoder) else 0,
     )
     if start is not None:
         begin_from(trainer, start, backbone.digest)
@@ -189,6 +191,14 @@ def _pretrain(
     return scores
 
 
+def _frozen(backbone: Backbone, dtype: torch.dtype, device: str) -> Encoder | StockModel:
+    """The backbone as a training runs it."""
+    if backbone.head is None or backbone.head.kind == "masked":
+        return Encoder(backbone.model, dtype, device, backbone.token_type, linear=DifferentiableLinear)
+    place = torch.device(device)
+    return StockModel(body_of(backbone, place, dtype), dtype, place, backbone.hidden, range(backbone.layers))
+
+
 def _batches(
     config: PretrainConfig,
     chosen: list[Task],
@@ -196,7 +206,7 @@ def _batches(
     frame: Frame,
     data: Path | None,
     team: Team,
-    head: PrototypeHead | None,
+    head: PrototypeHead | LanguageHead | None,
 ) -> Batches:
     """The tasks of the recipe, as tokens."""
     tokenize = tokenize_with(backbone.tokenizer)
@@ -214,6 +224,11 @@ def _batches(
             annotate=annotator[0] if annotator else None,
             annotator_words=annotator[1] if annotator else (),
             annotator_digest=annotator[2] if annotator else "",
+            head=VerbalizerHead(
+                head, backbone.gap_token, tokenize, frame, head.weight.device, backbone.tokenizer.unk_token_id
+            )
+            if isinstance(head, LanguageHead)
+            else None,
         )
         names = ", ".join(Path(name).name for name in config.ppt.corpus)
         return PptBatches(
@@ -227,6 +242,7 @@ def _batches(
             weights=config.weights,
             slices=slices,
             bucket=config.bucket,
+            cloze=config.readout == "verbalizer",
         )
     tasks = load_upstream(
         chosen,
@@ -259,7 +275,7 @@ def _batches(
         slices=slices,
         bucket=config.bucket,
     )
-    return mixture if head is None else PrototypeMixture(mixture, head)
+    return PrototypeMixture(mixture, head) if isinstance(head, PrototypeHead) else mixture
 
 
 def _speed(progress: Progress) -> dict[str, float]:
@@ -273,22 +289,3 @@ def _speed(progress: Progress) -> dict[str, float]:
 def _chosen_step(trainer: Trainer) -> dict[str, Any]:
     """Which step the artifact is of, where it need not be the last."""
     return {} if trainer.best is None else {"best_step": trainer.best[1], "best_validation": trainer.best[0]}
-
-
-def _claim(disk: RealDisk, out: Path, config: PretrainConfig, resume: bool) -> None:
-    """Bind the directory to the recipe."""
-    text = json.dumps(config.model_dump(mode="json"), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
-    file = out / "recipe.json"
-    if resume:
-        # Killed before its first checkpoint, a training goes on from step 0.
-        if not file.is_file():
-            raise UsageError(f"--resume {out}: there is no training to go on with")
-        # Read as settings: a recipe of an older version lacks keys whose defaults are what it did.
-        if validate(PretrainConfig, read_yaml(file), str(file)) != config:
-            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-            raise ResumeMismatch(f"{file}: the checkpoint was made with another recipe than this one ({digest})")
-        return
-    if file.is_file():
-        raise UsageError(f"{out}: holds a training already; go on with --resume {out}, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(disk, file, text.encode())

@@ -1,13 +1,14 @@
-"""Which tasks and which examples a step sees: plain functions of seed and step, so a resumed training sees the same."""
+"""What a step sees, and how fast it learns: plain functions of seed and step, so a resumed training does the same."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["epoch_order", "positions", "visits"]
+__all__ = ["epoch_order", "positions", "rate_factor", "visits"]
 
 
 def visits(seed: int, step: int, per_step: int, copies: Sequence[int]) -> list[tuple[int, int]]:
@@ -64,3 +65,15 @@ def positions(
             orders[epoch] = epoch_order(seed, task, epoch, lengths, size, bucket)
         chosen.append(int(orders[epoch][place]))
     return chosen
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """What the learning rates are multiplied by in `step` (from 0) of `steps`.
+
+    Linear warm-up over the share `warmup` of the steps, then half a cosine down to a twentieth.
+    """
+    progress = (step + 1) / steps
+    if progress < warmup:
+        return progress / warmup
+    rest = (progress - warmup) / (1 - warmup)
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * rest))

@@ -1,0 +1,73 @@
+"""The directory of a training: whose it is, and the log in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from bbprompt.errors import ResumeMismatch, UsageError
+from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
+from bbprompt.store.disk import Disk
+from bbprompt.yamlfile import read_yaml, validate
+
+__all__ = ["append_log", "claim", "cut_log"]
+
+_LOG = "train.jsonl"
+
+
+def claim(disk: Disk, out: Path, config: BaseModel, resume: bool) -> None:
+    """Bind the directory to the recipe.
+
+    Raises:
+        UsageError: It holds a training that is not to be gone on with, or none that is.
+        ResumeMismatch: It was made with another recipe.
+        DiskError: It cannot be written.
+    """
+    text = json.dumps(config.model_dump(mode="json"), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
+    file = out / "recipe.json"
+    if resume:
+        # Killed before its first checkpoint, a training goes on from step 0.
+        if not file.is_file():
+            raise UsageError(f"--resume {out}: there is no training to go on with")
+        # Read as settings: a recipe of an older version lacks keys whose defaults are what it did.
+        if validate(type(config), read_yaml(file), str(file)) != config:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            raise ResumeMismatch(f"{file}: the checkpoint was made with another recipe than this one ({digest})")
+        return
+    if file.is_file():
+        raise UsageError(f"{out}: holds a training already; go on with --resume {out}, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(disk, file, text.encode())
+
+
+def append_log(directory: Path, record: dict[str, object]) -> None:
+    """Append one line to `train.jsonl`.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+    file = directory / _LOG
+    try:
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise pretrain_disk_error(error, "append to it", file) from error
+
+
+def cut_log(disk: Disk, directory: Path, step: int) -> None:
+    """Take the lines out of `train.jsonl` that a training resumed at `step` will write again."""
+    file = directory / _LOG
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # torn by a kill
+            continue
+        if record["step"] <= step > 0 and "speed" not in record:
+            kept.append(line + "\n")
+    write_atomic(disk, file, "".join(kept).encode())
