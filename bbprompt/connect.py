@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bbprompt.config import ProjectionConfig
 from bbprompt.embedding import Embedder
 from bbprompt.errors import OracleError, UsageError
 from bbprompt.language import LanguageModel
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import BackboneFacts
+from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.tasks.example import Form
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError
 from bbprompt.prompts import ModularPrompt, PromptConfig
+from bbprompt.stage_settings import ProjectionConfig
 
 __all__ = [
     "BackboneFacts",

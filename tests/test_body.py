@@ -19,13 +19,14 @@ from bbprompt.backends.language import LocalLanguageModel
 from bbprompt.backends.scale import facts_of, measure
 from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.tokens import tokenize_with
-from bbprompt.config import ProjectionConfig, TuneConfig
+from bbprompt.config import TuneConfig
 from bbprompt.errors import ArtifactError, DataError, UsageError
 from bbprompt.oracle import Oracle, TextBatch, check_scores
 from bbprompt.predict import load_prompt
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import clipped_std, random_prompt
 from bbprompt.run import prepare, tune
+from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract

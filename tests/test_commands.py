@@ -152,7 +152,8 @@ def test_a_signal_stops_a_run_that_can_be_resumed(flags: list[str], tmp_path: Pa
         "sys.exit(cli.run(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *flags, "--run-dir", str(run)],
+        # Without patience, so that its end is far off.
+        [sys.executable, "-c", code, *flags, "--set", "prompt.patience=null", "--run-dir", str(run)],
         capture_output=True,
         text=True,
         check=False,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny_prompt
 
-from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError
 from bbprompt.frozen import frozen_prompt, frozen_tensors, written_out
 from bbprompt.prompts import Pooling
 from bbprompt.random_projection import BackboneFacts, random_prompt
+from bbprompt.stage_settings import ProjectionConfig
 
 FACTS = BackboneFacts("model", "d" * 64, 32, 5000, 3, (0.04, 0.8, 1.2))
 NAMES = (FACTS.id, FACTS.digest)

@@ -298,7 +298,6 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("ppt", {}, {"prompts": "e5-small-mp2-shallow"}, "of the kind mp2-shallow, but the method ppt begins with"),
     ("prompt-tuning", {}, {"prompts": "e5-small-mp2-shallow"}, "begins from scratch; leave it out"),
     ("prompt-tuning", {"gradient.soft.head": None}, {}, "the span readout needs a trained answer head"),
-    ("prompt-tuning", {"gradient.soft.readout": "verbalizer"}, {}, "give --backbone"),
     ("prompt-tuning", {"gradient.prompt": None}, {}, "else nothing is tuned"),
     ("prompt-tuning", {"gradient.start": "spot"}, {}, "no modules to route and no kind to start from"),
     ("prompt-tuning", {"gradient.prompt.rate": 0.0}, {}, r"gradient\.prompt\.rate"),

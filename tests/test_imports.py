@@ -126,6 +126,8 @@ def test_optimizers_know_nothing_of_the_rest(path: Path) -> None:
     allowed = {"numpy", "scipy"}
     if path.name == "cmaes.py":
         allowed |= {"cma"}
+    if path.name == "aside.py":
+        allowed |= {"threadpoolctl"}
     if path.name == "gp.py":
         allowed |= {"torch", "botorch", "gpytorch", "linear_operator", "threadpoolctl"}
     assert third_party(names) <= allowed

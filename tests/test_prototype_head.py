@@ -21,7 +21,6 @@ from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.calibration import compared_offsets
-from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError, DataError, UsageError
 from bbprompt.oracle import Oracle, OracleInfo, Scores, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt, Pooling
@@ -29,6 +28,7 @@ from bbprompt.random_projection import random_prompt
 from bbprompt.readout import Readout
 from bbprompt.scoring import Labelled, labelled
 from bbprompt.search.evaluate import Evaluator
+from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.store.journal import Journal
 from bbprompt.store.ledger import Ledger
 from bbprompt.tasks.task import Task

@@ -23,12 +23,13 @@ from bbprompt.backends.completions import Completions, Way, pack
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.vllm import VllmOracle
-from bbprompt.config import ProjectionConfig, TuneConfig
+from bbprompt.config import TuneConfig
 from bbprompt.errors import OracleError
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import random_prompt
 from bbprompt.run import prepare
+from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.testing import OracleContract
 
 pytestmark = pytest.mark.slow

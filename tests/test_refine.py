@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import toyruns
 
-from bbprompt.config import RefineStageConfig, load_method, method_with
+from bbprompt.config import load_method, method_with
 from bbprompt.search.refine import RefineStage, refine_stage
 from bbprompt.search.stages import Incumbent
+from bbprompt.stage_settings import RefineStageConfig
 
 TARGET = np.random.default_rng(7).normal(size=(3, 4))
 

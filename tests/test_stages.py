@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import toyruns
 
-from bbprompt.config import PromptStageConfig, RefineStageConfig, RouterStageConfig
 from bbprompt.errors import UsageError
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import CODE, PAPER, GateRule
 from bbprompt.search.refine import refine_stage
 from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
+from bbprompt.stage_settings import PromptStageConfig, RefineStageConfig, RouterStageConfig
 
 SPACE = toyruns.space()
 TARGET = np.random.default_rng(7).normal(size=SPACE.shape)

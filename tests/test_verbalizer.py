@@ -31,12 +31,12 @@ from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.tokens import tokenize_with
-from bbprompt.config import ProjectionConfig
 from bbprompt.errors import ArtifactError, DataError
 from bbprompt.oracle import Oracle, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import random_prompt
 from bbprompt.scoring import labelled
+from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
 from bbprompt.texts.cloze import word_tokens

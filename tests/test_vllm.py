@@ -25,7 +25,6 @@ from bbprompt.backends.completions import Completions
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.vllm import VllmOracle
-from bbprompt.config import ProjectionConfig
 from bbprompt.connect import measure_backbone, open_oracle
 from bbprompt.doctor import examine
 from bbprompt.errors import ArtifactError, DataError, OracleError, UsageError
@@ -33,6 +32,7 @@ from bbprompt.oracle import Oracle, Scores, TextBatch
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import random_prompt
 from bbprompt.scoring import labelled
+from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.config import RefineStageConfig
 from bbprompt.optimizers.protocol import Optimizer
 from bbprompt.search.stages import Incumbent, padded
+from bbprompt.stage_settings import RefineStageConfig
 
 __all__ = ["RefineStage", "refine_stage"]
 

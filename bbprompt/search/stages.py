@@ -14,11 +14,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.config import PromptStageConfig, RouterStageConfig
 from bbprompt.errors import UsageError
 from bbprompt.optimizers.protocol import Optimizer
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
+from bbprompt.stage_settings import PromptStageConfig, RouterStageConfig
 
 __all__ = ["Incumbent", "LayerStage", "RowStage", "Stage", "padded", "prompt_stage", "router_stage"]
 

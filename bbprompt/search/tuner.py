@@ -16,12 +16,13 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.config import MethodConfig, RouterStageConfig
+from bbprompt.config import MethodConfig
 from bbprompt.prompts import PromptSpace
 from bbprompt.readout import Readout
 from bbprompt.search.evaluate import DevScore, Evaluator
 from bbprompt.search.refine import refine_stage
 from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
+from bbprompt.stage_settings import RouterStageConfig
 from bbprompt.store.ledger import BudgetExhausted
 
 _T = TypeVar("_T")
