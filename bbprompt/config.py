@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bbprompt.baselines.settings import AnyBaseline
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
+from bbprompt.settings import Count, Settings
 from bbprompt.stage_settings import ProjectionConfig, PromptStageConfig, RefineStageConfig, RouterStageConfig
 from bbprompt.yamlfile import read_yaml, validate
 
@@ -39,16 +40,10 @@ NAMED_PROMPTS = "named"
 
 _METHODS = Path(__file__).parent / "configs" / "methods"
 
-_Count = Annotated[int, Field(ge=1, strict=True)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Step = Annotated[float, Field(ge=1e-20, le=1e20)]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class MethodConfig(_Settings):
+class MethodConfig(Settings):
     """A method: a search over prompts with its stages and how it reads and chooses, or a baseline without prompts.
 
     Attributes:
@@ -144,7 +139,7 @@ class MethodConfig(_Settings):
         return 2 + max(first, second) + 1 + self.calibration_calls
 
 
-class TuneConfig(_Settings):
+class TuneConfig(Settings):
     """A run: what `bbprompt tune` takes.
 
     Attributes:
@@ -182,17 +177,17 @@ class TuneConfig(_Settings):
     prompts: str | None = None
     budget: Annotated[int, Field(strict=True)] = 8000
     seed: Annotated[int, Field(ge=0, strict=True)] = 42
-    shots: _Count | None = None
+    shots: Count | None = None
     backend: str = "local"
     on_doubt: Literal["resend", "charge"] = "resend"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
-    batch_tokens: _Count | None = None
-    max_tokens: _Count | None = None
-    threads: _Count | None = None
+    batch_tokens: Count | None = None
+    max_tokens: Count | None = None
+    threads: Count | None = None
     ray: str | None = None
-    workers: _Count | None = None
-    test_limit: _Count | None = None
+    workers: Count | None = None
+    test_limit: Count | None = None
     allow_overlap: Annotated[bool, Field(strict=True)] = False
     baselines: Annotated[bool, Field(strict=True)] = True
     set: Mapping[str, Any] = Field(default_factory=dict)

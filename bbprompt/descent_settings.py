@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bbprompt.oracle import ReadoutKind
 from bbprompt.prompts import Pooling
+from bbprompt.settings import Count, Positive, Settings
 
 __all__ = [
     "LOOK",
@@ -19,18 +20,12 @@ __all__ = [
     "SoftPromptConfig",
 ]
 
-_Count = Annotated[int, Field(ge=1, strict=True)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 #: Calls of a look: a prompt is scored on train and on dev.
 LOOK = 2
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SoftPromptConfig(_Settings):
+class SoftPromptConfig(Settings):
     """A soft prompt from scratch: where it is added, and how options are read.
 
     Attributes:
@@ -45,7 +40,7 @@ class SoftPromptConfig(_Settings):
         pooling: How a prototype readout makes embeddings.
     """
 
-    prompt_length: _Count = 50
+    prompt_length: Count = 50
     layers: Literal["input", "all"]
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     readout: ReadoutKind = "span"
@@ -61,7 +56,7 @@ class SoftPromptConfig(_Settings):
         return self
 
 
-class DescentConfig(_Settings):
+class DescentConfig(Settings):
     """A stage of Adam with a constant rate, on the whole few-shot train batch at once.
 
     Attributes:
@@ -71,10 +66,10 @@ class DescentConfig(_Settings):
         patience: Looks without gain after which the stage ends; None for never.
     """
 
-    epochs: _Count
+    epochs: Count
     rate: Annotated[float, Field(gt=0, le=1e3)]
-    dev_every: _Count = 25
-    patience: _Count | None = None
+    dev_every: Count = 25
+    patience: Count | None = None
 
     @property
     def calls(self) -> int:
@@ -92,7 +87,7 @@ class RouterDescentConfig(DescentConfig):
     """
 
     noise: Annotated[bool, Field(strict=True)] = True
-    temperature: _Positive = 1.0
+    temperature: Positive = 1.0
 
 
 class PromptDescentConfig(DescentConfig):
@@ -109,7 +104,7 @@ class PromptDescentConfig(DescentConfig):
 AnyDescent = RouterDescentConfig | PromptDescentConfig
 
 
-class GradientConfig(_Settings):
+class GradientConfig(Settings):
     """Gradient descent in place of a search; see `bbprompt.gradient`.
 
     Attributes:

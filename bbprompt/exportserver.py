@@ -11,13 +11,14 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bbprompt.errors import UsageError
 from bbprompt.oip import INPUTS, OUTPUTS
 from bbprompt.prompts import ModularPrompt
+from bbprompt.settings import Count
 from bbprompt.store.disk import disk_error
 
 __all__ = ["SETTINGS", "Format", "ServedModel", "read_settings", "write_repository"]
@@ -30,7 +31,6 @@ SETTINGS = "bbprompt.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _PARTS = ("config.json", "model.safetensors", "README.md")
 _DIMS = {"request": 1, "points": 3, "texts": 1, "reply": 1, "logits": 3, "normalizer": 3, "best": 3}
-_Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 class ServedModel(BaseModel):
@@ -53,10 +53,10 @@ class ServedModel(BaseModel):
     backbone: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "float32"
-    batch_tokens: _Count | None = None
-    max_tokens: _Count | None = None
-    threads: _Count | None = None
-    max_points: _Count = 1024
+    batch_tokens: Count | None = None
+    max_tokens: Count | None = None
+    threads: Count | None = None
+    max_points: Count = 1024
 
 
 def read_settings(folder: Path) -> ServedModel:

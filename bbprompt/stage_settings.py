@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bbprompt.oracle import ReadoutKind
 from bbprompt.prompts import Pooling
+from bbprompt.settings import Count, Positive, Settings
 
 __all__ = ["ProjectionConfig", "PromptStageConfig", "RefineStageConfig", "RouterStageConfig"]
 
-_Count = Annotated[int, Field(ge=1, strict=True)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Step = Annotated[float, Field(ge=1e-20, le=1e20)]
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class RouterStageConfig(_Settings):
+class RouterStageConfig(Settings):
     """Stage I: which mixture of the pre-trained modules fits the task (MP2, section 3.4).
 
     Attributes:
@@ -43,14 +38,14 @@ class RouterStageConfig(_Settings):
 
     optimizer: Literal["bo", "enumerate", "listing"] = "bo"
     space: Literal["binary", "continuous"] = "binary"
-    calls: _Count
+    calls: Count
     share: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
-    random: _Count = 20
-    batch: _Count = 4
+    random: Count = 20
+    batch: Count = 4
     ahead: bool = False
     warm_start: bool = True
-    dev_every: _Count = 10
+    dev_every: Count = 10
     bare: bool = False
 
     @model_validator(mode="after")
@@ -62,7 +57,7 @@ class RouterStageConfig(_Settings):
         return self
 
 
-class PromptStageConfig(_Settings):
+class PromptStageConfig(Settings):
     """Stage II: an offset from the routed prompt, by CMA-ES in the intrinsic space (MP2, section 3.4; BBTv2).
 
     Attributes:
@@ -82,10 +77,10 @@ class PromptStageConfig(_Settings):
     popsize: Annotated[int, Field(ge=2, strict=True)] = 20
     sigma_first: _Step
     sigma: _Step
-    bound: _Positive | None = None
+    bound: Positive | None = None
     keep: Literal["improving", "all-time"] = "improving"
-    dev_every: _Count = 100
-    patience: _Count | None = None
+    dev_every: Count = 100
+    patience: Count | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -95,7 +90,7 @@ class PromptStageConfig(_Settings):
         return self
 
 
-class RefineStageConfig(_Settings):
+class RefineStageConfig(Settings):
     """A last stage that refines the prompt layer by layer without a distribution (BBT-RGB's second stage).
 
     Attributes:
@@ -109,14 +104,14 @@ class RefineStageConfig(_Settings):
     """
 
     optimizer: Literal["cobyla"] = "cobyla"
-    step: _Positive
-    calls_per_layer: _Count | None = None
+    step: Positive
+    calls_per_layer: Count | None = None
     share: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    dev_every: _Count = 100
-    patience: _Count | None = None
+    dev_every: Count = 100
+    patience: Count | None = None
 
 
-class ProjectionConfig(_Settings):
+class ProjectionConfig(Settings):
     """A random subspace in place of a pre-trained one (BBT, BBTv2); see `bbprompt.random_projection`.
 
     Attributes:
@@ -138,13 +133,13 @@ class ProjectionConfig(_Settings):
         pooling: How a prototype readout makes embeddings.
     """
 
-    dim: _Count = 500
-    prompt_length: _Count = 50
+    dim: Count = 500
+    prompt_length: Count = 50
     layers: Literal["input", "all"]
     distribution: Literal["normal", "uniform"] = "normal"
-    alpha: _Positive = 1.0
-    sigma: _Positive = 1.0
-    scale: _Positive | None = None
+    alpha: Positive = 1.0
+    sigma: Positive = 1.0
+    scale: Positive | None = None
     readout: ReadoutKind = "span"
     head: str | None = None
     start: str | None = None

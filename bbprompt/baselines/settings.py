@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from bbprompt.settings import Count, Settings
 
 __all__ = ["AnyBaseline", "BaselineConfig", "BaselineRule", "BoostingConfig", "InContextConfig", "LabelWordsConfig"]
 
 #: What a user would pick instead of tuning; see `bbprompt.baselines.rules`.
 BaselineRule = Literal["majority", "zero-shot", "nearest-mean", "logistic", "threshold"]
 
-_Count = Annotated[int, Field(ge=1, strict=True)]
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BaselineConfig(_Settings):
+class BaselineConfig(Settings):
     """No prompt at all: what the model's pooled states give, see `bbprompt.baselines.rules`.
 
     Attributes:
@@ -33,7 +29,7 @@ class BaselineConfig(_Settings):
         return 0 if self.rule == "majority" else 6
 
 
-class LabelWordsConfig(_Settings):
+class LabelWordsConfig(Settings):
     """No prompt but the task's manual one: label words by the language model's head.
 
     Attributes:
@@ -48,7 +44,7 @@ class LabelWordsConfig(_Settings):
         return 2
 
 
-class InContextConfig(_Settings):
+class InContextConfig(Settings):
     """Demonstrations in front of the text, see `bbprompt.baselines.words`.
 
     Attributes:
@@ -57,7 +53,7 @@ class InContextConfig(_Settings):
     """
 
     rule: Literal["in-context"]
-    orders: _Count = 4
+    orders: Count = 4
 
     @property
     def least_budget(self) -> int:
@@ -65,7 +61,7 @@ class InContextConfig(_Settings):
         return 4
 
 
-class BoostingConfig(_Settings):
+class BoostingConfig(Settings):
     """An ensemble of prompts with learned words for the labels (PromptBoosting), see `bbprompt.baselines.boosting`.
 
     Attributes:
@@ -78,9 +74,9 @@ class BoostingConfig(_Settings):
     """
 
     rule: Literal["boosting"]
-    rounds: _Count = 200
-    words: _Count = 5
-    combinations: _Count = 20000
+    rounds: Count = 200
+    words: Count = 5
+    combinations: Count = 20000
     patterns: dict[Literal["single", "pair"], dict[str, list[str]]]
 
     @property

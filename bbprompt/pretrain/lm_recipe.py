@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["CorpusFile", "HeadConfig"]
+from bbprompt.settings import Count
 
-_Count = Annotated[int, Field(ge=1, strict=True)]
+__all__ = ["CorpusFile", "HeadConfig"]
 
 
 class CorpusFile(BaseModel):
@@ -24,7 +24,7 @@ class CorpusFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
-    weight: _Count = 1
+    weight: Count = 1
     terms: str = ""
 
     @property
@@ -68,24 +68,24 @@ class HeadConfig(BaseModel):
     kind: Literal["lm-head"] = "lm-head"
     backbone: str = "intfloat/multilingual-e5-small"
     corpus: list[CorpusFile] = Field(min_length=1)
-    width: _Count = 1536
-    vocabulary: _Count = 32768
-    least: _Count = 3
+    width: Count = 1536
+    vocabulary: Count = 32768
+    least: Count = 3
     masked: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    steps: _Count = 2000
-    files_per_step: _Count = 2
-    per_file: _Count = 16
-    bucket: _Count = 8
+    steps: Count = 2000
+    files_per_step: Count = 2
+    per_file: Count = 16
+    bucket: Count = 8
     max_tokens: Annotated[int, Field(ge=16, strict=True)] = 128
     rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     seed: int = 42
-    valid_size: _Count = 128
-    valid_every: _Count = 500
-    save_every: _Count = 100
+    valid_size: Count = 128
+    valid_every: Count = 500
+    save_every: Count = 100
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    threads: _Count | None = None
+    threads: Count | None = None
     note: str = ""
     license: str = "CC BY-NC 4.0 (research use; the texts keep their own terms)"
 

@@ -6,12 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bbprompt.settings import Count
+
 __all__ = ["Kind", "PptSettings", "PretrainConfig"]
 
 #: What is trained: modular prompts (MP2), one prompt on labelled tasks (SPoT), one prompt on raw text (PPT).
 Kind = Literal["mp2-deep", "mp2-shallow", "spot", "ppt"]
 
-_Count = Annotated[int, Field(ge=1, strict=True)]
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -44,9 +45,9 @@ class PptSettings(BaseModel):
     options: tuple[Annotated[int, Field(ge=2, le=16)], Annotated[int, Field(ge=2, le=16)]] = (2, 16)
     annotator: str | None = None
     confidence: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    longest: _Count = 768
+    longest: Count = 768
     window: Annotated[int, Field(ge=8, strict=True)] = 256
-    examples: _Count = 100_000
+    examples: Count = 100_000
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -120,24 +121,24 @@ class PretrainConfig(BaseModel):
     backbone: str = "intfloat/multilingual-e5-small"
     tasks: list[str] | str = "upstream"
     start: str | None = None
-    weights: dict[str, _Count] = Field(default_factory=dict)
-    modules: _Count = 8
-    intrinsic_dim: _Count = 64
-    prompt_length: _Count = 8
+    weights: dict[str, Count] = Field(default_factory=dict)
+    modules: Count = 8
+    intrinsic_dim: Count = 64
+    prompt_length: Count = 8
     first_placeholder: Annotated[int, Field(ge=0)] = 1000
     repeat_placeholder: bool = False
     readout: Literal["span", "prototype", "verbalizer"] = "span"
     prefix: str = "query: "
     scale: _Rate = 20.0
     depth: Literal["input", "all"] | None = None
-    steps: _Count = 4000
-    tasks_per_step: _Count = 4
-    per_task: _Count = 8
-    accumulate: _Count = 1
-    bucket: _Count = 1
-    max_tokens: _Count = 80
+    steps: Count = 4000
+    tasks_per_step: Count = 4
+    per_task: Count = 8
+    accumulate: Count = 1
+    bucket: Count = 1
+    max_tokens: Count = 80
     option_limit: Annotated[int, Field(ge=2)] = 6
-    option_characters: _Count = 40
+    option_characters: Count = 40
     shuffle_options: bool = True
     prompt_scale: _Rate = 0.05
     module_rate: _Rate = 1e-2
@@ -153,13 +154,13 @@ class PretrainConfig(BaseModel):
     clip: _Rate = 1.0
     seed: int = 42
     spare_seeds: list[int] = [8, 10, 13, 20, 21, 30, 40, 42, 50, 100]
-    train_cap: _Count = 4000
-    valid_size: _Count = 128
-    valid_every: _Count = 1000
+    train_cap: Count = 4000
+    valid_size: Count = 128
+    valid_every: Count = 1000
     keep: Literal["last", "best"] = "last"
-    save_every: _Count = 250
+    save_every: Count = 250
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    threads: _Count | None = None
+    threads: Count | None = None
     ppt: PptSettings | None = None
     note: str = ""
     license: str = "CC BY-NC 4.0 (research use; the data sets keep their own terms)"
