@@ -54,7 +54,6 @@ __all__ = [
     "reopen",
     "run_digest",
     "tune",
-    "warn_of_seen_examples",
 ]
 
 log = logging.getLogger("bbprompt")

@@ -51,9 +51,7 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
         return
     assert set(values) == set(PretrainConfig.model_fields)
     assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
-    assert command._recipe(name, Path()).kind == (
-        "mp2-deep" if name.startswith("mp2-proto") else name.removesuffix("-pairs")
-    )
+    assert command._recipe(name, Path()).kind == ("mp2-deep" if name.startswith("mp2-proto") else name)
 
 
 def test_a_bundled_recipe_by_name(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bbprompt.advice import warn_of_seen_examples
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.local import LocalOracle
@@ -35,7 +36,6 @@ from bbprompt.outcome import outcome
 from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.result import BaselineScore, Calls, Result, Seconds
-from bbprompt.run import warn_of_seen_examples
 from bbprompt.scoring import SplitScore, labelled, score_split
 from bbprompt.search.tuner import Status
 from bbprompt.store.curve import CurveClock
