@@ -4,6 +4,7 @@
 #             what is promised about kills, power cuts, budgets and foreign bytes, tested in three depths; a report of
 #             each in reports/
 # make planted  plants known bugs one by one and sees that the tests turn red
+# make audit  asks the public advisories about every locked version
 # make servers  brings NVIDIA Triton and MLServer for the tests that need them; without them these are skipped
 # make clean  removes the virtual environment
 #
@@ -20,9 +21,11 @@ SEED ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
-SOURCES := pyproject.toml .ci/constraints.txt
+SOURCES := pyproject.toml .ci/run.lock .ci/dev.lock
+# Nothing is built or run that the lock has no digest of; torch alone is taken by its version, its build being a choice.
+LOCKED := --require-hashes --no-deps --requirement
 
-.PHONY: demo test promises promises-nightly promises-release planted servers clean
+.PHONY: demo test promises promises-nightly promises-release planted audit servers clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bbprompt tune --task lcqmc --method $(METHOD) --budget $(BUDGET)
@@ -42,12 +45,17 @@ promises promises-nightly promises-release: $(VENV)/.installed-dev
 planted: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.planted
 
+audit:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit
+	.audit/bin/pip-audit --strict --disable-pip --require-hashes --requirement .ci/dev.lock
+
 servers: $(VENV)/.installed-dev
 	PYTHON=$(BIN)/python timeout 180 tests/servers/triton.sh || echo "no Triton: its tests are skipped"
 	PYTHON=$(BIN)/python timeout 300 tests/servers/mlserver.sh || echo "no MLServer: its tests are skipped"
 
 clean:
-	rm -rf $(VENV) .servers
+	rm -rf $(VENV) .servers .audit
 
 $(VENV)/.torch: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -55,9 +63,11 @@ $(VENV)/.torch: $(SOURCES)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch
-	$(PIP) --constraint .ci/constraints.txt --editable .
+	$(PIP) $(LOCKED) .ci/run.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch
-	$(PIP) --constraint .ci/constraints.txt --editable ".[dev]"
+	$(PIP) $(LOCKED) .ci/dev.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@

@@ -69,7 +69,7 @@ def test_the_entrypoint_fits_the_cluster(spec: dict[str, Any]) -> None:
 
 
 def test_the_versions_are_ours(spec: dict[str, Any]) -> None:
-    (ray,) = re.findall(r"^ray==(\S+)$", (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    (ray,) = re.findall(r"^ray==(\S+)", (ROOT / ".ci" / "dev.lock").read_text(encoding="utf-8"), re.MULTILINE)
     cluster = spec["rayClusterSpec"]
     assert cluster["rayVersion"] == ray
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
@@ -107,5 +107,4 @@ def test_what_the_container_copies_is_there_and_sent_along() -> None:
         assert (ROOT / name).exists()
         assert name not in ignored
     (torch,) = re.findall(r"torch==(\S+)$", text, re.MULTILINE)
-    pins = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8")
-    assert f"torch=={torch}\n" in pins
+    assert f"TORCH ?= torch=={torch}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")

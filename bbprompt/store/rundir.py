@@ -152,8 +152,9 @@ class RunDirectory:
         then, now = dict(_leaves(self.manifest)), dict(_leaves(json.loads(canonical_json(current))))
         for key in {**then, **now}:
             if then.get(key) != now.get(key):
+                name = _short(json.dumps(key)[1:-1])  # whoever wrote the manifest chose it: one line, and short
                 raise ResumeMismatch(
-                    f"{self.path / MANIFEST}: {key} was {_short(then.get(key))} when the run began and is "
+                    f"{self.path / MANIFEST}: {name} was {_short(then.get(key))} when the run began and is "
                     f"{_short(now.get(key))} now; resume with what it began with, or start a new run"
                 )
 

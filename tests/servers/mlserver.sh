@@ -11,9 +11,9 @@ root="$(cd "$(dirname "$0")/../.." && pwd)"
 target="${1:-$root/.servers/mlserver}"
 python="${PYTHON:-python3}"
 home="$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
-shared='^(numpy|pydantic|pydantic_core|pyyaml|typer|rich|httpx2|tenacity|tokenizers|huggingface_hub|tqdm|packaging)=='
+shared='^(numpy|pydantic|pydantic-core|pyyaml|typer|rich|httpx2|tenacity|tokenizers|huggingface-hub|tqdm|packaging)==[^ ]+'
 "$python" -m venv "$target.new"
-grep -iE "$shared" "$root/.ci/constraints.txt" > "$target.new/constraints.txt"
+grep -oE "$shared" "$root/.ci/dev.lock" > "$target.new/constraints.txt"
 "$target.new/bin/python" -m pip --disable-pip-version-check install --quiet \
   --constraint "$target.new/constraints.txt" "mlserver==1.7.1"
 "$target.new/bin/python" -c "import pathlib, sysconfig, sys
