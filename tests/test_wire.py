@@ -196,6 +196,18 @@ def test_what_is_odd_about_a_batch_is_said(odd: str) -> None:
     assert wire.decode_batch(texts(json.dumps([[SPAN], [["a", 0]]]).encode()), most=4).extractive
 
 
+@pytest.mark.parametrize("layers", [[2, 0], [0, 0], [-1, 0], [0, 3]])
+def test_layers_are_in_order_and_those_of_the_model(layers: list[int]) -> None:
+    points = np.repeat(normal(1, 3, 4), 2, axis=0)
+    points[:, [0, 2]] = normal(2, 2, 4)
+    body = wire.encode_request(request(points))
+    size = int.from_bytes(body[:8], "little")
+    begin, end = (8 + size + place for place in json.loads(body[8 : 8 + size])["layers"]["data_offsets"])
+    assert wire.decode_request(body, **LIMITS).points.shape == (2, 3, 4)
+    with pytest.raises(WireError, match="not in order or not of the model"):
+        wire.decode_request(body[:begin] + np.array(layers, "<i8").tobytes() + body[end:], **LIMITS)
+
+
 @pytest.mark.parametrize("name", ["points", "longest_answer"])
 @pytest.mark.parametrize("value", ["-1", "1.0", "01", "1e3", "９", "9" * 16, "x"])
 def test_numbers_in_metadata_are_whole(name: str, value: str) -> None:
