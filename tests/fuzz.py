@@ -31,7 +31,8 @@ def judged(target: fuzztargets.Target, data: bytes) -> bool:
     try:
         target.read(data)
     except target.allowed as error:
-        assert len(str(error).splitlines()) <= 1, f"{type(error).__name__} of several lines: {str(error)!r} for {data!r}"  # noqa: PT017
+        lines = str(error).splitlines()
+        assert len(lines) <= 1, f"{type(error).__name__} of several lines: {lines} for {data!r}"
         accepted = False
     except (Exception, RecursionError) as error:
         story = "".join(traceback.format_exception(error, limit=-4))
