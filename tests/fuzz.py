@@ -32,7 +32,7 @@ def judged(target: fuzztargets.Target, data: bytes) -> bool:
         target.read(data)
     except target.allowed as error:
         lines = str(error).splitlines()
-        assert len(lines) <= 1, f"{type(error).__name__} of several lines: {lines} for {data!r}"
+        assert len(lines) <= 1, f"{type(error).__name__} of several lines: {lines} for {data!r}"  # noqa: PT017
         accepted = False
     except (Exception, RecursionError) as error:
         story = "".join(traceback.format_exception(error, limit=-4))
