@@ -69,6 +69,9 @@ class MethodConfig(Settings):
             loss is lower too, by more than `margin`. "dev-loss": the lowest dev loss; "pooled-loss": the lowest train
             and dev loss together; "dev-metric": the highest dev metric, as released. The earliest of equals. Test is
             never looked at.
+        tempered: Take these losses at the temperature, one of `TEMPERATURES` for train and dev together, at which
+            their sum is lowest: how sure a prompt is of itself then counts for nothing. The search goes on minimising
+            the plain loss.
         margin: By how many standard errors of the paired difference over the dev texts a searched prompt must be ahead
             under "both-losses": a search looks at dev many times, and each look is a chance to be ahead by luck.
     """
@@ -90,6 +93,7 @@ class MethodConfig(Settings):
     gradient: GradientConfig | None = None
     calibrate: Annotated[bool, Field(strict=True)] = False
     select: Literal["both-losses", "dev-loss", "pooled-loss", "dev-metric"] = "both-losses"
+    tempered: Annotated[bool, Field(strict=True)] = False
     margin: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
     @model_validator(mode="after")
@@ -108,6 +112,12 @@ class MethodConfig(Settings):
             raise ValueError(
                 "calibrate: offsets belong to the sum of log-probabilities over candidates; set it to false for a "
                 "baseline, with legacy_decision, or with support 'sequence'"
+            )
+        if self.tempered and (self.baseline is not None or self.gradient is not None or self.legacy_decision):
+            raise ValueError("tempered: goes with a search and the sum of log-probabilities; set it to false")
+        if self.tempered and self.prompt is not None and self.prompt.keep == "all-time":
+            raise ValueError(
+                "tempered: under prompt.keep 'all-time' a prompt has no train scores of its own; set it to false"
             )
         return self
 

@@ -19,7 +19,10 @@ from bbprompt.errors import UsageError
 from bbprompt.losses import hinge
 from bbprompt.oracle import Scores, Support, TextBatch
 
-__all__ = ["Readout", "right_spans"]
+__all__ = ["TEMPERATURES", "Readout", "right_spans"]
+
+#: What option scores are divided by where prompts are compared at the temperature that suits them.
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Readout:
         longest_answer: Longest extracted answer in tokens.
         loss: "ce", cross-entropy (for spans the mean of start and end), or "hinge" over the options' scores.
         offsets: Added to the logits of each option, where every text has the same options; empty for none.
+        tempered: Compare prompts at several temperatures; see `compared`.
     """
 
     support: Support = "candidates"
@@ -39,6 +43,7 @@ class Readout:
     longest_answer: int = 32
     loss: Literal["ce", "hinge"] = "ce"
     offsets: tuple[float, ...] = ()
+    tempered: bool = False
 
     def losses(self, scores: Scores, batch: TextBatch, gold: Sequence[int]) -> NDArray[np.float64]:
         """Loss of each candidate on each text: mean cross-entropy of the channels, or hinge loss of the options.
@@ -61,6 +66,23 @@ class Readout:
         log_probability = logits[:, right].astype(np.float64) - normalizer
         losses: NDArray[np.float64] = -log_probability.mean(axis=2)
         return losses
+
+    def compared(self, scores: Scores, batch: TextBatch, gold: Sequence[int]) -> NDArray[np.float64]:
+        """What prompts are compared by: `losses`, or cross-entropies of the decision at T temperatures.
+
+        A prompt that is too sure of itself, or not sure enough, may still tell the options apart better than another:
+        scores divided by a temperature keep their order (Guo et al. 2017, arXiv:1706.04599). Answers to be found in a
+        text are not compared so, for the scores of all its spans are not known here.
+
+        Returns:
+            `(n, T, N)`; T is 1 unless `tempered`.
+        """
+        if not self.tempered or batch.extractive:
+            return self.losses(scores, batch, gold)[:, None]
+        rows = self.option_scores(scores)[:, None] / np.array(TEMPERATURES)[:, None]
+        normalizer = np.logaddexp.reduceat(rows, _first_span(batch), axis=2)
+        compared: NDArray[np.float64] = normalizer - rows[..., right_spans(batch, gold)]
+        return compared
 
     def option_scores(self, scores: Scores) -> NDArray[np.float64]:
         """Score of every option, `(n, O)`; comparable within one text.

@@ -77,7 +77,9 @@ class Prepared:
     @property
     def readout(self) -> Readout:
         """How the method reads scores."""
-        return Readout(self.method.support, self.method.legacy_decision, loss=self.method.loss)
+        return Readout(
+            self.method.support, self.method.legacy_decision, loss=self.method.loss, tempered=self.method.tempered
+        )
 
     @property
     def model(self) -> OracleInfo:

@@ -119,7 +119,7 @@ def test_a_searched_prompt_must_lower_both_losses(tmp_path: Path) -> None:
 
     def chosen(*looks: tuple[float, float, bool]) -> int:
         run._looks = [
-            Look(Incumbent(point, train), DevScore(dev, 0.5, (dev,)), Readout(), searched)
+            Look(Incumbent(point, train), DevScore(dev, 0.5, ((dev,),)), Readout(), (train,), searched)
             for train, dev, searched in looks
         ]
         return run._looks.index(run.chosen)
@@ -132,10 +132,10 @@ def test_a_searched_prompt_must_lower_both_losses(tmp_path: Path) -> None:
 
 
 def test_a_searched_prompt_must_be_clearly_ahead() -> None:
-    held = DevScore(0.75, 0.5, (0.5, 1.0, 0.5, 1.0))
+    held = (0.5, 1.0, 0.5, 1.0)
     # The same gain on every text, and one of the same mean that is that of one text alone (standard error .1).
-    steady = DevScore(0.65, 0.5, (0.4, 0.9, 0.4, 0.9))
-    lucky = DevScore(0.65, 0.5, (0.1, 1.0, 0.5, 1.0))
+    steady = (0.4, 0.9, 0.4, 0.9)
+    lucky = (0.1, 1.0, 0.5, 1.0)
     assert clearly_lower(steady, held, 100.0)
     assert clearly_lower(lucky, held, 0.99)
     assert not clearly_lower(lucky, held, 1.01)

@@ -72,8 +72,12 @@ class Recorder:
 
 #: Cheap: no Gaussian process unless a test asks for it.
 METHODS: dict[str, MethodConfig] = {
-    "layerwise": method_with(load_method("mp2-deep"), {"router": None, "prompt.patience": None, "calibrate": False}),
-    "joint": method_with(load_method("mp2-shallow"), {"router": None, "prompt.patience": None, "calibrate": False}),
+    "layerwise": method_with(
+        load_method("mp2-deep"), {"router": None, "prompt.patience": None, "calibrate": False, "tempered": False}
+    ),
+    "joint": method_with(
+        load_method("mp2-shallow"), {"router": None, "prompt.patience": None, "calibrate": False, "tempered": False}
+    ),
     "all-time": method_with(load_method("mp2-deep-code"), {"router": None, "prompt.popsize": 6}),
     "router": method_with(
         load_method("mp2-deep"),
@@ -198,7 +202,7 @@ def run(
         evaluator = Evaluator(
             recorder,
             ledger,
-            Readout(method.support, method.legacy_decision),
+            Readout(method.support, method.legacy_decision, tempered=method.tempered),
             TASK,
             data(sizes[0], 1),
             data(sizes[1], 2),

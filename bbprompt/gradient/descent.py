@@ -62,6 +62,11 @@ class GradientLook:
         """Train and dev loss together."""
         return self.loss + self.dev.loss
 
+    @property
+    def dev_losses(self) -> tuple[float, ...]:
+        """Dev loss of each text."""
+        return self.dev.losses[0]
+
 
 @dataclass(frozen=True, slots=True)
 class GradientStage:
@@ -238,7 +243,7 @@ class Descent:
         train = self._calls.make("train", functools.partial(self._scored, "train"))
         dev = self._calls.make("dev", functools.partial(self._scored, "dev"))
         self._cut = {"train": int(train.get("cut", 0)), "dev": int(dev.get("cut", 0))}
-        return GradientLook(key, train["loss"], dev_score(dev), searched)
+        return GradientLook(key, train["loss"], dev_score(dev, len(self._data["dev"].gold)), searched)
 
     def _scored(self, kind: Kind) -> dict[str, float]:
         began = time.monotonic()

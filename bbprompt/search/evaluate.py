@@ -33,12 +33,13 @@ class DevScore:
     Attributes:
         loss: Mean loss.
         metric: Mean metric.
-        losses: Loss of each text, so that two candidates can be compared text by text.
+        losses: `(T, N)`, what `Readout.compared` says of each text, so that two candidates can be compared text by
+            text.
     """
 
     loss: float
     metric: float
-    losses: tuple[float, ...]
+    losses: tuple[tuple[float, ...], ...]
 
 
 class Evaluator:
@@ -77,6 +78,7 @@ class Evaluator:
         self._lost = frozenset(ledger.in_doubt if charge else ())
         self.calibrates = calibrates and task.labelled
         self._offsets: dict[bytes, tuple[float, ...]] = {}
+        self._compared: dict[bytes, tuple[float, ...]] = {}
         self.oracle_seconds = 0.0
 
     @property
@@ -108,13 +110,21 @@ class Evaluator:
         first = next(iter(self._offsets.values()), ())
         return replace(self._readout, offsets=self._offsets.get(_bytes(point), first))
 
+    def compared(self, point: NDArray[np.floating]) -> tuple[float, ...]:
+        """Mean over the train texts of what a point `(L, d)` is compared by at each temperature, as last scored.
+
+        Raises:
+            KeyError: The point was not scored on train.
+        """
+        return self._compared[_bytes(point)]
+
     def train(self, points: NDArray[np.floating]) -> NDArray[np.float64]:
         """Mean train loss of each candidate: `(n, L, d)` to `(n,)`, n calls."""
         return np.array([value["loss"] for value in self._call("train", points)])
 
     def dev(self, points: NDArray[np.floating]) -> list[DevScore]:
         """What dev says of each candidate, `(n, L, d)`, n calls."""
-        return [dev_score(value) for value in self._call("dev", points)]
+        return [dev_score(value, len(self._data["dev"].gold)) for value in self._call("dev", points)]
 
     def calibrate(self, point: NDArray[np.floating]) -> tuple[float, DevScore]:
         """Fit offsets of the labels to a candidate `(L, d)` on train and dev together: two of the calls that are kept.
@@ -131,7 +141,8 @@ class Evaluator:
             train, dev = self._calibrated(row)
             self._ledger.settle(ids, [train, dev])
         self._offsets[_bytes(row[0])] = _of("offset", dev)
-        return train["loss"], dev_score(dev)
+        self._compared[_bytes(row[0])] = _compared(train)
+        return train["loss"], dev_score(dev, len(self._data["dev"].gold))
 
     def _call(self, kind: Kind, points: NDArray[np.floating]) -> list[dict[str, float]]:
         rows = np.ascontiguousarray(points, dtype=np.float32)
@@ -148,6 +159,8 @@ class Evaluator:
         for row, value in zip(rows, values, strict=True):
             if offsets := _of("offset", value):
                 self._offsets[_bytes(row)] = offsets
+            if kind == "train":
+                self._compared[_bytes(row)] = _compared(value)
         return values
 
     def _reserved(self, kinds: Sequence[Kind], rows: NDArray[np.float32]) -> list[str]:
@@ -253,11 +266,15 @@ def call_values(kind: Kind, readout: Readout, scores: Scores, data: Labelled, ta
     if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
         for value in values:
             value["cut"] = float(scores.cut)
+    compared = readout.compared(scores, data.batch, data.gold)
     if kind == "dev":
         metrics = metric_values(task, readout, scores, data)
-        for value, row, each in zip(values, metrics, losses, strict=True):
+        for value, row, each in zip(values, metrics, compared, strict=True):
             value["metric"] = float(row.mean())
-            value |= _numbered("loss", each.tolist())
+            value |= _numbered("loss", each.flatten().tolist())
+    elif readout.tempered:
+        for value, each in zip(values, compared, strict=True):
+            value |= _numbered("compared", each.mean(axis=1).tolist())
     return values
 
 
@@ -266,9 +283,15 @@ def _bytes(point: NDArray[np.floating]) -> bytes:
     return np.ascontiguousarray(point, dtype=np.float32).tobytes()
 
 
-def dev_score(value: Mapping[str, float]) -> DevScore:
-    """What the value of a dev call says."""
-    return DevScore(value["loss"], value["metric"], _of("loss", value))
+def dev_score(value: Mapping[str, float], texts: int) -> DevScore:
+    """What the value of a dev call on so many texts says."""
+    losses = _of("loss", value)
+    rows = tuple(losses[begin : begin + texts] for begin in range(0, len(losses), texts))
+    return DevScore(value["loss"], value["metric"], rows)
+
+
+def _compared(value: Mapping[str, float]) -> tuple[float, ...]:
+    return _of("compared", value) or (value["loss"],)
 
 
 def _numbered(name: str, numbers: Sequence[float]) -> dict[str, float]:

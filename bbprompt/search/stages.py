@@ -83,7 +83,7 @@ class RowStage:
     ) -> None:
         self.name, self.optimizer = name, optimizer
         self._search, self._decode, self._best, self._router_shape = search, decode, start, router_shape
-        self._asked: NDArray[np.float64] | None = None
+        self._asked: tuple[NDArray[np.float64], Points] | None = None
 
     @property
     def incumbent(self) -> Incumbent:
@@ -97,19 +97,21 @@ class RowStage:
 
     def ask(self) -> Points:
         """Candidates `(n, L, d)`."""
-        self._asked = self._search.ask()
-        return self._decode(self._asked)
+        rows = self._search.ask()
+        self._asked = rows, self._decode(rows)
+        return self._asked[1]
 
     def tell(self, losses: NDArray[np.float64]) -> None:
         """Report the losses of the last ask."""
         if self._asked is None:
             raise RuntimeError("tell without ask")
-        self._search.tell(self._asked, losses)
+        rows, points = self._asked
+        self._search.tell(rows, losses)
         lowest = int(losses.argmin())
         if losses[lowest] < self._best.loss:
-            row = self._asked[lowest]
-            router = self._best.router if self._router_shape is None else row.reshape(self._router_shape)
-            self._best = Incumbent(self._decode(row[None])[0], float(losses[lowest]), router)
+            router = self._best.router if self._router_shape is None else rows[lowest].reshape(self._router_shape)
+            # The very point that was scored: made alone it may differ in the last bit.
+            self._best = Incumbent(points[lowest].copy(), float(losses[lowest]), router)
         self._asked = None
 
 

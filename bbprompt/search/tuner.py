@@ -45,6 +45,10 @@ class Looked(Protocol):
     def pooled_loss(self) -> float:
         """Train and dev loss together."""
 
+    @property
+    def dev_losses(self) -> tuple[float, ...]:
+        """Dev loss of each text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -54,12 +58,14 @@ class Look:
         incumbent: The prompt.
         dev: What dev says of it.
         readout: How its scores were read.
+        train: `(T,)`, what `Readout.compared` says of it on the train texts.
         searched: Whether it was found by minimising the train loss.
     """
 
     incumbent: Incumbent
     dev: DevScore
     readout: Readout
+    train: tuple[float, ...]
     searched: bool = False
 
     @property
@@ -74,8 +80,19 @@ class Look:
 
     @property
     def pooled_loss(self) -> float:
-        """Train and dev loss together."""
-        return self.incumbent.loss + self.dev_loss
+        """Train and dev loss together, at the temperature that suits them best."""
+        return float(self._pooled.min())
+
+    @property
+    def dev_losses(self) -> tuple[float, ...]:
+        """Dev loss of each text, at that temperature."""
+        return self.dev.losses[int(self._pooled.argmin())]
+
+    @property
+    def _pooled(self) -> NDArray[np.float64]:
+        """Train and dev loss together at each temperature."""
+        pooled: NDArray[np.float64] = np.array(self.train) + np.mean(self.dev.losses, axis=1)
+        return pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +193,11 @@ def search(
     return Found(before, tuple(traces), traces[-1].chosen if traces else before, run.optimizer_seconds)
 
 
-def clearly_lower(score: DevScore, other: DevScore, margin: float) -> bool:
-    """Whether a mean dev loss is below another's by more than `margin` standard errors of their paired difference."""
-    gain = np.subtract(other.losses, score.losses)
+def clearly_lower(losses: Sequence[float], others: Sequence[float], margin: float) -> bool:
+    """Whether a mean over texts is below another by more than `margin` standard errors of their paired difference."""
+    gain = np.subtract(others, losses)
     error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return other.loss - score.loss > margin * error
+    return float(gain.mean()) > margin * error
 
 
 def better(method: MethodConfig, look: Looked, held: Looked) -> bool:
@@ -188,7 +205,7 @@ def better(method: MethodConfig, look: Looked, held: Looked) -> bool:
     match method.select:
         case "both-losses":
             lower = look.pooled_loss < held.pooled_loss
-            return lower and (not look.searched or clearly_lower(look.dev, held.dev, method.margin))
+            return lower and (not look.searched or clearly_lower(look.dev_losses, held.dev_losses, method.margin))
         case "dev-loss":
             return look.dev.loss < held.dev.loss
         case "pooled-loss":
@@ -226,7 +243,8 @@ class _Search:
         if new:
             scores = self._evaluator.dev(np.stack([incumbent.point for incumbent in new]))
             for incumbent, score in zip(new, scores, strict=True):
-                self._looks.append(Look(incumbent, score, self._evaluator.readout(incumbent.point), searched))
+                readout, train = self._evaluator.readout(incumbent.point), self._train(incumbent)
+                self._looks.append(Look(incumbent, score, readout, train, searched))
 
     def calibration(self) -> StageTrace:
         """Fit the labels' offsets to the chosen prompt; they stand whatever dev says, for it was fitted to as well."""
@@ -238,7 +256,7 @@ class _Search:
             train_loss, ended = chosen.loss, "budget"
         else:
             chosen = Incumbent(chosen.point, train_loss, chosen.router)
-            look = Look(chosen, score, self._evaluator.readout(chosen.point), searched=True)
+            look = Look(chosen, score, self._evaluator.readout(chosen.point), self._train(chosen), searched=True)
         self._report(Status(self._evaluator.spent, "calibration", train_loss, look.dev_metric))
         spent = self._evaluator.spent - first
         return StageTrace("calibration", "newton", spent, train_loss, look, ended, time.monotonic() - began)
@@ -256,7 +274,8 @@ class _Search:
             self._alone.add(point.tobytes())
             loss = float(self._evaluator.train(point[None])[0])
             at = next(i for i, known in enumerate(self._looks) if known is look)
-            self._looks[at] = replace(look, incumbent=replace(look.incumbent, loss=loss))
+            incumbent = replace(look.incumbent, loss=loss)
+            self._looks[at] = replace(look, incumbent=incumbent, train=self._train(incumbent))
         return look
 
     def report(self, stage: str, train_loss: float) -> None:
@@ -337,6 +356,10 @@ class _Search:
             ended,
             time.monotonic() - began,
         )
+
+    def _train(self, incumbent: Incumbent) -> tuple[float, ...]:
+        """Its train loss at each temperature that prompts are compared at."""
+        return self._evaluator.compared(incumbent.point) if self._method.tempered else (incumbent.loss,)
 
     def _timed(self, work: Callable[[], _T]) -> _T:
         began = time.monotonic()
