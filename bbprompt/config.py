@@ -165,7 +165,8 @@ class TuneConfig(Settings):
         backend: "local", or the URL of a server; see `bbprompt.connect.open_oracle`.
         on_doubt: What becomes of calls that were sent before a crash and whose answer is unknown. "resend" makes them
             again as the same calls; a local model and `bbprompt serve` lose nothing by that. "charge" counts them as
-            spent, for a server that charges for every request, and ends the run where an answer is lost.
+            spent, for a server that charges for every request, and ends the run where an answer is lost. None:
+            "charge" for servers of others, see `resends`.
         device: "auto" takes CUDA where there is one.
         dtype: Precision; "auto" is "mixed" on CPUs with AVX-512 BF16 or AMX, else float32.
         batch_tokens: Tokens that run through the model at once; None for the device's default.
@@ -189,7 +190,7 @@ class TuneConfig(Settings):
     seed: Annotated[int, Field(ge=0, strict=True)] = 42
     shots: Count | None = None
     backend: str = "local"
-    on_doubt: Literal["resend", "charge"] = "resend"
+    on_doubt: Literal["resend", "charge"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
     batch_tokens: Count | None = None
@@ -201,6 +202,17 @@ class TuneConfig(Settings):
     allow_overlap: Annotated[bool, Field(strict=True)] = False
     baselines: Annotated[bool, Field(strict=True)] = True
     set: Mapping[str, Any] = Field(default_factory=dict)
+
+    @property
+    def resends(self) -> bool:
+        """Whether a call whose answer is not known is made again.
+
+        By default where that charges nothing twice: a local model, or `bbprompt serve`, which knows repeated calls. A
+        server behind any other protocol may charge, and the budget is a promise.
+        """
+        if self.on_doubt is None:
+            return self.backend.partition("://")[0] in ("local", "http", "https")
+        return self.on_doubt == "resend"
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, as JSON; where it is computed does not."""

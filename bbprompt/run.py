@@ -149,7 +149,7 @@ def prepare(config: TuneConfig) -> Opened:
         threads=threads,
         ray=config.ray,
         workers=config.workers,
-        resend=config.on_doubt == "resend",
+        resend=config.resends,
     )
     if config.backend == "local":
         # As with threads: "auto" is another precision on a cluster or on another processor.
@@ -252,7 +252,7 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
     kind = run.oracle.info.readout
     train = labelled(run.task, run.few.train, for_loss=True, readout=kind)
     dev = labelled(run.task, run.few.dev, for_loss=True, readout=kind)
-    charge = run.config.on_doubt == "charge"
+    charge = not run.config.resends
     evaluator = Evaluator(
         run.oracle, ledger, run.readout, run.task, train, dev, charge=charge, calibrates=run.method.calibrate
     )

@@ -316,7 +316,7 @@ def live(site: Site, workers: int = 1, clock: Clock | None = None) -> OracleErro
     site.sends.clear()
     oracle = None
     try:
-        policy = patient(clock or Clock(), resend=site.run.config.on_doubt == "resend")
+        policy = patient(clock or Clock(), resend=site.run.config.resends)
         oracle = opener(url, workers=workers, policy=policy, transport=httpx2.MockTransport(site))
         toyruns.tuned(replace(site.run, oracle=oracle), RUN, site.disk)
     except OracleError as error:

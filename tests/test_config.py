@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import ValidationError
@@ -220,3 +220,22 @@ def test_settings_are_frozen() -> None:
 def test_a_manifest_gives_the_settings_back() -> None:
     config = TuneConfig(task="lcqmc", budget=50, set={"router.calls": 8, "router": None})
     assert TuneConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("backend", "given", "resends"),
+    [
+        ("local", None, True),
+        ("http://127.0.0.1:8765", None, True),
+        ("https://models.example", None, True),
+        ("kserve://127.0.0.1:8000/oracle", None, False),
+        ("kserve+grpc://127.0.0.1:8001/oracle", None, False),
+        ("vllm+http://127.0.0.1:8000", None, False),
+        ("vllm+https://models.example", "resend", True),
+        ("local", "charge", False),
+    ],
+)
+def test_a_call_is_made_again_by_default_where_that_charges_nothing(
+    backend: str, given: Literal["resend", "charge"] | None, resends: bool
+) -> None:
+    assert TuneConfig(task="lcqmc", backend=backend, on_doubt=given).resends is resends

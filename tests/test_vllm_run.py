@@ -187,7 +187,7 @@ def test_a_server_that_goes_ends_the_run_and_its_return_ends_it_as_if_nothing_ha
     monkeypatch.setenv("BBPROMPT_TOKEN", TOKEN)
     with server:
         server.enter_context(answering(Double(model, token=TOKEN).http, port))
-        run = prepare(config(backend=f"vllm+http://127.0.0.1:{port}"))
+        run = prepare(config(backend=f"vllm+http://127.0.0.1:{port}", on_doubt="resend"))
         with pytest.raises(OracleError, match=r"cannot be reached.*bbprompt resume") as raised:
             finish(run, path, Ender(server, 14))
         run.close()

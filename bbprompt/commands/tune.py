@@ -80,7 +80,8 @@ def tune(
         Literal["resend", "charge"] | None,
         typer.Option(
             show_default=False,
-            help="Calls whose answer a crash lost: make them again, or count them [default: resend].",
+            help="Calls whose answer a crash lost: make them again, or count them [default: resend to a local model "
+            "and `bbprompt serve`, which lose nothing by it, charge elsewhere].",
         ),
     ] = None,
     device: Device = None,
