@@ -239,3 +239,17 @@ def test_a_call_is_made_again_by_default_where_that_charges_nothing(
     backend: str, given: Literal["resend", "charge"] | None, resends: bool
 ) -> None:
     assert TuneConfig(task="lcqmc", backend=backend, on_doubt=given).resends is resends
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mp2-deep-code", {"tempered": True, "legacy_decision": False}),
+        ("mp2-deep-code", {"tempered": True}),
+        ("mp2-gradient-deep", {"tempered": True}),
+        ("zero-shot", {"tempered": True}),
+    ],
+)
+def test_what_cannot_be_tempered_is_refused(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="tempered"):
+        method_with(load_method(name), changes)

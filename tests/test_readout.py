@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from bbprompt.errors import OracleError, UsageError
 from bbprompt.oracle import Scores, TextBatch, check_scores
-from bbprompt.readout import Readout
+from bbprompt.readout import TEMPERATURES, Readout
 from bbprompt.tasks.example import Answer, Form, Part
 
 SIZES = (2, 4, 3)
@@ -119,6 +119,39 @@ def test_extraction() -> None:
     assert readout.extracts(scores, batch) == [["乙丙", "戊己"], ["甲", "己"]]
     with pytest.raises(ValueError, match="asked for without answers"):
         readout.extracts(Scores(scores.logits, scores.normalizer, None, 0), batch)
+
+
+@pytest.mark.parametrize("offsets", [(), (0.5, -0.5)])
+def test_prompts_are_compared_at_several_temperatures(offsets: tuple[float, ...]) -> None:
+    texts = TextBatch(BATCH.forms[:1] * 3)
+    logits = np.random.default_rng(3).normal(0, 3, (4, 6, 2)).astype(np.float32)
+    scores = Scores(logits, np.logaddexp.reduce(logits.reshape(4, 3, 2, 2), axis=2), None, 0)
+    readout, gold = Readout(offsets=offsets, tempered=True), (1, 0, 1)
+    compared = readout.compared(scores, texts, gold)
+    assert compared.shape == (4, len(TEMPERATURES), 3)
+    probabilities = readout.probabilities(scores, texts)
+    for n in range(4):
+        for text, right in enumerate(gold):
+            for at, temperature in enumerate(TEMPERATURES):
+                powers = probabilities[n][text] ** (1 / temperature)
+                assert compared[n, at, text] == pytest.approx(-np.log(powers[right] / powers.sum()), abs=1e-6)
+    plain = Readout(offsets=offsets)
+    np.testing.assert_array_equal(plain.compared(scores, texts, gold)[:, 0], plain.losses(scores, texts, gold))
+
+
+def test_ragged_options_are_compared_each_with_their_own() -> None:
+    scores = random_scores()
+    compared = Readout(tempered=True).compared(scores, BATCH, GOLD)
+    for n, row in enumerate(Readout().probabilities(scores, BATCH)):
+        for text, gold in enumerate(GOLD):
+            assert compared[n, TEMPERATURES.index(1.0), text] == pytest.approx(-np.log(row[text][gold]), abs=1e-6)
+
+
+def test_answers_in_a_text_are_compared_by_their_losses_alone() -> None:
+    form = Form((Part("an answer", True),), (), 0)
+    batch = TextBatch((form,), (Answer("answer", 3),))
+    scores = Scores(np.full((2, 1, 2), -1.0, np.float32), np.zeros((2, 1, 2), np.float32), None, 0)
+    assert Readout(tempered=True).compared(scores, batch, (-1,)).tolist() == [[[1.0]], [[1.0]]]
 
 
 def one_channel() -> Scores:

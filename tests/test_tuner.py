@@ -142,6 +142,40 @@ def test_a_searched_prompt_must_be_clearly_ahead() -> None:
     assert not clearly_lower(held, held, 0.0)
 
 
+def test_how_sure_a_prompt_is_counts_for_nothing_when_tempered(tmp_path: Path) -> None:
+    """A prompt of ten times the scores is as good as itself, and better than one that tells nothing."""
+    from bbprompt.readout import TEMPERATURES
+    from bbprompt.search import tuner
+    from bbprompt.search.stages import Incumbent
+
+    right = np.array([1.0, 1.0, 1.0, -1.0])  # by how much the right option is ahead on each text
+
+    def look(scale: float, ahead: NDArray[np.float64]) -> Look:
+        rows = [np.logaddexp(0.0, -scale * ahead / temperature) for temperature in TEMPERATURES]
+        dev = DevScore(float(rows[1].mean()), 0.75, tuple(map(tuple, rows)))
+        return Look(Incumbent(np.zeros((3, 4)), dev.loss), dev, Readout(), tuple(row.mean() for row in rows))
+
+    sure, unsure, empty = look(10.0, right), look(1.0, right), look(1.0, 0.0 * right)
+    method = method_with(METHODS["both"], {"select": "both-losses", "tempered": True})
+    assert sure.dev.loss > empty.dev.loss, "by the plain loss it would be the worse one"
+    assert tuner.better(method, sure, empty)
+    assert not tuner.better(method, empty, sure)
+    assert sure.pooled_loss == pytest.approx(unsure.pooled_loss, abs=0.05)
+    assert len(sure.dev_losses) == 4
+    assert np.mean(sure.dev_losses) < np.mean(empty.dev_losses)
+
+
+@pytest.mark.parametrize("name", ["joint", "layerwise", "upstream", "both"])
+def test_what_is_compared_was_scored_and_is_replayed(tmp_path: Path, name: str) -> None:
+    method = method_with(METHODS[name], {"tempered": True, "select": "both-losses"})
+    found, ledger, _ = toyruns.run(tmp_path, method, 90)
+    assert all(len(look.train) == 6 and np.shape(look.dev.losses) == (6, 10) for look in found.looks)
+    again, same, silent = toyruns.run(tmp_path, method, 90)
+    assert not silent.calls
+    assert same.asked == ledger.asked
+    assert [(look.train, look.dev) for look in again.looks] == [(look.train, look.dev) for look in found.looks]
+
+
 def test_the_margin_keeps_the_search_from_lucky_prompts(tmp_path: Path) -> None:
     method = method_with(METHODS["both"], {"select": "both-losses"})
     free, _, _ = toyruns.run(tmp_path / "free", method, 200)
