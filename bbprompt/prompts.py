@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save_file
 
 from bbprompt.errors import ArtifactError
 from bbprompt.oracle import ReadoutKind
@@ -77,6 +77,7 @@ class PromptConfig(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
     sources: tuple[str, ...] = Field(default=(), description="upstream data sources with their terms")
     license: str = ""
+    weights_digest: str = Field(default="", description="SHA-256 of model.safetensors; without it none is checked")
 
     @property
     def rule(self) -> GateRule:
@@ -214,7 +215,9 @@ class ModularPrompt:
             {name: np.ascontiguousarray(array.astype(kind)) for name, array in self._tensors().items()},
             directory / "model.safetensors",
         )
-        text = json.dumps(self.config.model_dump(mode="json", exclude=self._absent()), ensure_ascii=False, indent=2)
+        told = self.config.model_dump(mode="json", exclude=self._absent())
+        told["weights_digest"] = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+        text = json.dumps(told, ensure_ascii=False, indent=2)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -242,7 +245,8 @@ class ModularPrompt:
                 f"{config_file}: format {config.format} is not {FORMAT}; use a matching bbprompt version"
             )
         try:
-            tensors = load_file(weights_file)
+            data = weights_file.read_bytes()
+            tensors = load(data)
         except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ArtifactError(
@@ -261,8 +265,10 @@ class ModularPrompt:
             arrays[name] = array.astype(np.float32)
             if not np.isfinite(arrays[name]).all():
                 raise ArtifactError(f"{weights_file}: {name} holds NaN or infinity")
+        if config.weights_digest not in ("", hashlib.sha256(data).hexdigest()):
+            raise ArtifactError(f"{weights_file}: damaged, its digest is not that in config.json; fetch it again")
         return cls(
-            config,
+            config.model_copy(update={"weights_digest": ""}),  # the file's, not the artifact's
             arrays["projection"],
             arrays["modules"],
             arrays["routers"],
@@ -272,7 +278,8 @@ class ModularPrompt:
 
     def _absent(self) -> set[str]:
         """Keys of the configuration that this artifact has no use for."""
-        values = {"pooling": self.config.pooling, "fixed": self.config.fixed}
+        config = self.config
+        values = {"pooling": config.pooling, "fixed": config.fixed, "weights_digest": config.weights_digest}
         return {name for name, value in values.items() if not value}
 
     def _tensors(self) -> dict[str, NDArray[np.float32]]:

@@ -163,6 +163,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "missing tensor": (with_tensors(lambda t: t.pop("head.bias")), r"holds \[.*expected"),
     "extra tensor": (with_tensors(lambda t: t.update(more=np.zeros(2, np.float32))), r"holds \[.*'more'"),
+    "another number": (with_tensors(spoil("modules", 0.25)), r"damaged, its digest is not that in config\.json"),
     "nan": (with_tensors(spoil("projection", np.nan)), r"projection holds NaN or infinity"),
     "infinity": (with_tensors(spoil("routers", np.inf)), r"routers holds NaN or infinity"),
     "integers": (
@@ -264,3 +265,18 @@ def test_a_hub_id_without_a_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ArtifactError, match="the hub does not give it"):
         resolve_prompts(name)
+
+
+def test_an_artifact_without_a_digest_is_taken_as_it_is(folder: Path) -> None:
+    whole = ModularPrompt.load(folder)
+    with_config(weights_digest=...)(folder)
+    assert ModularPrompt.load(folder).digest == whole.digest
+    with_tensors(spoil("modules", 0.25))(folder)
+    assert ModularPrompt.load(folder).digest != whole.digest
+
+
+def test_what_is_bundled_has_its_digest() -> None:
+    for name, path in bundled_prompts().items():
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        assert len(config["weights_digest"]) == 64, name
+        assert ModularPrompt.load(path).config.kind == config["kind"]
