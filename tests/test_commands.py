@@ -91,6 +91,25 @@ def test_tune_prints_json_last_and_goes_on_with_what_was_begun(
     assert "bbprompt resume" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_only_shown(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is opened that anything could be sent to."""
+
+    def opened(*_: Any) -> None:
+        pytest.fail("the model was opened")
+
+    monkeypatch.setattr("bbprompt.run.prepare", opened)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.name != "run.lock"}
+    assert cli.run(["resume", str(run_dir), "--json"]) == 0
+    assert last_json(capsys) == {**json.loads(before["result.json"]), "run_dir": str(run_dir)}
+    assert cli.run(["resume", str(run_dir)]) == 0
+    out, err = capsys.readouterr()
+    assert "after prompts" in out
+    assert err.endswith("finished already; this is its result\n")
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.name != "run.lock"} == before
+
+
 def test_settings_from_a_file_lose_against_flags(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
