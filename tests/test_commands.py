@@ -156,6 +156,20 @@ def test_an_unknown_backend_is_refused(flags: list[str], capsys: pytest.CaptureF
     assert "expected local, http://HOST:PORT" in capsys.readouterr().err
 
 
+def test_without_ray_a_run_on_it_is_refused_and_one_here_goes(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    words = [*flags, "--quiet", "--run-dir", str(tmp_path / "run")]
+    assert cli.run([*words, "--ray", "local"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: --ray needs Ray: pip install 'bbprompt[ray]' (")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert cli.run(words) == 0
+
+
 def test_a_signal_stops_a_run_that_can_be_resumed(flags: list[str], tmp_path: Path) -> None:
     flags[flags.index("44")] = "3000"
     run = tmp_path / "run"
