@@ -19,7 +19,7 @@ from bbprompt.baselines.settings import AnyBaseline
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
-from bbprompt.settings import Count, Settings
+from bbprompt.settings import Count, Name, Settings
 from bbprompt.stage_settings import ProjectionConfig, PromptStageConfig, RefineStageConfig, RouterStageConfig
 from bbprompt.yamlfile import read_yaml, validate
 
@@ -76,7 +76,7 @@ class MethodConfig(Settings):
             under "both-losses": a search looks at dev many times, and each look is a chance to be ahead by luck.
     """
 
-    name: str
+    name: Name
     summary: str
     source: str
     prompts: str = NO_PROMPTS

@@ -28,8 +28,9 @@ from bbprompt import __version__
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.errors import UsageError
 from bbprompt.exporttext import CLIENT, peft_card, rows_card, tensors_card
-from bbprompt.predict import read_offsets, read_result, read_tuned
+from bbprompt.predict import read_offsets, read_tuned
 from bbprompt.prompts import ModularPrompt
+from bbprompt.result import read_result
 from bbprompt.run import reopen
 from bbprompt.store.disk import RealDisk
 from bbprompt.store.rundir import MANIFEST, RunDirectory

@@ -11,7 +11,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from bbprompt.baselines.choice import open_model
@@ -24,17 +23,17 @@ from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.readout import Readout
-from bbprompt.result import Result
+from bbprompt.result import read_result
 from bbprompt.run import limited, reopen
 from bbprompt.scoring import labelled, score_split
-from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.store.rundir import MANIFEST, PROMPT, RunDirectory
 from bbprompt.tasks.data import SplitName, data_digest, open_data
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
 from bbprompt.tensorfile import unpack
 from bbprompt.yamlfile import validate
 
-__all__ = ["Evaluation", "Prediction", "TunedPrompt", "load_prompt", "read_offsets", "read_result", "read_tuned"]
+__all__ = ["Evaluation", "Prediction", "TunedPrompt", "load_prompt", "read_offsets", "read_tuned"]
 
 _log = logging.getLogger(__name__)
 
@@ -320,22 +319,6 @@ def read_tuned(directory: RunDirectory, config: TuneConfig) -> tuple[ModularProm
     if method.gradient is not None:
         return frozen_prompt(_read_tensors(directory), backbone, prompt.config.readout, prompt.config.pooling)
     return prompt, _read_point(directory, (prompt.config.layers, prompt.config.intrinsic_dim))
-
-
-def read_result(directory: RunDirectory) -> Result:
-    """Read the result of a finished run.
-
-    Raises:
-        DiskError: It is missing or damaged.
-    """
-    try:
-        return Result.model_validate_json(directory.read_bytes(RESULT))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DiskError(
-            f"{directory.path / RESULT}: damaged: {where}: {' '.join(first['msg'].split())}; tune again"
-        ) from None
 
 
 def _read_point(directory: RunDirectory, shape: tuple[int, int]) -> NDArray[np.float32]:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["BaselineScore", "Before", "Calls", "DataUsed", "Result", "Seconds", "StageResult", "TestScore"]
+from bbprompt.errors import DiskError
+from bbprompt.store.rundir import RESULT, RunDirectory
+
+__all__ = [
+    "BaselineScore",
+    "Before",
+    "Calls",
+    "DataUsed",
+    "Result",
+    "Seconds",
+    "StageResult",
+    "TestScore",
+    "read_result",
+]
 
 
 class _Values(BaseModel):
@@ -116,3 +129,19 @@ class Result(_Values):
     seconds: Seconds
     digest: str
     baselines: tuple[BaselineScore, ...] = ()
+
+
+def read_result(directory: RunDirectory) -> Result:
+    """Read the result of a finished run.
+
+    Raises:
+        DiskError: It is missing or damaged.
+    """
+    try:
+        return Result.model_validate_json(directory.read_bytes(RESULT))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "file"
+        raise DiskError(
+            f"{directory.path / RESULT}: damaged: {where}: {' '.join(first['msg'].split())}; tune again"
+        ) from None

@@ -28,7 +28,7 @@ from bbprompt.outcome import outcome, run_digest
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import random_prompt
 from bbprompt.readout import Readout
-from bbprompt.result import BaselineScore, Calls, Result, Seconds
+from bbprompt.result import BaselineScore, Calls, Result, Seconds, read_result
 from bbprompt.scoring import labelled, score_split
 from bbprompt.search.evaluate import Evaluator
 from bbprompt.search.tuner import Found, Status, search
@@ -234,13 +234,16 @@ def located(config: TuneConfig) -> TuneConfig:
 
 
 def tune(run: Opened, directory: RunDirectory, watcher: Watcher | None = None) -> Result:
-    """Run, or go on with, a run in its directory and write its result.
+    """Run, or go on with, a run in its directory and write its result; a finished one only has it read.
 
     Raises:
-        DiskError: A file cannot be written.
+        DiskError: A file cannot be written, or the result is damaged.
         ResumeMismatch: The directory's run began with other settings, data, model or code.
         Interrupted: The watcher asked to stop.
     """
+    if directory.finished:
+        directory.check_manifest(run.manifest())
+        return read_result(directory)
     return run.tune(directory, watcher or Watcher())
 
 

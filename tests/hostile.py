@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import canaries
 import fuzztargets
 import numpy as np
 from servers import TOKEN
@@ -38,6 +39,8 @@ from bbprompt.serve.server import build_server, listen
 from bbprompt.serve.settings import ServeSettings
 from bbprompt.testing import ToyOracle
 
+#: What attacks would make, if a name were followed or a message run; nothing else does.
+CANARY = Path("/tmp/bbprompt-was-here")
 MOST_GROWTH = 50 * 2**20  # bytes
 SETTINGS = ServeSettings(token=TOKEN, points=64, texts=32, body=2**20, receive=0.5)
 BATCH = batch_of("pair", 3)
@@ -76,7 +79,7 @@ def tensor_file(header: Any, data: bytes = b"", size: int | None = None) -> byte
 def paths() -> list[str]:
     """Names that lead elsewhere where somebody builds a path from them."""
     up = ["..", "../..", "..\\..", "....//", ".%00.", "%2e%2e", "%252e%252e", "..%2f", "..%5c", "%c0%ae%c0%ae", "..;"]
-    ends = ["/etc/passwd", "/tmp/bbprompt-was-here", "%2fetc%2fpasswd", ""]
+    ends = ["/etc/passwd", str(CANARY), "%2fetc%2fpasswd", ""]
     odd = [
         "/etc/passwd",
         "C:\\Windows",
@@ -253,8 +256,7 @@ def bodies(info: Any) -> Iterator[tuple[str, bytes]]:
     yield "another tensor", tensor_file(header | {"more": header["points"]}, data)
     yield "bytes behind", SCORE + b"x"
     yield "cut", SCORE[:-1]
-    yield "pickle", b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94"
-    yield "zip", b"PK\x03\x04" + b"\0" * 100
+    yield from canaries.payloads(CANARY).items()
     for points in (np.full((2, 3, 4), np.nan), np.full((2, 3, 4), np.inf), np.ones((2, 4, 4)), np.ones((2, 3, 5))):
         asked = wire.request_for(info, DIGEST, points.astype(np.float32), "candidates", None)
         yield f"points {points.shape} {points[0, 0, 0]}", wire.encode_request(asked)
@@ -316,6 +318,7 @@ class Target:
 @contextlib.contextmanager
 def target() -> Iterator[Target]:
     """A server that knows `BATCH`, in an empty folder, which is empty at the end."""
+    CANARY.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as errors:
@@ -332,6 +335,7 @@ def target() -> Iterator[Target]:
             assert TOKEN not in said, "the token stands in the log"
             assert "Traceback" not in said, said[-3000:]
             assert list(Path(folder).iterdir()) == [log], "the server has written files"
+            assert not CANARY.exists(), "an attack was followed or run"
         finally:
             process.kill()
             process.wait()

@@ -91,6 +91,25 @@ def test_tune_prints_json_last_and_goes_on_with_what_was_begun(
     assert "bbprompt resume" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_only_shown(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is opened that anything could be sent to."""
+
+    def opened(*_: Any) -> None:
+        pytest.fail("the model was opened")
+
+    monkeypatch.setattr("bbprompt.run.prepare", opened)
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.name != "run.lock"}
+    assert cli.run(["resume", str(run_dir), "--json"]) == 0
+    assert last_json(capsys) == {**json.loads(before["result.json"]), "run_dir": str(run_dir)}
+    assert cli.run(["resume", str(run_dir)]) == 0
+    out, err = capsys.readouterr()
+    assert "after prompts" in out
+    assert err.endswith("finished already; this is its result\n")
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir() if path.name != "run.lock"} == before
+
+
 def test_settings_from_a_file_lose_against_flags(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +154,20 @@ def test_wrong_settings_in_a_file(content: str, said: str, tmp_path: Path, capsy
 def test_an_unknown_backend_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*flags, "--backend", "ftp://localhost:1"]) == 2
     assert "expected local, http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_without_ray_a_run_on_it_is_refused_and_one_here_goes(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as where it is not installed
+    words = [*flags, "--quiet", "--run-dir", str(tmp_path / "run")]
+    assert cli.run([*words, "--ray", "local"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: --ray needs Ray: pip install 'bbprompt[ray]' (")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert cli.run(words) == 0
 
 
 def test_a_signal_stops_a_run_that_can_be_resumed(flags: list[str], tmp_path: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import tiny_prompt
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from bbprompt import wire
 from bbprompt.config import (
     MethodConfig,
     PromptStageConfig,
@@ -20,6 +27,9 @@ from bbprompt.config import (
 )
 from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
+from bbprompt.sweep.experiment import Experiment
+from bbprompt.tasks.task import Task, load_task
+from bbprompt.testing import ToyOracle
 from bbprompt.yamlfile import read_yaml, validate
 
 
@@ -208,6 +218,77 @@ def test_a_wrong_file(text: str, message: str, tmp_path: Path) -> None:
 def test_a_wrong_flag() -> None:
     with pytest.raises(UsageError, match=r"command line: device: "):
         validate(TuneConfig, {"task": "lcqmc", "device": "tpu"}, "command line")
+
+
+#: Names that lead elsewhere, or that some system takes for something else, where a path is built from them.
+NAMES = [
+    *(
+        up + end
+        for up in ("..", "../..", "..\\..", "....//", "%2e%2e", "%252e%252e", "%c0%ae", "..;")
+        for end in ("", "/x")
+    ),
+    *(
+        f"{root}{end}"
+        for root in ("/", "//", "~/", "C:\\", "\\\\host\\", "file:///")
+        for end in ("", "x", "etc/passwd")
+    ),
+    *(f"a{odd}b" for odd in "\0\r\n\t /\\:*?\"<>|;&$`'(){}[]!#%^=+,@~\u202e\u2024\u2215\uff0f\u200b\ufeff"),
+    *(
+        "",
+        " ",
+        ".",
+        "..",
+        "...",
+        "-rf",
+        "_",
+        "CON",
+        "NUL.txt",
+        "A",
+        "\uff10",
+        "\u00e9",
+        "a" * 65,
+        "a" * 300,
+        "\ud800",
+        "a\n",
+    ),
+]
+
+
+REQUEST = wire.request_for(ToyOracle().info, "0" * 64, np.zeros((1, 3, 4), np.float32), "candidates", None)
+
+
+def named(name: str) -> list[tuple[type[Any], dict[str, Any]]]:
+    """Everything that a folder may be called after, with that name."""
+    grid = {"tasks": ["lcqmc"], "methods": ["mp2-deep"], "seeds": [1], "variants": {name: {}}}
+    method = load_method("mp2-deep").model_dump(mode="json") | {"name": name}
+    return [(Task, tiny_prompt.PAIR | {"name": name}), (MethodConfig, method), (Experiment, grid)]
+
+
+def test_a_sound_name_is_taken() -> None:
+    for model, values in named("my-own_task.2"):
+        validate(model, values, "x.yaml")
+
+
+@given(st.one_of(st.sampled_from(NAMES), st.text(alphabet="./\\%~\0\n ab-", max_size=12)))
+@example("../../x")
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    """Names of tasks, methods and variants, of which those of folders are made: refused, or of one part."""
+    for model, values in named(name):
+        try:
+            validate(model, values, "x.yaml")
+        except UsageError as error:
+            assert len(str(error).splitlines()) == 1  # noqa: PT017 - one line is the promise
+        else:
+            assert (tmp_path / f"{name}-1").resolve().parent == tmp_path.resolve()
+            assert Path(name).name == name
+    for load in (load_task, load_method):
+        with pytest.raises(UsageError):
+            load(name)
+    with contextlib.suppress(UnicodeEncodeError):  # by the sender, of half a character
+        body = wire.encode_request(replace(REQUEST, call_id=name))
+        with pytest.raises(wire.WireError):
+            wire.decode_request(body, layers=3, dim=4, most=1)
 
 
 def test_settings_are_frozen() -> None:

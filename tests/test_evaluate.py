@@ -22,10 +22,12 @@ PATH = Path("/journal.log")
 POINTS = np.random.default_rng(0).normal(size=(6, 3, 4))
 
 
-def evaluator(disk: FaultDisk, oracle: Oracle | None = None, limit: int = 20) -> tuple[Evaluator, Ledger]:
+def evaluator(
+    disk: FaultDisk, oracle: Oracle | None = None, limit: int = 20, charge: bool = False
+) -> tuple[Evaluator, Ledger]:
     ledger = Ledger(Journal(PATH, "run", disk), limit)
     train, dev = toyruns.data(6, 1), toyruns.data(5, 2)
-    return Evaluator(oracle or ToyOracle(), ledger, Readout(), toyruns.TASK, train, dev), ledger
+    return Evaluator(oracle or ToyOracle(), ledger, Readout(), toyruns.TASK, train, dev, charge), ledger
 
 
 class Watching:
@@ -87,6 +89,26 @@ def test_a_failure_is_no_value(fault: Any) -> None:
         calls.train(POINTS)
     assert len(ledger.in_doubt) == len(POINTS) == ledger.reserved
     assert b'"settle"' not in disk.files()[str(PATH)]
+
+
+@pytest.mark.parametrize(
+    ("charge", "said"),
+    [
+        (False, "6 calls were sent before a crash and are sent again, under the same reservation"),
+        (True, "6 calls were sent before a crash and may have been charged; they count"),
+    ],
+)
+def test_what_becomes_of_calls_in_doubt_is_said_once(charge: bool, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    disk = FaultDisk()
+    calls, _ = evaluator(disk, FaultyOracle(ToyOracle(), 1))
+    with pytest.raises(OracleError):
+        calls.train(POINTS)
+    assert caplog.messages == [], "nothing was in doubt before"
+    calls, ledger = evaluator(disk.rebooted("nothing"), charge=charge)
+    calls.train(POINTS)
+    calls.train(POINTS + 1)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", said)]
+    assert ledger.reserved == (18 if charge else 12)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e38])

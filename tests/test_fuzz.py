@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import canaries
 import fuzz
 import fuzztargets
+import numpy as np
 import pytest
+import yaml
+
+from bbprompt import wire
+from bbprompt.backends.cache import memoised_digest
 
 MUTANTS = 200
 
@@ -18,6 +31,62 @@ def test_mutants_of_sound_files(name: str) -> None:
     counts = fuzz.mutations(name, MUTANTS, seed=1)
     assert counts["accepted"] >= 1, "the sound file itself"
     assert counts["refused"] > MUTANTS // 10 or name == "curve"
+
+
+@pytest.mark.parametrize(
+    "name", ["pickle 2", "npy", "torch", "old torch", "yaml object/apply:os.system", "yaml eval", "python"]
+)
+def test_a_canary_sings_where_it_is_run(name: str, tmp_path: Path) -> None:
+    """Otherwise its silence would say nothing."""
+    canary = tmp_path / "canary"
+    payload = canaries.payloads(canary)[name]
+    if name == "python":
+        exec(payload)
+    elif name.startswith("yaml"):
+        yaml.unsafe_load(payload)
+    elif name == "npy":
+        np.load(io.BytesIO(payload), allow_pickle=True)
+    elif name == "torch":
+        pickle.loads(zipfile.ZipFile(io.BytesIO(payload)).read("archive/data.pkl"))
+    else:
+        file = io.BytesIO(payload)
+        while file.tell() < len(payload):
+            pickle.load(file)
+    assert canary.exists()
+
+
+READERS: dict[str, tuple[Callable[[bytes], object], type[Exception]]] = {
+    "request": (lambda data: wire.decode_request(data, layers=3, dim=4, most=9), wire.WireError),
+    "reply": (wire.decode_reply, wire.WireError),
+    "batch": (lambda data: wire.decode_batch(data, most=9), wire.WireError),
+}
+
+
+@pytest.mark.parametrize("name", [*fuzztargets.NAMES, *READERS])
+def test_nothing_that_is_read_is_run(name: str, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    if name in READERS:
+        read, allowed = READERS[name]
+    else:
+        target = fuzztargets.targets()[name]
+        read, allowed = target.read, target.allowed  # type: ignore[assignment]
+    payloads = canaries.payloads(canary)
+    assert len(payloads) >= 17
+    for payload in payloads.values():
+        with contextlib.suppress(allowed):
+            read(payload)
+        assert not canary.exists()
+
+
+def test_a_cached_digest_is_not_run(cache: Path, tmp_path: Path) -> None:
+    canary, file = tmp_path / "canary", tmp_path / "weights"
+    file.write_bytes(b"x")
+    assert memoised_digest([file], lambda: "0" * 64) == "0" * 64
+    (memo,) = (cache / "digests").iterdir()
+    for payload in canaries.payloads(canary).values():
+        memo.write_bytes(payload)
+        assert memoised_digest([file], lambda: "1" * 64) == "1" * 64
+    assert not canary.exists()
 
 
 #: Inputs that once came out as something else.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,13 +27,14 @@ from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.cluster import Cluster, _reach, join_cluster, normal_address
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.rayoracle import RayOracle
-from bbprompt.backends.rayworker import Failure, Model, Worker
+from bbprompt.backends.rayworker import Failure, Model, Request, Worker
 from bbprompt.connect import open_oracle
 from bbprompt.errors import DataError, OracleError, UsageError
 from bbprompt.oracle import Oracle
 from bbprompt.run import Prepared, prepare, tune
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.testing import OracleContract
+from bbprompt.units import Unit
 
 # Not imported here: Ray decides on tokens when it is loaded.
 pytestmark = [
@@ -243,6 +246,30 @@ def test_a_worker_says_what_is_wrong_with_its_model(prompt: bbprompt.ModularProm
         assert isinstance(failure, Failure)
         assert failure.kind == kind
         assert words in failure.message
+
+
+class Unpicklable(Exception):
+    """It holds what no message can carry."""
+
+    def __init__(self) -> None:
+        super().__init__("out of\nmemory on device 3")
+        self.lock = threading.Lock()
+
+
+def test_an_error_that_cannot_be_pickled_arrives_as_its_words() -> None:
+    class Broken:
+        def score_unit(self, *_: Any) -> Any:
+            raise Unpicklable
+
+    with pytest.raises(TypeError):
+        pickle.dumps(Unpicklable())
+    worker = Worker(lambda value: value)
+    worker._oracle = Broken()
+    points = np.zeros((1, 3, 4), np.float32)
+    said = worker.answer(Request(1, "digest", "candidates", None), batch_of("pair"), points, [Unit(0, 1)])
+    assert pickle.loads(pickle.dumps(said)) == Failure(
+        "OracleError", "a worker failed with Unpicklable: out of memory on device 3"
+    )
 
 
 def test_workers_need_something_to_work_on(prompt: bbprompt.ModularPrompt) -> None:

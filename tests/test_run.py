@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from toyruns import Recorder
 
 from bbprompt.config import TuneConfig
 from bbprompt.errors import ArtifactError, DataError, Interrupted, ResumeMismatch, UsageError
+from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.result import Result
 from bbprompt.run import Prepared, Watcher, default_directory, prepare, reopen, tune
 from bbprompt.search.tuner import Status
+from bbprompt.store import manifest
 from bbprompt.store.rundir import RunDirectory
 
 FAST: dict[str, Any] = {"router": None, "prompt.popsize": 8, "prompt.dev_every": 16}
@@ -269,11 +274,13 @@ def test_a_journal_cut_anywhere(pair: Prepared, finished: Path, tmp_path: Path) 
         assert (folder / "journal.log").read_bytes() == content
 
 
-def test_a_finished_run_can_be_gone_on_with(pair: Prepared, finished: Path) -> None:
-    before = {name: (finished / name).read_bytes() for name in ("journal.log", "prompt.safetensors", "curve.csv")}
-    expected = Result.model_validate_json((finished / "result.json").read_bytes())
-    result = go_on(pair, finished)
-    assert result.digest == expected.digest
+def test_a_finished_run_gives_its_result_and_asks_for_nothing(pair: Prepared, finished: Path) -> None:
+    names = ("journal.log", "prompt.safetensors", "curve.csv", "result.json")
+    before = {name: (finished / name).read_bytes() for name in names}
+    recorder = Recorder(pair.oracle)
+    result = go_on(replace(pair, oracle=recorder), finished)
+    assert result == Result.model_validate_json(before["result.json"])
+    assert recorder.batches == []
     for name, content in before.items():
         assert (finished / name).read_bytes() == content, name
 
@@ -320,6 +327,52 @@ def test_what_differs_is_named(pair: Prepared, finished: Path, tiny_pair_data: P
             go_on(other, finished)
     with pytest.raises(ResumeMismatch, match="threads was 1 when the run began and is 3 now"):
         go_on(replace(pair, threads=3), finished)
+
+
+class Other(Recorder):
+    """An oracle that says something else of itself than the one it asks."""
+
+    def __init__(self, inner: Oracle, **keys: str) -> None:
+        super().__init__(inner)
+        self.said = replace(inner.info, **keys)
+
+    @property
+    def info(self) -> OracleInfo:
+        return self.said
+
+
+@pytest.mark.parametrize("begun", ["just begun", "finished"])
+@pytest.mark.parametrize(
+    ("name", "now"),
+    [
+        ("task.template", "{text_a} or {text_b}?"),
+        ("model.backbone_digest", "0" * 64),
+        ("model.prompts_digest", "0" * 64),
+        ("versions.bbprompt", "0.0.0"),
+        ("versions.numpy", "0.0.0"),
+    ],
+)
+def test_another_model_task_or_library_is_noticed_before_anything_is_sent(
+    name: str, now: str, begun: str, pair: Prepared, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = finished
+    if begun == "just begun":
+        folder = tmp_path / "run"
+        RunDirectory.create(folder, pair.manifest()).close()
+    part, key = name.split(".")
+    oracle = Other(pair.oracle, **{key: now} if part == "model" else {})
+    task = pair.task.model_copy(update={key: now}) if part == "task" else pair.task
+    if name == "versions.bbprompt":
+        monkeypatch.setattr(manifest, "__version__", now)
+    elif part == "versions":
+        version = importlib.metadata.version
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: now if name == key else version(name))
+    with pytest.raises(
+        ResumeMismatch, match=f'{name} was .* when the run began and is "{re.escape(now)}" now'
+    ) as raised:
+        go_on(replace(pair, oracle=oracle, task=task), folder)
+    assert raised.value.exit_code == 78
+    assert oracle.batches == []
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "data.few_shot"), ("test", "data.test")])

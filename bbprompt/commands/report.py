@@ -107,8 +107,8 @@ def _run(
     threads: int | None,
     quiet: bool,
 ) -> str:
-    from bbprompt.predict import read_result
     from bbprompt.report.run import run_page
+    from bbprompt.result import read_result
     from bbprompt.store.rundir import RunDirectory
     from bbprompt.summary import notes
 

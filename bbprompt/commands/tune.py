@@ -218,7 +218,7 @@ def _run(
     where: Mapping[str, Any] | None = None,
 ) -> None:
     """Begin a run with `config`, or go on with the one in `folder`, with the settings `where` it is computed."""
-    from bbprompt.predict import read_result
+    from bbprompt.result import read_result
     from bbprompt.run import prepare, reopen, tune
     from bbprompt.terminal import Terminal, logging_to, open_console
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bbprompt.errors import DiskError, UsageError
-from bbprompt.predict import read_result
-from bbprompt.result import Result
+from bbprompt.result import Result, read_result
 from bbprompt.store.rundir import CURVE, CURVE_COLUMNS, MANIFEST, RunDirectory
 from bbprompt.sweep.experiment import row_name
 from bbprompt.sweep.runner import SWEEP, read_sweep

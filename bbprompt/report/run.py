@@ -16,11 +16,10 @@ from safetensors import SafetensorError
 from bbprompt.compare.runs import read_curve
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.errors import DiskError, UsageError
-from bbprompt.predict import read_result
 from bbprompt.report.examples import Judged, confusion, worst
 from bbprompt.report.figures import run_curves
 from bbprompt.report.page import Html, bullets, code, details, heat, page, paragraph, section, table
-from bbprompt.result import Result
+from bbprompt.result import Result, read_result
 from bbprompt.run import reopen
 from bbprompt.store.rundir import MANIFEST, PROMPT, RunDirectory
 from bbprompt.tasks.task import Task

@@ -76,6 +76,7 @@ class Evaluator:
         self._data = {"train": train, "dev": dev}
         self._cut = {"train": 0, "dev": 0}
         self._lost = frozenset(ledger.in_doubt if charge else ())
+        self._again = set(() if charge else ledger.in_doubt)
         self.calibrates = calibrates and task.labelled
         self._offsets: dict[bytes, tuple[float, ...]] = {}
         self._compared: dict[bytes, tuple[float, ...]] = {}
@@ -168,6 +169,9 @@ class Evaluator:
         ids = [self._id(kind, number, row) for number, (kind, row) in enumerate(zip(kinds, rows, strict=True))]
         if self._lost:
             ids = self._made_anew(kinds, ids)
+        if again := self._again.intersection(ids):
+            _log.warning("%d calls were sent before a crash and are sent again, under the same reservation", len(again))
+            self._again -= again
         new = {call_id for call_id in ids if self._ledger.settled(call_id) is None}
         # What the journal holds is asked for first and in order. So a call that it has not settled is one in doubt, or
         # nothing may be left in it but what is asked for here. Where lost calls were charged, the budget may not hold

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, TuneConfig, load_method, method_with
 from bbprompt.errors import UsageError
 from bbprompt.run import located
+from bbprompt.settings import Name
 from bbprompt.tasks.task import load_task
 from bbprompt.yamlfile import closest, read_yaml, validate
 
@@ -30,7 +31,6 @@ _AXES = ("task", "method", "seed")
 
 _Name = Annotated[str, Field(min_length=1, strict=True)]
 _Seed = Annotated[int, Field(ge=0, strict=True)]
-_Label = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Experiment(BaseModel):
@@ -54,7 +54,7 @@ class Experiment(BaseModel):
     tasks: tuple[_Name, ...] = Field(min_length=1)
     methods: tuple[_Name, ...] = Field(min_length=1)
     seeds: tuple[_Seed, ...] = Field(min_length=1)
-    variants: Mapping[_Label, Mapping[str, Any]] = Field(default_factory=dict)
+    variants: Mapping[Name, Mapping[str, Any]] = Field(default_factory=dict)
     settings: Mapping[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
