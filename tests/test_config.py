@@ -270,7 +270,7 @@ def test_a_sound_name_is_taken() -> None:
 
 
 @given(st.one_of(st.sampled_from(NAMES), st.text(alphabet="./\\%~\0\n ab-", max_size=12)))
-@example("../../x")
+@example("../../../x")
 @settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     """Names of tasks, methods and variants, of which those of folders are made: refused, or of one part."""

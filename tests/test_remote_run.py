@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from servers import TOKEN, free_port, start, stop
 
+from bbprompt import cli
 from bbprompt.config import TuneConfig
 from bbprompt.errors import OracleError
 from bbprompt.result import Result
@@ -75,11 +76,15 @@ def test_a_killed_server_ends_the_run_and_a_new_one_ends_it_as_if_nothing_had_be
     local: Result,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("BBPROMPT_TOKEN", TOKEN)
     port = free_port()
     process, url = start(tiny_prompts, port=port)
     try:
+        commands = Path(f"/proc/{process.pid}/cmdline").read_bytes() + Path("/proc/self/cmdline").read_bytes()
+        assert b"serve" in commands
         run = prepare(config(tiny_pair_data, tiny_prompts, backend=url, workers=2))
         whole = finish(run, tmp_path / "whole")
         assert numbers(whole) == numbers(local)
@@ -103,10 +108,19 @@ def test_a_killed_server_ends_the_run_and_a_new_one_ends_it_as_if_nothing_had_be
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout.splitlines()[-1])["digest"] == local.digest
+        assert cli.run(["report", str(tmp_path / "killed"), "--out", str(tmp_path / "page.html")]) == 0
     finally:
         assert stop(process) == 0
     for name in ("journal.log", "prompt.safetensors"):
         killed, undisturbed = ((tmp_path / folder / name).read_bytes() for folder in ("killed", "whole"))
         assert name == "journal.log" or killed == undisturbed
-        assert TOKEN.encode() not in killed
-    assert TOKEN not in (tmp_path / "killed" / "manifest.json").read_text()
+    # The token stands nowhere: in no file, on no stream, in no page, in nothing that a traceback or a log shows.
+    assert len(list(tmp_path.rglob("*.*"))) > 8
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or TOKEN.encode() not in file.read_bytes(), file
+    told = capfd.readouterr()
+    for text in (told.out, told.err, gone.stdout, gone.stderr, done.stdout, done.stderr, caplog.text):
+        assert TOKEN not in text
+    for shown in (run, run.oracle, run.config, whole, raised.value):
+        assert TOKEN not in f"{shown!r} {shown}"
+    assert TOKEN.encode() not in commands
