@@ -57,7 +57,7 @@ FILES, RAY, REQUESTS, PLANTED = "corrupted files opened", "Ray kills", "hostile 
 #: Least total of each figure, tier by tier. Of the crash points, what the tier sweeps exhaustively: every operation,
 #: every record and every byte of its scenarios; the power cuts at random come on top.
 DEMANDED: dict[str, tuple[int, int, int]] = {
-    CRASHES: (4_300, 16_000, 28_000),
+    CRASHES: (4_300, 29_000, 66_000),
     KILLS: (40, 1_000, 3_000),
     FAULTS: (10_000, 100_000, 300_000),
     OPERATIONS: (100_000, 2_500_000, 10_000_000),
@@ -66,6 +66,13 @@ DEMANDED: dict[str, tuple[int, int, int]] = {
     REQUESTS: (400, 5_000, 50_000),
     PLANTED: (0, 12, 12),
 }
+#: Methods of `toyruns` and budgets of the runs that are swept, tier by tier. "both" has a Gaussian process in its first
+#: stage, "upstream" in its only one.
+SCENARIOS = (
+    (("joint", 40), ("all-time", 40)),
+    (("joint", 40), ("all-time", 60), ("both", 24)),
+    (("joint", 40), ("all-time", 60), ("both", 24), ("layerwise", 120), ("joint", 120), ("upstream", 16)),
+)
 #: Kills of each kind on Ray, tier by tier.
 RAY_KILLS: dict[str, tuple[int, int, int]] = {"workers": (0, 30, 80), "drivers": (0, 5, 10), "nodes": (0, 5, 10)}
 
@@ -165,23 +172,26 @@ def _http(level: int, seed: int) -> Iterator[Check]:
             name, lambda first=first: httpfaults.schedules(share, seed, httpfaults.Stage(), first), FAULTS, "faults"
         )
     if level:
-        yield Check("KServe faults at random", partial(_schedules, "kserve", 2_000, seed, 0), FAULTS, "faults")
+        yield Check("KServe faults at random", partial(_schedules, 2_000, seed, "kserve"), FAULTS, "faults")
+        both = partial(_schedules, (0, 1_000, 5_000)[level], seed, "http", "both", 24)
+        yield Check("HTTP faults at random, both stages", both, FAULTS, "faults")
     names = tuple(httpfaults.FAULTS) if level else httpfaults.ONE_OF_EACH
     for protocol in httpfaults.PROTOCOLS:
         name = f"{len(names)} faults, 3 places, 3 times: {protocol}"
         yield Check(name, partial(httpfaults.matrix, protocol, names), FAULTS, "faults")
+    if level:
+        name = f"{len(names)} faults, 3 places, 3 times: both stages"
+        yield Check(name, partial(httpfaults.matrix, "http", names, "both"), FAULTS, "faults")
     yield Check("what only sockets do", rawserver.exchanges, FAULTS, "tricks")
 
 
-def _schedules(protocol: httpfaults.Protocol, count: int, seed: int, first: int) -> Any:
-    return httpfaults.schedules(count, seed, httpfaults.Stage(protocol), first)
+def _schedules(count: int, seed: int, *stage: Any) -> Any:
+    return httpfaults.schedules(count, seed, httpfaults.Stage(*stage))
 
 
 def _disk(level: int, seed: int) -> Iterator[Check]:
     """Power cuts, failing disks, damaged files."""
-    budgets = ([40, 40], [40, 60], [40, 60, 120])[level]
-    names = (["joint", "all-time"], ["joint", "all-time"], ["joint", "all-time", "layerwise"])[level]
-    for number, (name, budget) in enumerate(zip(names, budgets, strict=True)):
+    for number, (name, budget) in enumerate(SCENARIOS[level]):
         scenario, run = f"{name} {budget}", partial(crashes.small, name, budget)
         yield Check(f"power cut at every operation, 4 images: {scenario}", _on(run, crashes.crash_points), CRASHES)
         if number and not level:
