@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def test_faults_of_a_server_at_random() -> None:
     counts = httpfaults.schedules(100, 1, httpfaults.Stage())
     assert counts["faults"] > 400
     assert counts["deaths"] > 20
+
+
+def test_a_call_that_was_settled_and_is_asked_again_after_a_crash_is_noticed(run: Prepared) -> None:
+    expected, _ = crashes.alone(run)
+    whole = crashes.Lives(run)
+    whole.going(disk := FaultDisk())
+    whole.ended(disk).finished(disk, expected, "a finished run goes on")
+    again = whole.ended(disk)
+    again.log.append(replace(whole.log[0], life=1))
+    with pytest.raises(AssertionError, match="gone on once more: a call was asked for again though its value"):
+        again.finished(disk, expected, "gone on once more")
 
 
 # ------------------------------------------------------------------------------------------- the demands
