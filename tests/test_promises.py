@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import crashes
 import httpfaults
 import ledgerwalk
+import promises
 import pytest
 from audit import Execution, audit, settled
 from faultdisk import FaultDisk
@@ -84,6 +86,86 @@ def test_faults_of_a_server_at_random() -> None:
     counts = httpfaults.schedules(100, 1, httpfaults.Stage())
     assert counts["faults"] > 400
     assert counts["deaths"] > 20
+
+
+def test_a_call_that_was_settled_and_is_asked_again_after_a_crash_is_noticed(run: Prepared) -> None:
+    expected, _ = crashes.alone(run)
+    whole = crashes.Lives(run)
+    whole.going(disk := FaultDisk())
+    whole.ended(disk).finished(disk, expected, "a finished run goes on")
+    again = whole.ended(disk)
+    again.log.append(replace(whole.log[0], life=1))
+    with pytest.raises(AssertionError, match="gone on once more: a call was asked for again though its value"):
+        again.finished(disk, expected, "gone on once more")
+
+
+# ------------------------------------------------------------------------------------------- the demands
+
+
+@pytest.mark.parametrize("tier", promises.TIERS)
+def test_a_total_below_its_demand_has_not_held(tier: str) -> None:
+    demands = {figure: counts[promises.TIERS.index(tier)] for figure, counts in promises.DEMANDED.items()}
+    lines, below = promises.totalled(tier, demands)
+    assert (len(lines), below) == (8, 0)
+    assert not any("NOT HELD" in line for line in lines)
+    for figure, count in demands.items():
+        lines, below = promises.totalled(tier, demands | {figure: count - 1})
+        assert below == 1
+        assert f"{figure}: {count - 1} of {count}: NOT HELD" in lines
+    assert promises.totalled(tier, {})[1] == sum(count > 0 for count in demands.values())
+
+
+def test_more_than_is_demanded_holds() -> None:
+    assert "real SIGKILLs: 1155 of 1000" in promises.totalled("nightly", {promises.KILLS: 1155})[0]
+
+
+@pytest.mark.parametrize("tier", promises.TIERS)
+def test_what_a_tier_sets_out_to_kill_meets_its_demand(tier: str) -> None:
+    checks = list(promises.checks(tier, 1))
+    for figure in (promises.KILLS, promises.RAY):
+        wanted = sum(check.least.get("kills", 0) for check in checks if check.figure == figure)
+        assert wanted >= promises.DEMANDED[figure][promises.TIERS.index(tier)]
+    figures = {figure for figure, counts in promises.DEMANDED.items() if counts[promises.TIERS.index(tier)]}
+    assert figures == {check.figure for check in checks} - {""}
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, check: promises.Check) -> tuple[str, bool, int]:
+    monkeypatch.setattr(promises, "checks", lambda tier, seed: iter([check]))
+    monkeypatch.setattr(promises.logging, "disable", lambda level: None)
+    return promises.judged("commit", 1, 0)
+
+
+def test_a_check_that_ends_short_has_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"kills": 40, "no nodes": "network namespaces are not permitted"}
+    check = promises.Check("Ray", lambda: found, promises.RAY, "kills", {"kills": 40, "nodes": 5})
+    line, held, counted = judged(monkeypatch, check)
+    assert line.startswith("Ray: SHORT, nodes: 0 of 5: {")
+    assert (held, counted) == (False, 40)
+    found["nodes"] = 5
+    assert judged(monkeypatch, check)[1:] == (True, 40)
+
+
+def test_a_check_whose_package_is_missing_has_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = promises.Check("guided", lambda: 1 / 0, needs="no_such_package")
+    line, held, counted = judged(monkeypatch, check)
+    assert line == "guided: NOT HELD: no_such_package is not installed, which the extra `dev` brings"
+    assert (held, counted) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    ("system", "processor", "python", "expected"),
+    [
+        ("linux", "x86_64", "3.11", True),
+        ("linux", "aarch64", "3.11", False),
+        ("darwin", "x86_64", "3.11", False),
+        ("linux", "x86_64", "3.14", False),
+    ],
+)
+def test_an_extra_brings_what_its_markers_say(system: str, processor: str, python: str, expected: bool) -> None:
+    machine = {"sys_platform": system, "platform_machine": processor, "python_version": python}
+    assert promises._brought("atheris", "fuzz", machine) == expected
+    assert promises._brought("ray", "ray", machine)
+    assert not promises._brought("atheris", "ray", machine)
 
 
 # ------------------------------------------------------------------------------------------- the checker

@@ -161,6 +161,18 @@ def test_what_is_no_batch_is_refused(body: bytes) -> None:
         wire.decode_batch(body, most=4)
 
 
+@pytest.mark.parametrize("shape", [[0, 2**39, 2**39], [2**39, 2**39, 0], [2**20, 2**20, 0]])
+def test_an_empty_tensor_has_sizes_that_an_array_can_have(shape: list[int]) -> None:
+    def empty(shape: list[int]) -> bytes:
+        tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}
+        meta = {"protocol": "1", "kind": "reply", "call_id": "0" * 64, "cut": "0"}
+        return forged({"__metadata__": meta, "logits": tensor, "normalizer": tensor})
+
+    assert wire.decode_reply(empty([2, 0, 2]))[1].logits.shape == (2, 0, 2)
+    with pytest.raises(WireError, match="sizes that no array has together"):
+        wire.decode_reply(empty(shape))
+
+
 FORM = [[["a", True]], ["x", "y"], -1, -1, -1, -1]
 SPAN = [[["a", True]], [], 0, -1, -1, -1]
 
