@@ -142,7 +142,7 @@ GOOD = '{"text": "好", "label": "0"}\n'
         ("x.jsonl", b'{"n": ' + b"9" * 5000 + b"}\n", 1, "not acceptable JSON"),
         ("x.jsonl", b"[" * 100_000 + b"\n", 1, "nested too deep"),
         ("x.jsonl.gz", b"not gzip", None, "damaged gzip"),
-        ("x.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:-9], None, "damaged gzip"),
+        ("x.jsonl.gz", gzip.compress(GOOD.encode() * 99, mtime=0)[:-9], None, "damaged gzip"),
         ("x.tsv", b"text\tlabel\na\t0\tmore\n", 2, "3 columns, but the header has 2"),
         ("x.tsv", b"text\tlabel\na\t0\n\nb\t1\n", 3, "1 columns, but the header has 2"),
         ("x.tsv", b"text\ttext\na\t0\n", 1, "'text' of the header stands twice"),
