@@ -117,8 +117,13 @@ def _json_mutant(data: bytes, random_: random.Random) -> bytes | None:
     """The same file with one value of the JSON in it replaced, removed or renamed; None where there is no JSON."""
     if data[8:9] == b"{":  # the header of a safetensors file, which its first eight bytes count
         size = int.from_bytes(data[:8], "little")
-        header = _json_mutant(data[8 : 8 + size].rstrip(), random_)
+        header = _text_mutant(data[8 : 8 + size].rstrip(), random_)
         return None if header is None else len(header).to_bytes(8, "little") + header + data[8 + size :]
+    return _text_mutant(data, random_)
+
+
+def _text_mutant(data: bytes, random_: random.Random) -> bytes | None:
+    """The same of a text that is JSON, or has a line that is."""
     starts = [0, *(at + 1 for at, byte in enumerate(data) if byte == 10)]
     try:
         start = 0

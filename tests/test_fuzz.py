@@ -179,3 +179,8 @@ def test_a_mutant_of_a_mutant_may_be_nested_as_deep_as_it_likes() -> None:
     for depth in (100, 900, 985, 5_000):
         nested = b"[" * depth + b"]" * depth
         assert all(len(list(fuzztargets.mutants((nested,), 1, str(seed)))) == 3 for seed in range(20))
+
+
+def test_a_mutant_of_nothing_but_braces_is_made() -> None:
+    """Found at night: each eight bytes of it could be taken for the length of a header that begins behind them."""
+    assert len(list(fuzztargets.mutants((b"{" * 20_000,), 20, "1"))) == 22
