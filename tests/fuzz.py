@@ -98,7 +98,7 @@ def main() -> None:
     failed = False
     for name in names:
         if importlib.util.find_spec("atheris"):
-            command = [sys.executable, __file__, "--only", name, "--seconds", str(share), "--seed", str(given.seed)]
+            command = [sys.executable, __file__, f"--only={name}", "--seconds", str(share), "--seed", str(given.seed)]
             command += ["--corpus", str(given.corpus)] if given.corpus else []
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             said = done.stderr.splitlines()
