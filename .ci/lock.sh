@@ -9,8 +9,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # Which build of torch is the choice of each machine (Makefile: TORCH, TORCH_ARGS), so torch and what only it needs
 # stay outside.
-never="$(mktemp)"
-trap 'rm -f "$never"' EXIT
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+never="$work/never" pins="$work/pins"
 echo "torch; sys_platform == 'elsewhere'" > "$never"
 lock() {
   uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --exclude-newer "7 days" \
@@ -19,7 +20,6 @@ lock() {
 upgrade=("$@")
 lock dev --group build --extra dev "${upgrade[@]}"
 # The versions of the lock that is tested hold for the others.
-grep -oE '^[a-z0-9._-]+==[^ ;]+' .ci/dev.lock > "$never.pins"
-lock serve --group build --extra serve --constraint "$never.pins"
-lock run --group build --constraint "$never.pins"
-rm -f "$never.pins"
+grep -oE '^[a-z0-9._-]+==[^ ;]+' .ci/dev.lock > "$pins"
+lock serve --group build --extra serve --constraint "$pins"
+lock run --group build --constraint "$pins"

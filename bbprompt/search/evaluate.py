@@ -270,7 +270,7 @@ def call_values(kind: Kind, readout: Readout, scores: Scores, data: Labelled, ta
     if scores.cut:  # with the loss, so that a resumed run can report what it does not see again
         for value in values:
             value["cut"] = float(scores.cut)
-    compared = readout.compared(scores, data.batch, data.gold)
+    compared = readout.compared(scores, data.batch, data.gold) if readout.tempered else losses[:, None]
     if kind == "dev":
         metrics = metric_values(task, readout, scores, data)
         for value, row, each in zip(values, metrics, compared, strict=True):
