@@ -61,6 +61,8 @@ def notes(result: Result) -> list[str]:
     if not result.stages:
         return lines + _cut(result)
     lines += _unspent(result)
+    if any(stage.name == "calibration" for stage in result.stages):
+        lines.append("The last dev score is of texts that the labels' offsets were fitted to: go by the test score.")
     if result.dev <= before.dev:
         lines.append(
             f"On dev the tuned prompt is not better than the untuned one "

@@ -80,7 +80,7 @@ class Meter:
         if console.is_terminal and not console.quiet:
             columns = (
                 TextColumn("{task.description}", markup=False),
-                BarColumn(bar_width=10),
+                BarColumn(bar_width=8),
                 TextColumn("{task.fields[text]}", markup=False),
             )
             # Twice a second: the refreshing thread takes its time from the search.
@@ -190,12 +190,13 @@ class Terminal(Watcher):
         self._check()
 
     def _describe(self, status: Status) -> str:
-        # The bar and its text have to fit 80 columns.
-        loss, unit = ("train", "/s") if self._console.is_terminal else ("train loss", " calls/s")
-        parts = [f"calls, {loss} {status.train_loss:.4f}, dev {status.dev_metric:.3f}"]
+        # The bar and its text have to fit 80 columns. A stage may end before its calls do, so what is left is a bound.
+        bar = self._console.is_terminal
+        loss, unit, most = ("train", "/s", "≤ ") if bar else ("best train loss", " calls/s", "at most ")
+        parts = [f"calls, {loss} {status.train_loss:.4f}, {'' if bar else 'best '}dev {status.dev_metric:.3f}"]
         speed = self._speed(status.calls)
         if speed:
-            parts.append(f"{speed:.1f}{unit}, {duration((self._budget - status.calls) / speed)} left")
+            parts.append(f"{speed:.1f}{unit}, {most}{duration((self._budget - status.calls) / speed)} left")
         return ", ".join(parts)
 
     def _speed(self, calls: int) -> float:

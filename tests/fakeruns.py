@@ -15,10 +15,15 @@ from bbprompt.tasks.task import load_task
 
 
 def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> Result:
-    """A result; `keys` may say before, majority, upstream (score after a stage), n, source, budget, metric."""
+    """A result.
+
+    `keys` may say before, majority, upstream and prompt (scores after stages; a calibration follows a named one), n,
+    source, budget, metric.
+    """
     metric = keys.get("metric", "accuracy")
     stages = [("upstream", "listing", keys["upstream"])] if "upstream" in keys else []
-    stages.append(("prompt", "cmaes", test))
+    stages.append(("prompt", "cmaes", keys.get("prompt", test)))
+    stages += [("calibration", "newton", test)] if "prompt" in keys else []
     return Result.model_validate(
         {
             "task": task,

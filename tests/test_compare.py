@@ -82,6 +82,16 @@ def test_stages_are_rows(folder: Path) -> None:
     assert "mp2-deep, after prompt" not in [each.name for each in found.rows]
 
 
+def test_a_stage_that_is_the_last_one_of_some_runs_is_whole(tmp_path: Path) -> None:
+    fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6, prompt=0.55)
+    fake_run(tmp_path, "drcd", "mp2-deep", 1, 0.7)
+    found = compared(tmp_path, stages=True)
+    after = row(found, "mp2-deep, after prompt").cells
+    assert after["lcqmc"].mean == pytest.approx(0.55)
+    assert after["drcd"].mean == pytest.approx(0.7)
+    assert "mp2-deep, after calibration" not in [each.name for each in found.rows]
+
+
 def test_differences_are_paired(folder: Path) -> None:
     found = {(each.method, each.against, each.group): each for each in compared(folder).differences}
     deep = found["mp2-shallow", "mp2-deep", "all"].found

@@ -92,6 +92,12 @@ def test_what_must_be_said_is_said(changes: dict[str, Any], said: str) -> None:
     assert len(lines) == 2
 
 
+def test_a_dev_score_that_was_fitted_to_is_called_one() -> None:
+    stages = [*RESULT["stages"], {**RESULT["stages"][1], "name": "calibration", "calls": 2}]
+    (said,) = [line for line in notes(result(stages=stages)) if "fitted to" in line]
+    assert said.startswith("The last dev score")
+
+
 def test_calls_that_were_left_for_want_of_gain_are_spoken_of() -> None:
     stages = [RESULT["stages"][0], {**RESULT["stages"][1], "ended": "patience"}]
     lines = notes(result(stages=stages, calls={"train": 500, "dev": 10}))

@@ -81,7 +81,9 @@ def test_a_run_elsewhere_than_on_a_terminal(prepared: Prepared) -> None:
     lines = text(shown).splitlines()[start:]
     # The first of each stage, then every 30 seconds; and the test split at its start and end.
     assert [line.split(":")[0].split("] ")[1] for line in lines] == ["router"] * 2 + ["prompt"] * 2 + ["test"] * 2
-    assert lines[1] == ("[    31 s] router: 310/8000 calls, train loss 0.5000, dev 0.750, 10.0 calls/s, 13 min left")
+    assert lines[1] == (
+        "[    31 s] router: 310/8000 calls, best train loss 0.5000, best dev 0.750, 10.0 calls/s, at most 13 min left"
+    )
     assert lines[-1].endswith("test: 100/100 examples")
     assert "\x1b" not in text(shown)
     assert "\r" not in text(shown)
@@ -95,7 +97,7 @@ def test_a_run_on_a_terminal(prepared: Prepared) -> None:
         watcher.status(Status(7999, "prompt", 0.5, 0.75))
         watcher.testing(64, 100)
     assert "bbprompt tune" in text(shown)
-    assert " 7999/8000 calls, train 0.5000, dev 0.750, 799.9/s, 0 s left" in text(shown)
+    assert " 7999/8000 calls, train 0.5000, dev 0.750, 799.9/s, ≤ 0 s left" in text(shown)
     assert "64/100 examples" in text(shown)
 
 

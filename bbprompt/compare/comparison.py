@@ -201,12 +201,14 @@ def _untuned(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, S
 
 
 def _after_stages(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, Scores]:
+    """A row for each stage that is not the last one of all runs of its method: there it is the method's own row."""
     rows: dict[str, Scores] = {}
     for name in methods:
-        for run in (run for run in runs if run.row == name):
-            for stage in run.result.stages[:-1]:
-                row = rows.setdefault(f"{name}, after {stage.name}", {})
-                row[run.result.task, run.result.seed] = stage.test
+        own = [run.result for run in runs if run.row == name]
+        for stage in dict.fromkeys(stage.name for result in own for stage in result.stages[:-1]):
+            rows[f"{name}, after {stage}"] = {
+                (result.task, result.seed): each.test for result in own for each in result.stages if each.name == stage
+            }
     return rows
 
 

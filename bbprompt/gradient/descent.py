@@ -9,6 +9,7 @@ along in stage II; `router.noise` and `prompt.head` say so. There is no dropout 
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class Descent:
         self._kept: dict[int, dict[str, NDArray[np.float32]]] = {}
         self._cut: dict[Kind, int] = {}
         self._stages: list[GradientStage] = []
-        self._seconds = self._adam_seconds = 0.0
+        self._seconds = self._adam_seconds = self._highest = 0.0
 
     def run(self) -> Descended:
         """All stages.
@@ -186,6 +187,7 @@ class Descent:
             self._soft.routed = True
         adam = torch.optim.Adam(parameters.values(), lr=stage.rate)
         loss = self._chosen.loss
+        lowest = math.inf
         for epoch in range(1, stage.epochs + 1):
             if not self._room(most, first):
                 ended = "budget"
@@ -195,7 +197,8 @@ class Descent:
                 held = self._chosen
                 loss = self._looked(parameters, adam)
                 idle = idle + 1 if self._chosen is held else 0
-            self._tell(name, value["loss"])
+            lowest = min(lowest, value["loss"])
+            self._tell(name, lowest)
             if stage.patience is not None and idle >= stage.patience:
                 ended = "patience"
                 break
@@ -243,7 +246,9 @@ class Descent:
         train = self._calls.make("train", functools.partial(self._scored, "train"))
         dev = self._calls.make("dev", functools.partial(self._scored, "dev"))
         self._cut = {"train": int(train.get("cut", 0)), "dev": int(dev.get("cut", 0))}
-        return GradientLook(key, train["loss"], dev_score(dev, len(self._data["dev"].gold)), searched)
+        score = dev_score(dev, len(self._data["dev"].gold))
+        self._highest = max(self._highest, score.metric)
+        return GradientLook(key, train["loss"], score, searched)
 
     def _scored(self, kind: Kind) -> dict[str, float]:
         began = time.monotonic()
@@ -260,7 +265,7 @@ class Descent:
         return call_values(kind, self._readout, scores, data, self._task)[0]
 
     def _tell(self, stage: str, train_loss: float) -> None:
-        self._report(Status(self._calls.made, stage, train_loss, self._chosen.dev_metric))
+        self._report(Status(self._calls.made, stage, train_loss, self._highest))
 
 
 def _check_finite(total: float, stage: AnyDescent) -> None:

@@ -97,7 +97,15 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Where the search stands: for the progress bar and the curve."""
+    """Where the search stands: for the progress bar and the curve.
+
+    Attributes:
+        calls: Train and dev calls settled so far.
+        stage: Name of the stage.
+        train_loss: The stage's lowest train loss so far.
+        dev_metric: The highest dev metric so far, a fraction; not always that of the prompt that would be returned,
+            which the method's rule chooses.
+    """
 
     calls: int
     stage: str
@@ -257,7 +265,7 @@ class _Search:
         else:
             chosen = Incumbent(chosen.point, train_loss, chosen.router)
             look = Look(chosen, score, self._evaluator.readout(chosen.point), self._train(chosen), searched=True)
-        self._report(Status(self._evaluator.spent, "calibration", train_loss, look.dev_metric))
+        self.report("calibration", train_loss, look)
         spent = self._evaluator.spent - first
         return StageTrace("calibration", "newton", spent, train_loss, look, ended, time.monotonic() - began)
 
@@ -278,9 +286,10 @@ class _Search:
             self._looks[at] = replace(look, incumbent=incumbent, train=self._train(incumbent))
         return look
 
-    def report(self, stage: str, train_loss: float) -> None:
-        """Tell where the search stands."""
-        self._report(Status(self._evaluator.spent, stage, train_loss, self.chosen.dev_metric))
+    def report(self, stage: str, train_loss: float, *later: Look) -> None:
+        """Tell where the search stands, with what was looked at outside the choice."""
+        highest = max(look.dev_metric for look in (*self._looks, *later))
+        self._report(Status(self._evaluator.spent, stage, train_loss, highest))
 
     def upstream(self, space: PromptSpace, config: RouterStageConfig, most: int) -> StageTrace:
         """Score the upstream tasks' own mixtures, each on train and on dev: is this task like one of them?
