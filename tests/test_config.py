@@ -48,8 +48,9 @@ def test_every_bundled_method_loads(name: str) -> None:
     assert (0 if method.baseline else 2) <= method.least_budget <= 30
 
 
-def test_the_papers_settings() -> None:
-    deep, shallow = load_method("mp2-deep"), load_method("mp2-shallow")
+@pytest.mark.parametrize("added", ["", "-paper"])
+def test_the_papers_settings(added: str) -> None:
+    deep, shallow = load_method(f"mp2-deep{added}"), load_method(f"mp2-shallow{added}")
     assert deep.rule is shallow.rule is PAPER
     assert deep.router is not None
     assert shallow.router is not None
@@ -60,6 +61,18 @@ def test_the_papers_settings() -> None:
     assert deep.prompt.popsize == shallow.prompt.popsize == 20
     assert (deep.prompt.layout, deep.prompt.sigma_first, deep.prompt.sigma) == ("layerwise", 0.05, 0.01)
     assert (shallow.prompt.layout, shallow.prompt.sigma_first) == ("joint", 0.1)
+
+
+@pytest.mark.parametrize("name", ["mp2-deep", "mp2-shallow"])
+def test_the_paper_and_what_is_added_to_it(name: str) -> None:
+    added, paper = load_method(name).model_dump(), load_method(f"{name}-paper").model_dump()
+    ours = {"router": {"warm_start"}, "prompt": {"patience"}}
+    assert {key for key in added if added[key] != paper[key]} == {
+        *("name", "summary", "calibrate", "select", "tempered", "margin"),
+        *ours,
+    }
+    for stage, keys in ours.items():
+        assert {key for key in added[stage] if added[stage][key] != paper[stage][key]} == keys
 
 
 def test_the_released_settings() -> None:

@@ -16,6 +16,7 @@ from bbprompt.pretrain import run
 from bbprompt.pretrain.lm_recipe import HeadConfig
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
+from bbprompt.prompts import ModularPrompt, resolve_prompts
 
 Calls = list[tuple[PretrainConfig, Path, Path | None, dict[str, Any]]]
 
@@ -51,7 +52,24 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
         return
     assert set(values) == set(PretrainConfig.model_fields)
     assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
-    assert command._recipe(name, Path()).kind == ("mp2-deep" if name.startswith("mp2-proto") else name)
+    deep = name.startswith(("mp2-proto", "mp2-deep"))
+    assert command._recipe(name, Path()).kind == ("mp2-deep" if deep else name)
+
+
+@pytest.mark.parametrize(
+    ("artifact", "last_phase"),
+    [("mp2-deep", "mp2-deep-pairs"), ("mp2-shallow", "mp2-shallow"), ("mp2-proto", "mp2-proto-more")],
+)
+def test_the_bundled_prompts_come_from_the_bundled_recipes(artifact: str, last_phase: str) -> None:
+    made = ModularPrompt.load(resolve_prompts(f"e5-small-{artifact}")).config.training["recipe"]
+    recipe = command._recipe(last_phase, Path()).model_dump(mode="json")
+    # Threads, notes and where a phase began are a training's own; the deep prompts' steps are those of both phases.
+    first = [command._recipe(artifact, Path()).steps] if artifact == "mp2-deep" else []
+    own = {"threads", "note", "start", "steps"}
+    assert {key: value for key, value in made.items() if key not in own} == {
+        key: recipe[key] for key in made.keys() - own
+    }
+    assert made["steps"] == sum([*first, recipe["steps"]])
 
 
 def test_a_bundled_recipe_by_name(
@@ -67,7 +85,7 @@ def test_a_bundled_recipe_by_name(
     tune = "bbprompt tune --task lcqmc --method mp2-shallow --prompts runs/pretrain-mp2-shallow/artifact"
     assert out_text.endswith(f"Next: {tune}\n")
     speed = "16.0 examples/s, 1000 tokens/s (25% of GEMM)"
-    assert f"pretrain: 1/3500 steps, loss 1.250, accuracy 0.50, {speed}, 2 min left" in err
+    assert f"pretrain: 1/1400 steps, loss 1.250, accuracy 0.50, {speed}, 2 min left" in err
 
 
 def test_going_on_takes_the_recipe_of_the_directory(
