@@ -8,7 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -121,6 +123,38 @@ def test_an_installed_wheel_works_away_from_the_sources(built: tuple[Path, Path]
     assert methods >= 4
     assert tasks >= 45
     assert test >= 300
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
+def test_pip_installs_it(kind: str, built: tuple[Path, Path], tmp_path: Path) -> None:
+    """Into a new virtual environment, without a network: what it depends on comes from this one."""
+    place = tmp_path / "venv"
+    venv.create(place, with_pip=False, symlinks=True)
+    site = next(place.glob("lib/python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    source = tmp_path / "source"
+    if kind == "editable":
+        with tarfile.open(built[1]) as archive:
+            archive.extractall(source, filter="data")
+        (unpacked,) = source.iterdir()
+    what = {"wheel": [str(built[0])], "sdist": [str(built[1])]}.get(kind) or ["--editable", str(unpacked)]
+    pip = [sys.executable, "-m", "pip", "--python", str(place / "bin" / "python"), "--disable-pip-version-check"]
+    flags = ["--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed"]
+    done = subprocess.run([*pip, "install", *flags, *what], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    added = {path.name for path in site.iterdir()} - {"dependencies.pth", "__pycache__"}
+    ours = {"bbprompt"} if kind != "editable" else {name for name in added if name.startswith("__editable__")}
+    assert added == ours | {name for name in added if name.startswith("bbprompt-") and name.endswith(".dist-info")}
+    script = place / "bin" / "bbprompt"
+    words = ["tasks", "lcqmc", "--json"]
+    done = subprocess.run([str(script), *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '"lcqmc"' in done.stdout
+    code = "import bbprompt.optimizers, bbprompt.backends, pathlib; print(pathlib.Path(bbprompt.__file__).resolve())"
+    python = [str(place / "bin" / "python"), "-c", code]
+    done = subprocess.run(python, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(unpacked if kind == "editable" else site)
 
 
 def test_the_version_is_said_once(built: tuple[Path, Path]) -> None:
