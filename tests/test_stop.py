@@ -94,8 +94,9 @@ def test_a_second_signal_while_the_handlers_are_given_back_keeps_the_message(mon
         return before
 
     monkeypatch.setattr(signal, "signal", giving_back)
-    with pytest.raises(Interrupted, match="stopped by"):
+    with pytest.raises((Interrupted, KeyboardInterrupt)) as caught:
         stopped_by(FIRST, advice=None, check=False)
+    assert caught.type is Interrupted
     assert seen == [FIRST, SECOND] * 2
 
 
