@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 
@@ -13,8 +14,10 @@ __all__ = ["main"]
 def main() -> None:
     """Run the command that the process was called with; a signal stops it in order from here on."""
     stop = Stop()
-    # Never left: a second signal, while the interpreter winds up, must not change the exit code of the first.
+    # Never left: a second signal, while the interpreter winds up, must not change the exit code of the first. Where
+    # Python gives up its handlers, behind the last of its exit functions, a signal would kill; so it is ignored there.
     stop.__enter__()
+    atexit.register(stop.ignore)
     try:
         from bbprompt import cli  # after the handlers are there, for the import takes a while
 

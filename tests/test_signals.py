@@ -63,6 +63,16 @@ def test_while_tune_loads(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("number", [INT, TERM])
+def test_a_signal_when_all_is_said_changes_nothing(number: signal.Signals) -> None:
+    # What is registered first is called last: as late as can be, just before Python gives up its handlers.
+    late = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))\n"
+    process = start(["tasks", "lcqmc"], ("-c", late + "from bbprompt.__main__ import main\nmain()"))
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "lcqmc" in out
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_two_signals_from_outside_while_tune_loads(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     process = start(flags(tiny_pair_data, tiny_prompts, tmp_path / "run"))

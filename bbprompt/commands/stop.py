@@ -61,6 +61,11 @@ class Stop:
         how = self.advice or "no half-written file is left: start again"
         return Interrupted(f"stopped by {self._noted or 'SIGINT'}; {how}")
 
+    def ignore(self) -> None:
+        """Take no signal any more: all is said, and the process is about to be gone."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # no other one may ask for signals, or gets any
             self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
