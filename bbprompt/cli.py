@@ -15,6 +15,7 @@ import typer
 
 from bbprompt import __version__
 from bbprompt.commands import compare, doctor, export, exportserver, inspect, pretrain, report, serve, sweep, tune, use
+from bbprompt.commands.stop import Stop
 from bbprompt.errors import BBPromptError, Interrupted
 
 __all__ = ["app", "main", "run"]
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+_TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, without a word
 _pretrain = typer.Typer(help="Train prompts with gradients, once, for many tasks.", rich_markup_mode=None)
 
 
@@ -68,26 +70,32 @@ def _pretrain_root() -> None:
     pass
 
 
-def main() -> None:
-    """Run the command that the process was called with, and end it with the right exit code."""
+def main(stop: Stop | None = None) -> None:
+    """Run the command that the process was called with, and end it with the right exit code; `stop` as for `run`."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stream may be replaced by one that cannot do this
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], stop))
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Sequence[str], stop: Stop | None = None) -> int:
     """Run one command.
 
     Args:
         arguments: What follows `bbprompt`; nothing asks for help.
+        stop: What signals do, already entered; by default one of the command's own.
 
     Returns:
         The exit code; the message of an error is on standard error.
     """
+    if stop is None:
+        with Stop() as own:
+            return run(arguments, own)
     debug = "--debug" in arguments
     try:
-        code = app(list(arguments) or ["--help"], prog_name="bbprompt", standalone_mode=False)
+        code = app(list(arguments) or ["--help"], prog_name="bbprompt", standalone_mode=False, obj=stop)
+        if code == _TYPER_INTERRUPTED:
+            return _stopped(stop, debug)
         return code if isinstance(code, int) else 0
     except BBPromptError as error:
         _say(str(error) if type(error) is Interrupted else f"error: {error}", debug)
@@ -99,11 +107,19 @@ def run(arguments: Sequence[str]) -> int:
         _say("error: aborted", debug)
         return 1
     except Exception as error:  # the outermost boundary: whatever comes here is a bug and is reported as one
+        if stop.raised:  # or a module that was stopped while it was imported, which C code reports in its own way
+            return _stopped(stop, debug)
         _say(
             f"error: {type(error).__name__}: {error} (a bug; please report it with the output of --debug)",
             debug,
         )
         return 1
+
+
+def _stopped(stop: Stop, debug: bool) -> int:
+    error = stop.interrupted()
+    _say(str(error), debug)
+    return error.exit_code
 
 
 def _hint(error: typer.TyperException) -> str:

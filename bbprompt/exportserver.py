@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -101,21 +102,41 @@ def write_repository(out: Path, kind: Format, name: str, prompts: Path, settings
     model = out / name
     inner = model / "1" if kind == "triton" else model
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        new = not out.exists()
+        if not new and (not out.is_dir() or any(out.iterdir())):
             raise UsageError(f"--out {out}: there is something already; give a new folder")
-        inner.mkdir(parents=True)
-        for path, text in _files(kind, name).items():
-            (out / path).write_text(text, encoding="utf-8")
-        content = settings.model_dump_json(indent=2, exclude_none=True)
-        (inner / SETTINGS).write_text(content + "\n", encoding="utf-8")
-        target = inner / settings.prompts
-        target.mkdir()
-        for part in _PARTS:
-            if (prompts / part).is_file():
-                shutil.copyfile(prompts / part, target / part)
+        with _all_or_nothing(out, new):
+            _fill(out, inner, _files(kind, name), prompts, settings)
     except OSError as error:
         raise disk_error(error, "write", out) from error
     return model
+
+
+def _fill(out: Path, inner: Path, files: Mapping[str, str], prompts: Path, settings: ServedModel) -> None:
+    inner.mkdir(parents=True)
+    for path, text in files.items():
+        (out / path).write_text(text, encoding="utf-8")
+    content = settings.model_dump_json(indent=2, exclude_none=True)
+    (inner / SETTINGS).write_text(content + "\n", encoding="utf-8")
+    target = inner / settings.prompts
+    target.mkdir()
+    for part in _PARTS:
+        if (prompts / part).is_file():
+            shutil.copyfile(prompts / part, target / part)
+
+
+@contextmanager
+def _all_or_nothing(out: Path, new: bool) -> Iterator[None]:
+    """Clear a folder, and remove it where it is new, if the block fails or is stopped: half of it would be served."""
+    try:
+        yield
+    except BaseException:
+        for path in [out] if new else list(out.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        raise
 
 
 def _files(kind: Format, name: str) -> Mapping[str, str]:

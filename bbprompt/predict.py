@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from bbprompt.readout import Readout
 from bbprompt.result import read_result
 from bbprompt.run import limited, reopen
 from bbprompt.scoring import labelled, score_split
-from bbprompt.store.rundir import MANIFEST, PROMPT, RunDirectory
+from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.tasks.data import SplitName, data_digest, open_data
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
@@ -81,11 +82,11 @@ class Evaluation:
 
 
 class TunedPrompt:
-    """A finished run, ready for use; made by `load_prompt`. Close it, or use it in a ``with`` block.
+    """What a run tuned, ready for use; made by `load_prompt`. Close it, or use it in a ``with`` block.
 
     Attributes:
         path: The run directory.
-        result: What the run said at its end.
+        result: What the run said at its end; None where that is missing, which no prediction needs.
         task: Its task.
         config: The settings it was started with.
         point: The tuned intrinsic point, `(L, d)` float32; of size 0 for a baseline, which has no prompt.
@@ -102,7 +103,7 @@ class TunedPrompt:
         """For `load_prompt` only."""
         where = str(directory.path / MANIFEST)
         self.path = directory.path
-        self.result = read_result(directory)
+        self.result = read_result(directory) if directory.finished else None
         self.task = validate(Task, directory.manifest["task"], where)
         self.config = config
         self.point = point
@@ -190,9 +191,11 @@ class TunedPrompt:
             report: Told how many of how many examples are done.
 
         Raises:
-            UsageError: There are no such data.
+            UsageError: There are no such data, or the run is not finished.
             DataError: The split is missing, or a record is wrong.
         """
+        if self.result is None:
+            raise UsageError(f"{self.path / RESULT}: {_unfinished(self.path)}")
         source = open_data(self.task, data or self.config.data)
         own = data is None and split == "test"
         most = self.config.test_limit if limit is None and own else limit
@@ -245,7 +248,7 @@ def load_prompt(
     batch_tokens: int | None = None,
     threads: int | None = None,
 ) -> TunedPrompt:
-    """Open a finished run for use.
+    """Open a run for use: its manifest and what it tuned, which it writes when its search has ended.
 
     Args:
         run_dir: Its directory.
@@ -255,14 +258,16 @@ def load_prompt(
         threads: CPU threads; None for all cores.
 
     Raises:
-        UsageError: There is no run, or it is not finished.
+        UsageError: There is no run, or it has not come to what it tuned.
         ArtifactError: Backbone or prompts are missing, or are not those the run was tuned with.
         DiskError: A file of the run is damaged.
     """
     directory, config = reopen(Path(run_dir), writable=False)
     with directory:
-        if not directory.finished:
-            raise UsageError(f"{run_dir}: this run is not finished; go on with `bbprompt resume {run_dir}`")
+        if not directory.holds(PROMPT):
+            if directory.finished:
+                raise DiskError(f"{directory.path / PROMPT}: missing from a finished run; restore it or tune again")
+            raise UsageError(f"{Path(run_dir) / PROMPT}: {_unfinished(run_dir)}")
         use: dict[str, Any] = {
             "device": device,
             "dtype": dtype or config.dtype,
@@ -286,6 +291,10 @@ def load_prompt(
             **use,
         )
         return TunedPrompt(directory, config, oracle, point, read_offsets(directory))
+
+
+def _unfinished(run_dir: Path | str) -> str:
+    return f"not there, for this run is not finished; go on with `{shlex.join(['bbprompt', 'resume', str(run_dir)])}`"
 
 
 def _check_backbone(directory: RunDirectory, digest: str) -> None:

@@ -297,10 +297,12 @@ def test_an_unfinished_run_is_no_use(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run_dir, "run")
-    Path("run/result.json").unlink()
+    for name in ("result.json", "prompt.safetensors"):  # what a run that was stopped lacks
+        Path("run", name).unlink()
     Path("in.jsonl").write_text('{"text_a": "a", "text_b": "b"}\n', encoding="utf-8")
     assert cli.run([words[0], "run", *words[1:]]) == 2
-    assert capsys.readouterr().err.endswith("not finished; go on with `bbprompt resume run`\n")
+    said = "run/prompt.safetensors: not there, for this run is not finished; go on with `bbprompt resume run`"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
 
 
 def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from bbprompt.errors import DiskError, RunLocked
 from bbprompt.store.disk import RealDisk, disk_error
+from bbprompt.store.rundir import RunDirectory
 
 disk = RealDisk()
 
@@ -149,3 +152,44 @@ def test_a_current_folder_that_is_gone_is_a_disk_error(tmp_path: Path, monkeypat
     (tmp_path / "gone").rmdir()
     with pytest.raises(DiskError, match="cannot resolve it"):
         disk.real(Path("run"))
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_run_in_proc_is_refused_for_what_it_is_and_not_as_a_full_disk() -> None:
+    with pytest.raises(DiskError, match=r"^/proc: its file system keeps no files, .*; choose another --run-dir$"):
+        RunDirectory.create("/proc/x", {})
+
+
+def test_a_run_on_a_full_read_only_file_system_is_refused_as_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = os.statvfs_result((4096, 4096, 1000, 0, 0, 100, 0, 0, os.ST_RDONLY, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: image)
+    with pytest.raises(DiskError, match=r"Read-only file system; .*choose another --run-dir$"):
+        RunDirectory.create(tmp_path / "run", {})
+
+
+@pytest.mark.parametrize(("name", "deed"), [("file", "list it"), ("file/run", "make this folder")])
+def test_a_file_in_place_of_a_run_directory_is_named(name: str, deed: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=rf"/{name}: cannot {deed}: Not a directory; a part of the path is a file"):
+        RunDirectory.create(tmp_path / name, {})
+
+
+def test_a_run_in_the_directory_of_another_user_is_refused_as_forbidden() -> None:
+    code = (
+        "import os, sys\n"
+        "from bbprompt.store.rundir import RunDirectory\n"
+        "if os.geteuid() == 0: os.seteuid(65534)\n"  # root may do anything; the owner of the folder here is root
+        "try: RunDirectory.create(sys.argv[1] + '/run', {})\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which no other user can look into
+        Path(folder).chmod(0o555)
+        done = subprocess.run(
+            [sys.executable, "-c", code, folder], capture_output=True, text=True, check=True, timeout=60
+        )
+        assert done.stdout == (
+            f"DiskError {Path(folder).resolve()}/run: cannot make this folder: Permission denied; "
+            "this user may not do that: change the permissions or choose another --run-dir\n"
+        )

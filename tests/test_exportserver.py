@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from test_local_oracle import batch_of
 
 from bbprompt.cli import run
-from bbprompt.errors import ArtifactError, UsageError
+from bbprompt.errors import ArtifactError, DiskError, UsageError
 from bbprompt.exportserver import SETTINGS, Format, ServedModel, read_settings, write_repository
 from bbprompt.oip import INPUTS, OUTPUTS, ask_description, ask_scores, read_reply
 from bbprompt.prompts import ModularPrompt
@@ -104,3 +105,23 @@ def test_the_command(tmp_path: Path, tiny_prompts: Path, capsys: pytest.CaptureF
     assert run(words) == 2
     assert "something already" in capsys.readouterr().err
     assert run(["export-server", "--format", "seldon", "--out", "x"]) == 2
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_what_is_stopped_or_fails_half_way_leaves_nothing(
+    kind: type[BaseException], empty: bool, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise kind
+
+    out = tmp_path / "out"
+    if empty:
+        out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", fail)
+        with pytest.raises((kind, DiskError)):
+            write_repository(out, "mlserver", "oracle", tiny_prompts, ServedModel())
+    assert out.exists() == empty
+    assert not empty or not list(out.iterdir())
+    assert write_repository(out, "mlserver", "oracle", tiny_prompts, ServedModel()).is_dir()

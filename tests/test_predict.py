@@ -145,9 +145,28 @@ def copy(pair_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(pair_run, tmp_path / "copy")
 
 
-def test_an_unfinished_run_is_refused(copy: Path) -> None:
-    (copy / "result.json").unlink()
-    with pytest.raises(UsageError, match=r"not finished; go on with `bbprompt resume"):
+def test_a_run_stopped_in_its_search_is_refused(copy: Path) -> None:
+    for name in ("result.json", "prompt.safetensors"):
+        (copy / name).unlink()
+    with pytest.raises(UsageError, match=r"prompt.safetensors: not there, .* go on with `bbprompt resume"):
+        load_prompt(copy)
+
+
+def test_manifest_and_prompt_are_enough_to_predict_and_not_to_score(copy: Path, pair: TunedPrompt) -> None:
+    text = {"text_a": "天", "text_b": "气"}
+    for file in copy.iterdir():
+        if file.name not in ("manifest.json", "prompt.safetensors"):
+            file.unlink()
+    with load_prompt(copy, device="cpu", threads=1) as prompt:
+        assert prompt.result is None
+        assert prompt.predict([text]) == pair.predict([text])
+        with pytest.raises(UsageError, match=r"result.json: not there, .* go on with `bbprompt resume"):
+            prompt.evaluate()
+
+
+def test_a_finished_run_without_its_prompt_is_damaged(copy: Path) -> None:
+    (copy / "prompt.safetensors").unlink()
+    with pytest.raises(DiskError, match=r"prompt.safetensors: missing from a finished run"):
         load_prompt(copy)
 
 

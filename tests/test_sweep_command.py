@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_prompt
 import yaml
+from processes import rows, start, until
 from rich.console import Console
 
 import bbprompt
@@ -33,32 +30,6 @@ def flags(data: Path, prompts: Path, out: Path, **grid: str) -> list[str]:
     grid = {"tasks": "lcqmc", "methods": "mp2-deep", "seeds": "1,2", "budget": "44"} | grid
     words = ["sweep", "--data", str(data), "--prompts", str(prompts), "--out", str(out), "--threads", "1"]
     return [*words, "--set", "router=null", *(part for key, value in grid.items() for part in (f"--{key}", value))]
-
-
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "bbprompt", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
-    """Go on as soon as something has happened; it must happen before the process ends."""
-    while not reached():
-        try:
-            process.wait(timeout=0.02)
-        except subprocess.TimeoutExpired:
-            continue
-        pytest.fail(f"ended with {process.returncode}: {process.communicate()[1]}")
-
-
-def rows(run: Path) -> int:
-    """Rows of a run's curve; 0 before there is one."""
-    curve = run / "curve.csv"
-    return len(curve.read_bytes().splitlines()) if curve.exists() else 0
 
 
 def digests(out: Path) -> dict[str, str]:

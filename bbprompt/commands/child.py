@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 
-from bbprompt.cli import main
+from bbprompt.__main__ import main
 
 __all__: list[str] = []
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bbprompt.commands.flags import Debug, Json
-from bbprompt.commands.output import write, write_json
+from bbprompt.commands.output import whole_file, write, write_json
 from bbprompt.errors import DiskError
 
 __all__ = ["compare"]
@@ -69,7 +69,5 @@ def compare(
 
 
 def _put(path: Path, content: str) -> None:
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with whole_file(path) as stream:
+        stream.write(content)

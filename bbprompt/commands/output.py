@@ -1,4 +1,4 @@
-"""Standard output: results only, one JSON object where `--json` asks for it."""
+"""Where results go: standard output, one JSON object where `--json` asks for it; and files, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from bbprompt.errors import DiskError
 
-__all__ = ["abandon", "command", "write", "write_json"]
+__all__ = ["abandon", "command", "whole_file", "write", "write_json"]
 
 
 def write(text: str) -> None:
@@ -37,6 +39,37 @@ def write_json(value: Any) -> None:
 def command(*parts: str | Path) -> str:
     """A bbprompt command that can be pasted into a shell; paths are written relative where they lie below."""
     return shlex.join(["bbprompt", *(part if isinstance(part, str) else _shown(part) for part in parts)])
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[str]]:
+    """A UTF-8 stream whose file appears whole or not at all; pipes and devices are written directly.
+
+    Raises:
+        DiskError: It cannot be written; what stood there before is kept.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            with path.open("w", encoding="utf-8") as stream:
+                yield stream
+        else:
+            yield from _replaced(path)
+    except OSError as error:
+        raise DiskError(
+            f"{path}: cannot be written: {error.strerror or error}; free that place or name another"
+        ) from None
+
+
+def _replaced(path: Path) -> Iterator[IO[str]]:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def abandon() -> None:

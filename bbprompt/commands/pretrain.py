@@ -11,7 +11,7 @@ import typer
 
 from bbprompt.commands.flags import Debug, Device, Json, Quiet
 from bbprompt.commands.output import command, write, write_json
-from bbprompt.commands.stop import Stop
+from bbprompt.commands.stop import Stop, stop_of
 from bbprompt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ _Data = Annotated[
 
 
 def mp2(
+    context: typer.Context,
     config: _Config = None,
     resume: _Resume = None,
     out: _Out = None,
@@ -61,10 +62,11 @@ def mp2(
     debug: Debug = False,
 ) -> None:
     """Train modular prompts on many tasks, the backbone frozen; writes a prompt artifact."""
-    _pretrain(("mp2-deep", "mp2-shallow"), config, resume, out, data, device, quiet, json)
+    _pretrain(stop_of(context), ("mp2-deep", "mp2-shallow"), config, resume, out, data, device, quiet, json)
 
 
 def spot(
+    context: typer.Context,
     config: _Config = None,
     resume: _Resume = None,
     out: _Out = None,
@@ -75,10 +77,11 @@ def spot(
     debug: Debug = False,
 ) -> None:
     """Train one soft prompt on many tasks (SPoT) [default recipe: spot]."""
-    _pretrain(("spot",), config, resume, out, data, device, quiet, json)
+    _pretrain(stop_of(context), ("spot",), config, resume, out, data, device, quiet, json)
 
 
 def ppt(
+    context: typer.Context,
     config: _Config = None,
     resume: _Resume = None,
     out: _Out = None,
@@ -89,10 +92,11 @@ def ppt(
     debug: Debug = False,
 ) -> None:
     """Train one soft prompt on raw text, self-supervised (PPT); the recipe names the corpus."""
-    _pretrain(("ppt",), config, resume, out, data, device, quiet, json)
+    _pretrain(stop_of(context), ("ppt",), config, resume, out, data, device, quiet, json)
 
 
 def lm_head(
+    context: typer.Context,
     config: _Config = None,
     resume: _Resume = None,
     out: _Out = None,
@@ -109,7 +113,7 @@ def lm_head(
 
     if not isinstance(recipe, HeadConfig):
         raise TypeError(f"a recipe of kind {recipe.kind}")
-    with _shown("lm-head", folder, recipe.steps, quiet) as report:
+    with _shown(stop_of(context), "lm-head", folder, recipe.steps, quiet) as report:
         found = train_head(recipe, folder, report, resume=resume is not None, device=_device(device or "auto"))
     artifact = folder / "artifact"
     if json:
@@ -124,6 +128,7 @@ def lm_head(
 
 
 def _pretrain(
+    stop: Stop,
     kinds: tuple[str, ...],
     config: str | None,
     resume: Path | None,
@@ -141,7 +146,7 @@ def _pretrain(
 
     if not isinstance(recipe, PretrainConfig):
         raise TypeError(f"a recipe of kind {recipe.kind}")
-    with _shown(_command(recipe), folder, recipe.steps, quiet) as report:
+    with _shown(stop, _command(recipe), folder, recipe.steps, quiet) as report:
         scores = pretrain(recipe, folder, data, report, resume=resume is not None, device=_device(device or "auto"))
     artifact = folder / "artifact"
     mean = sum(scores.values()) / len(scores)
@@ -169,12 +174,12 @@ def _begin(kinds: tuple[str, ...], config: str | None, resume: Path | None, out:
 
 
 @contextmanager
-def _shown(name: str, folder: Path, steps: int, quiet: bool) -> Iterator[Callable[[Progress, int], None]]:
+def _shown(stop: Stop, name: str, folder: Path, steps: int, quiet: bool) -> Iterator[Callable[[Progress, int], None]]:
     """Show a training's progress while the context is open; stops it where the user does."""
     from bbprompt.terminal import Meter, duration, logging_to, open_console
 
     console = open_console(quiet)
-    with Stop() as stop, logging_to(console):
+    with logging_to(console):
         stop.advice = f"go on with: {command('pretrain', name, '--resume', folder)}"
         meter = Meter(console, steps)
 

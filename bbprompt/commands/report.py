@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Threads
-from bbprompt.commands.output import write, write_json
-from bbprompt.errors import DiskError, UsageError
+from bbprompt.commands.output import whole_file, write, write_json
+from bbprompt.errors import UsageError
 
 if TYPE_CHECKING:
     from bbprompt.report.examples import Judged
@@ -75,10 +75,8 @@ def report(
             text = artifact_page(folder)
         else:
             text = _run(folder, test, test_limit, examples, device or "auto", dtype, threads, quiet)
-    try:
-        out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"{out}: cannot be written: {error.strerror or error}") from None
+    with whole_file(out) as stream:
+        stream.write(text)
     if json:
         write_json({"out": str(out), "kind": kind, "bytes": len(text.encode())})
     else:

@@ -11,7 +11,7 @@ import typer
 
 from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Threads
 from bbprompt.commands.output import command, write, write_json
-from bbprompt.commands.stop import Stop
+from bbprompt.commands.stop import stop_of
 from bbprompt.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = ["sweep"]
 
 
 def sweep(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option(metavar="DIR", show_default=False, help="Holds a directory for each run, and sweep.json.")
     ],
@@ -126,7 +127,8 @@ def sweep(
 
     console = open_console(quiet)
     interrupted: Interrupted | None = None
-    with Stop() as stop, logging_to(console):
+    stop = stop_of(context)
+    with logging_to(console):
         stop.advice = f"go on with: {command('sweep', '--out', out)}"
         try:
             with _starter(ray, state, workers) as (start, at_once), SweepView(console) as view:

@@ -12,7 +12,7 @@ import typer
 
 from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Ray, RunDir, Threads, Workers
 from bbprompt.commands.output import command, write, write_json
-from bbprompt.commands.stop import Stop
+from bbprompt.commands.stop import Stop, stop_of
 from bbprompt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def tune(
+    context: typer.Context,
     task: Annotated[
         str | None,
         typer.Option(metavar="NAME_OR_YAML", show_default=False, help="Task; `bbprompt tasks` lists them."),
@@ -161,10 +162,11 @@ def tune(
         "quiet": quiet or None,
     }
     settings, folder, silent = _merged(config, flags, changes or [])
-    _run(settings, folder, quiet=silent, json=json)
+    _run(stop_of(context), settings, folder, quiet=silent, json=json)
 
 
 def resume(
+    context: typer.Context,
     run_dir: RunDir,
     ray: Ray = None,
     workers: Workers = None,
@@ -176,7 +178,8 @@ def resume(
 
     Where it is computed may change: --ray and --workers are free.
     """
-    _run(None, run_dir, quiet=quiet, json=json, where={"ray": ray, "workers": workers})
+    where = {"ray": ray, "workers": workers}
+    _run(stop_of(context), None, run_dir, quiet=quiet, json=json, where=where)
 
 
 def _merged(file: Path | None, flags: Mapping[str, Any], changes: list[str]) -> tuple[TuneConfig, Path | None, bool]:
@@ -210,6 +213,7 @@ def _merged(file: Path | None, flags: Mapping[str, Any], changes: list[str]) -> 
 
 
 def _run(
+    stop: Stop,
     config: TuneConfig | None,
     folder: Path | None,
     *,
@@ -223,7 +227,7 @@ def _run(
     from bbprompt.terminal import Terminal, logging_to, open_console
 
     console = open_console(quiet)
-    with Stop() as stop, logging_to(console), Terminal(console, stop.check) as terminal, ExitStack() as opened:
+    with logging_to(console), Terminal(console, stop.check) as terminal, ExitStack() as opened:
         run = None
         if config is None:
             directory, config = reopen(folder or Path(), writable=True)

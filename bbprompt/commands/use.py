@@ -6,7 +6,6 @@ import dataclasses
 import io
 import itertools
 import json as jsonlib
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, RunDir, Threads
-from bbprompt.commands.output import abandon, write, write_json
+from bbprompt.commands.output import abandon, whole_file, write, write_json
 from bbprompt.errors import DataError, DiskError, UsageError
 
 if TYPE_CHECKING:
@@ -154,40 +153,24 @@ def _inputs(file: Path) -> Iterator[tuple[int, str | Mapping[str, Any]]]:
 
 @contextmanager
 def _target(output: Path) -> Iterator[IO[str]]:
-    """A stream whose file appears whole or not at all; standard output, pipes and devices are written directly.
+    """Standard output for "-", else a file that appears whole or not at all.
 
     Raises:
         DiskError: It cannot be written.
     """
-    try:
-        if str(output) == "-":
-            stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", write_through=True)
-            try:
-                yield stream
-            finally:
-                stream.detach()  # else it would close standard output
-        elif output.exists() and not output.is_file():
-            with output.open("w", encoding="utf-8") as stream:
-                yield stream
-        else:
-            yield from _whole(output)
-    except OSError as error:
-        if str(output) == "-":
-            abandon()
-        where = "standard output" if str(output) == "-" else output
-        raise DiskError(f"{where}: cannot be written: {error.strerror or error}") from None
-
-
-def _whole(output: Path) -> Iterator[IO[str]]:
-    scratch = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("w", encoding="utf-8") as stream:
+    if str(output) != "-":
+        with whole_file(output) as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.replace(output)
-    finally:
-        scratch.unlink(missing_ok=True)
+        return
+    try:
+        stream = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", write_through=True)
+        try:
+            yield stream
+        finally:
+            stream.detach()  # else it would close standard output
+    except OSError as error:
+        abandon()
+        raise DiskError(f"standard output: cannot be written: {error.strerror or error}") from None
 
 
 def _sentence(prompt: TunedPrompt, found: Evaluation) -> str:

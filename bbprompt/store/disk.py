@@ -174,6 +174,12 @@ class RealDisk:
         """See `Disk.free`."""
         with _reported("ask for its free space", path):
             status = os.statvfs(path)
+            if status.f_flag & os.ST_RDONLY:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))  # else "full" is all that a caller would see
+        if not status.f_blocks:
+            raise DiskError(
+                f"{path}: its file system keeps no files, as /proc and /sys do not; choose another --run-dir"
+            )
         return status.f_bavail * status.f_frsize
 
     def make_folder(self, path: Path) -> None:
