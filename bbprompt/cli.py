@@ -17,6 +17,7 @@ from bbprompt import __version__
 from bbprompt.commands import compare, doctor, export, exportserver, inspect, pretrain, report, serve, sweep, tune, use
 from bbprompt.commands.stop import Stop
 from bbprompt.errors import BBPromptError, Interrupted
+from bbprompt.oneline import one_line
 
 __all__ = ["app", "main", "run"]
 
@@ -132,4 +133,4 @@ def _say(message: str, debug: bool) -> None:
     """One line on standard error, behind the traceback if that is wanted."""
     if debug:
         traceback.print_exc()
-    sys.stderr.write(" ".join(message.split()) + "\n")
+    sys.stderr.write(one_line(message) + "\n")

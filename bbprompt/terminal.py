@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from bbprompt.oneline import one_line
 from bbprompt.opened import Opened, Watcher
 from bbprompt.prompts import ModularPrompt
 from bbprompt.search.tuner import Status
@@ -59,7 +60,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        _line(self._console, prefix + record.getMessage())
+        _line(self._console, prefix + one_line(record.getMessage()))
 
 
 class Meter:
@@ -150,7 +151,7 @@ class Terminal(Watcher):
 
     def prepared(self, run: Opened) -> None:
         """Show what runs."""
-        rows = facts(run, self.directory)
+        rows = [(name, one_line(value)) for name, value in facts(run, self.directory)]
         if self._console.is_terminal:
             grid = Table.grid(padding=(0, 2))
             for name, value in rows:

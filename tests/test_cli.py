@@ -134,6 +134,17 @@ def test_each_error_has_its_code(
     assert len(err.splitlines()) == 1
 
 
+def test_an_error_forges_no_line_and_moves_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(value: object) -> None:
+        raise errors.OracleError("the server says: \x1b[2K\rdone\u2028error: \u202eno 中文\u3000字 \U0001f600")
+
+    monkeypatch.setattr(inspecting, "write_json", fail)
+    assert cli.run(["tasks", "lcqmc", "--json"]) == 69
+    assert capsys.readouterr().err == "error: the server says: \\x1b[2K done error: \\u202eno 中文 字 \U0001f600\n"
+
+
 def test_a_bug_is_reported_as_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(value: object) -> None:
         raise ZeroDivisionError("oops")

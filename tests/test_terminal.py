@@ -135,6 +135,13 @@ def test_speed_is_that_of_the_last_minute(prepared: Prepared) -> None:
     assert " 5.0 calls/s" in text(shown).splitlines()[-1]
 
 
+def test_a_log_line_of_a_server_is_one_line() -> None:
+    shown = console(terminal=False)
+    with logging_to(shown):
+        logging.getLogger("bbprompt").warning("server: %s", "ok\n[  9999 s] prompt: 8000/8000 calls\x1b]0;title\x07")
+    assert text(shown) == "warning: server: ok [ 9999 s] prompt: 8000/8000 calls\\x1b]0;title\\x07\n"
+
+
 def test_what_check_raises_stops_the_run(prepared: Prepared) -> None:
     def stop() -> None:
         raise Interrupted("enough")

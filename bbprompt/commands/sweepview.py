@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from bbprompt.oneline import one_line
 from bbprompt.sweep.job import progress
 from bbprompt.sweep.runner import Sweep
 from bbprompt.terminal import duration
@@ -62,7 +63,7 @@ class SweepView:
         for name, state in states.items():
             if state != self._states.get(name, "waiting"):
                 said = f": {sweep.failed[name].error}" if state == "failed" else ""
-                self._console.print(Text(f"{name}: {state}{said} ({counts_line(sweep)})"), soft_wrap=True)
+                self._console.print(Text(one_line(f"{name}: {state}{said} ({counts_line(sweep)})")), soft_wrap=True)
         self._states = states
 
 
@@ -83,5 +84,5 @@ def _screen(sweep: Sweep, now: float) -> Group:
         calls = f"{where.calls}/{sweep.cells[name].config.budget}"
         dev = f"{float(where.dev):.3f}" if where.dev else ""
         table.add_row(Text(name), where.stage or "loading", calls, dev, duration(now - began))
-    lines = [Text(f"failed: {name}: {failure.error}", style="red") for name, failure in sweep.failed.items()]
+    lines = [Text(one_line(f"failed: {name}: {failure.error}"), style="red") for name, failure in sweep.failed.items()]
     return Group(table, *lines[-_SHOWN:])
