@@ -122,6 +122,9 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
         yield Check("planted bugs", _script("planted/__main__.py"), PLANTED, "caught")
         yield Check("mutants of journal and ledger", _script("mutation.py"))
         yield Check("lines and branches reached", _script("covered.py"))
+        times = (0, 10, 50)[level]
+        deep = _script("deepproperties.py", f"--times={times}", f"--seed={seed}")
+        yield Check(f"property tests, {times} times their examples", deep, least={"tests": 14})
         servers = (0, 100, 500)[level]
         work = _script("serverkills.py", f"--kills={servers}", f"--seed={seed}")
         yield Check("SIGKILL of servers and clients", work, KILLS, "killed", {"servers": servers})

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import tiny_prompt
+from depth import deep
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -284,7 +285,7 @@ def test_a_sound_name_is_taken() -> None:
 
 @given(st.one_of(st.sampled_from(NAMES), st.text(alphabet="./\\%~\0\n ab-", max_size=12)))
 @example("../../../x")
-@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=deep(250), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_no_name_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     """Names of tasks, methods and variants, of which those of folders are made: refused, or of one part."""
     for model, values in named(name):

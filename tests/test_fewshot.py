@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny_prompt
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -80,7 +81,7 @@ def test_shots_override() -> None:
         sample(labelled(2), examples(labelled(2), 40), seed=-1)
 
 
-@settings(max_examples=40)
+@settings(max_examples=deep(40))
 @given(
     n_labels=st.integers(2, 8),
     shots=st.none() | st.integers(1, 6),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from depth import deep
 from faultdisk import FaultDisk
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -280,7 +281,7 @@ def _hexed(value: Any) -> Any:
     return float.hex(value) if isinstance(value, float) else value
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=deep(200), deadline=None)
 @given(st.lists(st.dictionaries(st.text(), _values, max_size=4), max_size=5))
 def test_any_records_survive_the_round_trip(records: list[dict[str, Any]]) -> None:
     disk, path = FaultDisk(), Path("/journal.log")
@@ -292,7 +293,7 @@ def test_any_records_survive_the_round_trip(records: list[dict[str, Any]]) -> No
     assert found == [_hexed(record) for record in records]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=deep(300), deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_float_comes_back_to_the_last_bit(number: float) -> None:
     record = Journal(Path("/journal.log"), RUN, FaultDisk()).append({"x": number})

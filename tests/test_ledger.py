@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from depth import deep
 from faultdisk import IMAGES, FaultDisk
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -286,5 +287,5 @@ class LedgerMachine(RuleBasedStateMachine):
         return sum(kind != "test" for kind in self.kinds.values())
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=deep(150), stateful_step_count=40, deadline=None)
 TestLedgerMachine = LedgerMachine.TestCase

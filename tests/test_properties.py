@@ -7,6 +7,7 @@ import pytest
 import references
 import tiny_prompt
 import toyruns
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -32,7 +33,7 @@ def normalised(logits: np.ndarray) -> Scores:
     return Scores(logits, normalizer.astype(np.float32), None, 0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=deep(300), deadline=None)
 @given(LOGITS)
 def test_probabilities_and_losses_are_finite_up_to_the_ends_of_float32(logits: np.ndarray) -> None:
     scores, readout = normalised(logits), Readout()
@@ -45,7 +46,7 @@ def test_probabilities_and_losses_are_finite_up_to_the_ends_of_float32(logits: n
             assert shares[choice] == shares.max()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=deep(200), deadline=None)
 @given(arrays(np.float32, (1, sum(SIZES), 2), elements=st.floats(-50, 50, width=32)), st.integers(-50, 50))
 def test_a_shift_of_all_logits_changes_no_decision(logits: np.ndarray, shift: int) -> None:
     readout = Readout()
@@ -56,7 +57,7 @@ def test_a_shift_of_all_logits_changes_no_decision(logits: np.ndarray, shift: in
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=deep(100), deadline=None)
 @given(st.randoms(use_true_random=False), st.integers(0, 2**32), st.integers(1, 8))
 def test_a_few_shot_draw_is_disjoint_balanced_and_blind_to_order(random: object, seed: int, shots: int) -> None:
     examples = [toyruns.TASK.example(record) for record in tiny_prompt.pair_records(40, 5)]
@@ -72,7 +73,7 @@ def test_a_few_shot_draw_is_disjoint_balanced_and_blind_to_order(random: object,
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(str.strip)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=deep(300), deadline=None)
 @given(TEXT, TEXT, TEXT.map(lambda text: text.replace("{", "{{").replace("}", "}}")))
 def test_templates_carry_any_text_unchanged(first: str, second: str, literal: str) -> None:
     task = Task.model_validate(tiny_prompt.PAIR | {"template": literal + "{text_a}" + literal + "{text_b}"})
@@ -87,7 +88,7 @@ def characters(text: str) -> tuple[list[int], list[tuple[int, int]]]:
     return [ord(text[i]) for i in kept], [(i, i + 1) for i in kept]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=deep(300), deadline=None)
 @given(TEXT, TEXT, st.lists(TEXT, min_size=2, max_size=4), st.integers(4, 80))
 def test_a_layout_never_exceeds_its_limit_and_keeps_question_and_options(
     question: str, context: str, options: list[str], limit: int

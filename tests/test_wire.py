@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from depth import deep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ def test_a_batch_comes_back_equal(batch: TextBatch) -> None:
 
 
 @given(text=st.text(min_size=1), cut=st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=deep(50), deadline=None)
 def test_any_text_comes_back_equal(text: str, cut: bool) -> None:
     batch = TextBatch((Form((Part(text, cut),), (text, "\ud800"), -1),))
     assert wire.decode_batch(wire.encode_batch(batch), most=1) == batch
@@ -100,7 +101,7 @@ def test_arrays_with_strides_come_back_equal() -> None:
 
 
 @given(at=st.integers(0, 10_000), bit=st.integers(0, 7), end=st.integers(0, 10_000))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=deep(300), deadline=None)
 def test_damage_is_refused_or_harmless(at: int, bit: int, end: int) -> None:
     body = bytearray(wire.encode_request(request(normal(2, 3, 4))))
     body[at % len(body)] ^= 1 << bit
