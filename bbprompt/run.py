@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input
-from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, measure_backbone, named_language_model, open_oracle
 from bbprompt.embedding import can_embed
 from bbprompt.errors import DataError, ResumeMismatch, UsageError
@@ -182,7 +182,12 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
     name = config.prompts or method.prompts
     settings = method.projection
     if (name == NO_PROMPTS) != (settings is not None):
-        wanted = "takes no artifact, but --prompts none" if settings else "needs a prompt artifact"
+        own = "" if settings or method.prompts == NAMED_PROMPTS else f", or leave it out for {method.prompts}"
+        wanted = (
+            "takes no artifact; leave it out or say --prompts none"
+            if settings
+            else f"needs a prompt artifact; name one{own}"
+        )
         raise UsageError(f"--prompts {name}: the method {method.name} {wanted}")
     if settings is None:
         return ModularPrompt.load(resolve_prompts(name))

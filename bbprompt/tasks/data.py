@@ -129,7 +129,8 @@ class DataSource:
         if name not in self._readers:
             have = ", ".join(self.splits) or "none"
             what = f"the split {name!r} of task {self._task.name}"
-            raise DataError(f"{self.id}: {what} is missing; there is {have}")
+            add = f"; add {name}.jsonl, {name}.tsv or the like, or give another --data" if self.source != "hub" else ""
+            raise DataError(f"{self.id}: {what} is missing; there is {have}{add}")
         return name
 
     def _load(self, name: SplitName) -> tuple[tuple[Example, ...], int]:
