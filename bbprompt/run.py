@@ -182,12 +182,11 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
     name = config.prompts or method.prompts
     settings = method.projection
     if (name == NO_PROMPTS) != (settings is not None):
-        own = "" if settings or method.prompts == NAMED_PROMPTS else f", or leave it out for {method.prompts}"
-        wanted = (
-            "takes no artifact; leave it out or say --prompts none"
-            if settings
-            else f"needs a prompt artifact; name one{own}"
-        )
+        if settings is not None:
+            wanted = "takes no artifact; leave it out or say --prompts none"
+        else:
+            own = "" if method.prompts == NAMED_PROMPTS else f", or leave it out for {method.prompts}"
+            wanted = f"needs a prompt artifact; name one{own}"
         raise UsageError(f"--prompts {name}: the method {method.name} {wanted}")
     if settings is None:
         return ModularPrompt.load(resolve_prompts(name))
