@@ -108,14 +108,16 @@ def _asked(place: str, doing: str) -> Iterator[Any]:
 
 def _meaning(error: Exception, place: str, doing: str, datasets: Any) -> BBPromptError:
     """What is to blame: the network, which may come back, or the data set."""
+    from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     out_of_reach = (ConnectionError, TimeoutError, OfflineModeIsEnabled, LocalEntryNotFoundError)
     if isinstance(error, out_of_reach) and not isinstance(error, datasets.exceptions.DatasetsError):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no way to {constants.ENDPOINT}"
         return OracleError(
-            f"hub data set {place}: the hub is out of reach and the data are not in its cache ({reason}); check the "
-            "network, or give --data DIR"
+            f"hub data set {place}: not in the hub cache, and the hub is out of reach ({why}); check the network, or "
+            "give --data DIR"
         )
     return DataError(
         f"hub data set {place}: cannot be {doing}: {reason}; correct the `hub` key of the task, or give --data DIR"
