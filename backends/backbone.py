@@ -70,7 +70,6 @@ _HUB_FILES = (
     "*.model",
 )
 
-
 _SENTINEL = "<extra_id_0>"
 _T5_TRAINED_ON = 512
 
@@ -243,7 +242,8 @@ def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
         folder = Path(snapshot_download(id_or_dir, local_files_only=True, allow_patterns=list(_HUB_FILES)))
         if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors")):
             return folder, "hub cache"
-        tried.append("no safetensors in the hub cache")
+        pickled = "pickled weights, but " if any(folder.glob("pytorch_model*.bin")) else ""
+        tried.append(f"{pickled}no safetensors in the hub cache")
     except HFValidationError as error:
         raise ArtifactError(f"backbone {id_or_dir!r}: no such directory, and no hub id either; check it") from error
     except LocalEntryNotFoundError:
@@ -258,7 +258,7 @@ def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
     if offline or is_offline_mode():
         raise OracleError(f"{where}, hub not asked (offline); {advice}")
     try:
-        return Path(snapshot_download(id_or_dir, allow_patterns=list(_HUB_FILES))), "hub"
+        folder = Path(snapshot_download(id_or_dir, allow_patterns=list(_HUB_FILES)))
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403, 404):
@@ -270,6 +270,10 @@ def _resolve(id_or_dir: str, *, offline: bool) -> tuple[Path, str]:
         # LocalEntryNotFoundError is what the hub's client raises where it has no network.
         reason = type(error.__cause__ or error).__name__
         raise OracleError(f"{where}, hub out of reach ({reason}); check the network or {advice}") from error
+    if not any(folder.glob("model*.safetensors")):
+        fix = "pickled weights can run code and are not read; give a directory with its weights as safetensors"
+        raise ArtifactError(f"{where}, and the hub has no safetensors of it; {fix}")
+    return folder, "hub"
 
 
 def _load(name: str, folder: Path, source: str) -> Backbone:

@@ -34,7 +34,10 @@ def check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
     elif max(config.placeholders) >= rows:
         problem = f"placeholder {max(config.placeholders)}, the backbone has {rows} tokens"
     if problem is not None:
-        raise ArtifactError(f"the prompts for {config.backbone} are damaged: their config.json says {problem}")
+        raise ArtifactError(
+            f"--prompts: those for {config.backbone} are damaged, their config.json says {problem}; fetch "
+            "them again, or choose others"
+        )
 
 
 def _describe(device: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from bbprompt.backends.encoder import Layout
-from bbprompt.errors import DataError
+from bbprompt.errors import DataError, TextError
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.texts.mrc import Encoded
 
@@ -31,7 +31,7 @@ class Head(Protocol):
         """Token sequences that the batch needs, in an order that depends on the batch alone.
 
         Raises:
-            DataError: A text does not fit; it is named by its number, counted from 1.
+            TextError: A text does not fit; it is named by its number, counted from 1.
         """
 
     def plan(self, sequences: Sequence[Encoded], layout: Layout, support: Support) -> Any:
@@ -61,14 +61,14 @@ def each(batch: TextBatch, write: Callable[[int], Encoded]) -> list[Encoded]:
     """Write every text of a batch by its index.
 
     Raises:
-        DataError: As `write` raises it, with the number of the text, counted from 1.
+        TextError: As `write` raises a `DataError`, with the number of the text, counted from 1.
     """
     written = []
     for number in range(len(batch.forms)):
         try:
             written.append(write(number))
         except DataError as error:
-            raise DataError(f"text {number + 1}: {error}") from error
+            raise TextError(f"text {number + 1}: {error}") from error
     return written
 
 

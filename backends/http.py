@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from bbprompt.backends.calls import Answer, Caller, Policy, plain
 from bbprompt.backends.remote import Pieces, read_info, read_size
-from bbprompt.errors import BBPromptError, DataError, OracleError, UsageError
+from bbprompt.errors import BBPromptError, OracleError, TextError, UsageError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points, check_scores
 from bbprompt.wire import (
     CONTENT_TYPE,
@@ -198,7 +198,7 @@ class HttpOracle:
             case 409, _:
                 return OracleError(f"{self._url}: {message}; start it with those that the run began with")
             case 422, "data":
-                return DataError(message)
+                return TextError(message)
         return OracleError(f"{self._url}: refused (status {status}): {message}")
 
 

@@ -107,6 +107,10 @@ class LocalLanguageModel:
             outputs.append(head.apply(plan, self._body.states(some, frame)))
         return head.scores(batch, plans, outputs, None)
 
+    def check_texts(self, batch: TextBatch) -> None:
+        """See that every text can be read with nothing in front; see `bbprompt.readable.Checker`."""
+        self._head.sequences(batch)
+
     @torch.inference_mode()
     def vocabulary(self, forms: Sequence[Form], tokens: Sequence[int] | None = None) -> VocabularyScores:
         """Score tokens in the gap of each text; see `bbprompt.language.LanguageModel`."""

@@ -162,11 +162,15 @@ class LocalOracle:
         score = self._mixed if mixed else self._exact
         return self._fitting(lambda: score(batch, checked, support, longest_answer))
 
+    def check_texts(self, batch: TextBatch) -> None:
+        """See that every text can be read; see `bbprompt.readable.Checker`."""
+        self._head.sequences(batch)
+
     def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:
         """Candidates that run through the model together on these texts: the size of a unit.
 
         Raises:
-            DataError: A text does not fit the model.
+            TextError: A text does not fit the model.
         """
         return min(max(self._batch_tokens // chunk.tokens, 1) for chunk in self._chunks(batch, support))
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bbprompt.backends.calls import Policy, plain
 from bbprompt.backends.oip_http import HttpTransport
 from bbprompt.backends.remote import Pieces, read_info, read_size
-from bbprompt.errors import DataError, OracleError, UsageError
+from bbprompt.errors import OracleError, TextError, UsageError
 from bbprompt.oip import INPUTS, OUTPUTS, Tensors, ask_description, ask_scores, read_reply
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points, check_scores
 from bbprompt.wire import PROTOCOL, WireError, request_for
@@ -179,7 +179,7 @@ class OipOracle:
             case "model":
                 raise OracleError(f"{self._url}: {message}; start it with those that the run began with")
             case "data":
-                raise DataError(message)
+                raise TextError(message)
         raise OracleError(f"{self._url}: refused: {message}")
 
 

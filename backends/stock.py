@@ -93,11 +93,15 @@ class StockOracle:
         units = plan_units(len(checked), self._fits(chunks))
         return join([self._unit(batch, chunks, checked, support, longest_answer, unit) for unit in units])
 
+    def check_texts(self, batch: TextBatch) -> None:
+        """See that every text can be read; see `bbprompt.readable.Checker`."""
+        self._head.sequences(batch)
+
     def at_once(self, batch: TextBatch, support: Support = "candidates") -> int:
         """Candidates that run through the model together on these texts: the size of a unit.
 
         Raises:
-            DataError: A text does not fit the model.
+            TextError: A text does not fit the model.
         """
         return self._fits(self._chunks(batch))
 

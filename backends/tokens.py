@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bbprompt.errors import ArtifactError
+from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.texts.mrc import Frame, Offsets
 
 __all__ = ["frame_for", "tokenize_with"]
@@ -45,6 +45,10 @@ def frame_for(tokenizer: Any, placeholders: Sequence[int], limit: int, *, open_e
         placeholders: Token ids at the prompt positions.
         limit: Longest sequence in tokens.
         open_end: The text is to be continued, so that nothing stands behind it.
+
+    Raises:
+        ArtifactError: The tokenizer puts no fixed frame around a text.
+        UsageError: The limit leaves no room for a text.
     """
     probe = "a"
     bare = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
@@ -53,4 +57,10 @@ def frame_for(tokenizer: Any, placeholders: Sequence[int], limit: int, *, open_e
     if at is None:
         raise ArtifactError(f"tokenizer {type(tokenizer).__name__}: special tokens change how a text is cut")
     last = () if open_end else tuple(full[at + len(bare) :])
-    return Frame(tuple(full[:at]), tuple(placeholders), last, limit)
+    frame = Frame(tuple(full[:at]), tuple(placeholders), last, limit)
+    if frame.room < 1:
+        raise UsageError(
+            f"--max-tokens: prompt and special tokens alone take {limit - frame.room} of {limit} tokens: no "
+            "room for a text; raise it, or take a --backbone with a longer input"
+        )
+    return frame

@@ -133,6 +133,10 @@ class VllmOracle:
         checked, texts = check_points(points, self._info), self._written(batch)
         return self._pieces.score(checked, 1, lambda piece: self._candidate(batch, texts, piece))
 
+    def check_texts(self, batch: TextBatch) -> None:
+        """See that every text can be read; see `bbprompt.readable.Checker`."""
+        self._head.sequences(batch)
+
     def close(self) -> None:
         """Close the connections; safe to call twice."""
         self._pieces.close()

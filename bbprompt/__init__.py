@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         OracleError,
         ResumeMismatch,
         RunLocked,
+        TextError,
         UsageError,
     )
     from bbprompt.oracle import Oracle
@@ -45,6 +46,7 @@ __all__ = [
     "ResumeMismatch",
     "RunLocked",
     "Task",
+    "TextError",
     "TuneConfig",
     "UsageError",
     "__version__",

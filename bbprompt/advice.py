@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 
 from bbprompt.config import MethodConfig, TuneConfig
+from bbprompt.oracle import OracleInfo
 from bbprompt.prompts import ModularPrompt
 from bbprompt.tasks.task import Task
 
-__all__ = ["warn_of_idle_workers", "warn_of_seen_examples"]
+__all__ = ["warn_of_idle_workers", "warn_of_seen_examples", "warn_of_shorter_input"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -43,4 +44,15 @@ def warn_of_idle_workers(workers: int | None, method: MethodConfig) -> None:
             workers,
             " and ".join(f"{name}={size}" for name, size in small.items()),
             " ".join(f"--set {name}={workers}" for name in small),
+        )
+
+
+def warn_of_shorter_input(max_tokens: int | None, model: OracleInfo) -> None:
+    """Say so when the model holds less than `--max-tokens` asks for; it is used at its own limit, as tokenizers do."""
+    if max_tokens is not None and 0 < model.max_tokens < max_tokens:
+        _log.warning(
+            "--max-tokens %d: %s reads at most %d tokens, so this is the limit; what is longer is cut",
+            max_tokens,
+            model.backbone,
+            model.max_tokens,
         )

@@ -7,13 +7,12 @@ the method's YAML.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bbprompt.baselines.settings import AnyBaseline
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
@@ -21,7 +20,7 @@ from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
 from bbprompt.settings import Count, Name, Settings
 from bbprompt.stage_settings import ProjectionConfig, PromptStageConfig, RefineStageConfig, RouterStageConfig
-from bbprompt.yamlfile import read_yaml, validate
+from bbprompt.yamlfile import closest, read_yaml, validate
 
 __all__ = [
     "NAMED_PROMPTS",
@@ -203,6 +202,14 @@ class TuneConfig(Settings):
     baselines: Annotated[bool, Field(strict=True)] = True
     set: Mapping[str, Any] = Field(default_factory=dict)
 
+    @field_validator("task", "data", "method", "backbone", "prompts", "backend", "ray")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        # As from a shell variable that is not set; a path of it would be the current directory.
+        if value is not None and not value.strip():
+            raise ValueError("the value is empty; leave it out for the default")
+        return value
+
     @property
     def resends(self) -> bool:
         """Whether a call whose answer is not known is made again.
@@ -224,8 +231,12 @@ def method_names() -> list[str]:
     return sorted(file.stem for file in _METHODS.glob("*.yaml"))
 
 
-def load_method(name_or_path: str) -> MethodConfig:
+def load_method(name_or_path: str, asked: str = "--method") -> MethodConfig:
     """Read a bundled method or a method YAML.
+
+    Args:
+        name_or_path: A name as `method_names` lists it, or a path that ends in `.yaml` or `.yml`.
+        asked: What a message begins with: the flag or argument that named it.
 
     Raises:
         UsageError: No such method, or a wrong key or value.
@@ -234,11 +245,8 @@ def load_method(name_or_path: str) -> MethodConfig:
     if path.suffix not in (".yaml", ".yml"):
         path = _METHODS / f"{name_or_path}.yaml"
         if name_or_path not in method_names():
-            close = difflib.get_close_matches(name_or_path, method_names(), 1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise UsageError(
-                f"--method: there is no method '{name_or_path}'{hint} (known: {', '.join(method_names())})"
-            )
+            hint = closest(name_or_path, method_names()) or "; `bbprompt methods` lists them"
+            raise UsageError(f"{asked}: there is no method '{name_or_path}'{hint}")
     return validate(MethodConfig, read_yaml(path), str(path))
 
 
@@ -255,9 +263,20 @@ def method_with(method: MethodConfig, changes: Mapping[str, Any]) -> MethodConfi
         for part in path:
             place = place.get(part) if isinstance(place, dict) else None
         if not isinstance(place, dict) or last not in place:
-            raise UsageError(f"--set {dotted}: the method {method.name} has no such setting")
+            hint = closest(dotted, _dotted(method.model_dump())) or f"; `bbprompt methods {method.name}` shows them"
+            raise UsageError(f"--set {dotted}: the method {method.name} has no such setting{hint}")
         place[last] = value
     return validate(MethodConfig, data, f"--set on method {method.name}")
+
+
+def _dotted(settings: Mapping[str, Any], before: str = "") -> list[str]:
+    """The keys of nested settings as `--set` takes them."""
+    keys = []
+    for name, value in settings.items():
+        keys.append(before + name)
+        if isinstance(value, Mapping):
+            keys += _dotted(value, f"{before}{name}.")
+    return keys
 
 
 def parse_set(pairs: Sequence[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from bbprompt.backends.cache import cache_root
 from bbprompt.config import load_method
 from bbprompt.connect import ask_completions, ask_server, is_vllm, open_oracle
-from bbprompt.errors import BBPromptError
+from bbprompt.errors import BBPromptError, OracleError
 from bbprompt.prompts import ModularPrompt, bundled_prompts
 from bbprompt.tasks.data import DATA_VARIABLE
 from bbprompt.tasks.task import load_task, task_names
@@ -186,7 +186,7 @@ def _backend(backend: str) -> Finding:
         prompt = ModularPrompt.load(bundled[method.prompts])
         oracle = ask_server(backend) if "://" in backend else open_oracle(backend, prompt)
     except BBPromptError as error:
-        return Finding("backend", "problem", str(error), "see the message")
+        return Finding("backend", "problem", _first(error), _advice(backend, error))
     info = oracle.info
     oracle.close()
     found = f"{backend}: {info.backbone}, {info.precision} on {info.device}"
@@ -196,12 +196,31 @@ def _backend(backend: str) -> Finding:
     return Finding("backend", "ok", found)
 
 
+def _first(error: BBPromptError) -> str:
+    """What is wrong, without what a run would do next."""
+    message = str(error)
+    return message.rpartition("; ")[0] or message
+
+
+def _advice(backend: str, error: BBPromptError) -> str:
+    """What to do about a backend that does not answer as it should."""
+    _, cut, said = str(error).rpartition("; ")
+    if not cut or not isinstance(error, OracleError) or "bbprompt resume" not in said:
+        return said if cut else "correct --backend"
+    scheme, _, place = backend.partition("://")
+    port = place.partition("/")[0].rpartition(":")[2]
+    if scheme in ("http", "https"):
+        flag = f" --port {port}" if port.isdecimal() else ""
+        return f"start `bbprompt serve{flag}` there, or correct --backend; then see whether a firewall is between"
+    return "start the model server there, or correct --backend; then see whether a firewall is between"
+
+
 def _vllm(backend: str) -> Finding:
     """A server that knows nothing of prompts: what it can be asked."""
     try:
         server = ask_completions(backend)
     except BBPromptError as error:
-        return Finding("backend", "problem", str(error), "see the message")
+        return Finding("backend", "problem", _first(error), _advice(backend, error))
     server.close()
     found = (
         f"{backend}: vLLM {server.version}, {server.model}, at most {server.room} tokens, takes embeddings, label "

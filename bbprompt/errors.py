@@ -3,7 +3,8 @@
 BBPromptError (1)
 ├── UsageError (2)            a flag, a config key or a value is wrong
 ├── DataError (65)            a data file, a record or a label is wrong
-│   └── ArtifactError         a prompt artifact or a backbone file is corrupt or does not fit
+│   ├── ArtifactError         a prompt artifact or a backbone file is corrupt or does not fit
+│   └── TextError             the model cannot read a text, as when it is too long
 ├── OracleError (69)          the model cannot be reached or breaks its contract
 ├── DiskError (74)            a file of the run cannot be written or read
 │   └── JournalCorrupt        the journal is damaged anywhere but in its last line
@@ -16,6 +17,7 @@ Every message is one line that names what is wrong, where (file, line, flag or k
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 __all__ = [
@@ -28,8 +30,12 @@ __all__ = [
     "OracleError",
     "ResumeMismatch",
     "RunLocked",
+    "TextError",
     "UsageError",
 ]
+
+
+_NUMBERED = re.compile(r"text ([1-9][0-9]{0,8}): ")
 
 
 class BBPromptError(Exception):
@@ -52,6 +58,25 @@ class DataError(BBPromptError):
 
 class ArtifactError(DataError):
     """A prompt artifact or a backbone file is corrupt, or the two do not fit each other."""
+
+
+class TextError(DataError):
+    """The model cannot read a text of a batch; the message begins with `text N: `, counted from 1.
+
+    A model knows texts and no files. Number and reason are read from the message, the one thing that every way from
+    a model here, on Ray or behind a server keeps.
+    """
+
+    @property
+    def number(self) -> int:
+        """Which text of the batch, counted from 1; 0 where the message does not say."""
+        found = _NUMBERED.match(str(self))
+        return int(found[1]) if found else 0
+
+    @property
+    def reason(self) -> str:
+        """The message without the number."""
+        return _NUMBERED.sub("", str(self), count=1)
 
 
 class OracleError(BBPromptError):

@@ -50,6 +50,10 @@ class Opened(Protocol):
         """What the model says of itself."""
 
     @property
+    def reader(self) -> object:
+        """What reads the texts, see `bbprompt.readable.can_check`; None where nothing is read."""
+
+    @property
     def threads(self) -> int:
         """CPU threads."""
 

@@ -145,7 +145,7 @@ class Oracle(Protocol):
 
         Raises:
             OracleError: The model cannot be reached or breaks its contract.
-            DataError: A text does not fit the model.
+            TextError: A text does not fit the model.
         """
 
     def close(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +19,12 @@ from bbprompt.baselines.choice import open_model
 from bbprompt.baselines.use import FittedBaseline, load_baseline
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.connect import open_oracle
-from bbprompt.errors import ArtifactError, DataError, DiskError, UsageError
+from bbprompt.errors import ArtifactError, DataError, DiskError, TextError, UsageError
 from bbprompt.frozen import frozen_prompt
 from bbprompt.metrics import majority, standard_error
 from bbprompt.oracle import Oracle, check_scores
 from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.readable import NamingOracle
 from bbprompt.readout import Readout
 from bbprompt.result import read_result
 from bbprompt.run import limited, reopen
@@ -121,7 +123,7 @@ class TunedPrompt:
 
         Raises:
             UsageError: One text or record instead of several, or texts for a task of several fields.
-            DataError: An input lacks a field; it is named by its number, counted from 1.
+            DataError: An input lacks a field or does not fit; it is named by its number, counted from 1.
             OracleError: The model cannot be reached.
         """
         if isinstance(inputs, (str, Mapping)):
@@ -132,7 +134,10 @@ class TunedPrompt:
                 examples.append(self.example(item))
             except DataError as error:
                 raise DataError(f"input {number}: {error}") from None
-        return self.predict_examples(examples)
+        try:
+            return self.predict_examples(examples)
+        except TextError as error:
+            raise DataError(f"input {error.number}: {error.reason}") from error
 
     def example(self, item: str | Mapping[str, Any]) -> Example:
         """Turn one input into an unlabelled example.
@@ -153,17 +158,24 @@ class TunedPrompt:
         return self.task.example(item, labelled=False)
 
     def predict_examples(self, examples: Sequence[Example]) -> list[Prediction]:
-        """Label examples, in order, whatever their labels say."""
+        """Label examples, in order, whatever their labels say.
+
+        Raises:
+            TextError: One does not fit the model.
+            OracleError: The model cannot be reached.
+        """
         predictions: list[Prediction] = []
         extractive = self.task.type == "extractive"
         longest = self._readout.longest_answer if extractive else None
         for begin in range(0, len(examples), _AT_ONCE):
             some = examples[begin : begin + _AT_ONCE]
             if isinstance(self._oracle, FittedBaseline):
-                predictions += map(self._choice, some, self._oracle.probabilities(some))
+                with _counted_from(begin):
+                    predictions += map(self._choice, some, self._oracle.probabilities(some))
                 continue
             batch = labelled(self.task, some, for_loss=False, readout=self._oracle.info.readout).batch
-            reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
+            with _counted_from(begin):
+                reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
             scores = check_scores(reply, batch, 1, channels=self._oracle.info.channels)
             if extractive:
                 predictions += [Prediction(answer, {}) for answer in self._readout.extracts(scores, batch)[0]]
@@ -206,7 +218,7 @@ class TunedPrompt:
             values, cut = self._oracle.hits(examples, lambda done: report(done, len(examples)))
         else:
             score = score_split(
-                self._oracle,
+                NamingOracle(self._oracle, self.task, source, examples),
                 [(0, self._readout)],
                 self.task,
                 examples,
@@ -359,6 +371,17 @@ def _read_tensors(directory: RunDirectory) -> dict[str, NDArray[Any]]:
         raise DiskError(
             f"{directory.path / PROMPT}: damaged ({' '.join(str(error).split())[:200]}); tune again"
         ) from None
+
+
+@contextmanager
+def _counted_from(begin: int) -> Iterator[None]:
+    """Number a text among all examples instead of among those behind the first `begin`."""
+    try:
+        yield
+    except TextError as error:
+        if not error.number:
+            raise
+        raise TextError(f"text {begin + error.number}: {error.reason}") from error
 
 
 def _prediction(names: Sequence[str], shares: NDArray[np.float64]) -> Prediction:

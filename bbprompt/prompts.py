@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from bbprompt.errors import ArtifactError
+from bbprompt.errors import ArtifactError, OracleError
 from bbprompt.oracle import ReadoutKind
 from bbprompt.router import CODE, GateRule, compose, mass
+from bbprompt.yamlfile import closest
 
 __all__ = ["ModularPrompt", "Pooling", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
 
@@ -310,24 +311,35 @@ def resolve_prompts(name_or_dir: str) -> Path:
     """Find an artifact: a directory, a bundled name, or a Hugging Face hub id (`owner/name`).
 
     Raises:
-        ArtifactError: Nothing of that name is there, or the hub cannot be reached.
+        ArtifactError: Nothing of that name is there.
+        OracleError: It may be at the hub, which is out of reach.
     """
     if Path(name_or_dir).is_dir():
         return Path(name_or_dir)
     bundled = bundled_prompts()
     if name_or_dir in bundled:
         return bundled[name_or_dir]
-    if name_or_dir.count("/") != 1:
-        raise ArtifactError(
-            f"prompts '{name_or_dir}': no such directory, and not one of the bundled {', '.join(bundled) or '(none)'}"
-        )
+    if name_or_dir.count("/") != 1 or name_or_dir.startswith((".", "/", "~")):
+        hint = closest(name_or_dir, list(bundled)) or "; none is bundled"
+        raise ArtifactError(f"--prompts '{name_or_dir}': no such directory or bundled artifact{hint}")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    where = f"--prompts '{name_or_dir}': no such directory or bundled artifact"
+    files = ["config.json", "model.safetensors", "README.md"]
     try:
-        return Path(snapshot_download(name_or_dir, allow_patterns=["config.json", "model.safetensors", "README.md"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtifactError(
-            f"prompts '{name_or_dir}': no such directory or bundled artifact, and the hub does not give it "
-            f"({type(error).__name__})"
+        return Path(snapshot_download(name_or_dir, allow_patterns=files))
+    except HFValidationError as error:
+        raise ArtifactError(f"{where}, and no hub id either; check the name") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise ArtifactError(f"{where}, and unknown or closed on the hub ({status}); check the name") from error
+        raise OracleError(f"{where}, and the hub answers {status}; try later or give a directory") from error
+    except OSError as error:
+        # Also what the hub's client raises where it has no network and nothing in its cache.
+        reason = type(error.__cause__ or error).__name__
+        raise OracleError(
+            f"{where}, not in the hub cache, and the hub is out of reach ({reason}); check the network or give a "
+            "directory"
         ) from error

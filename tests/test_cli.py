@@ -116,7 +116,7 @@ def test_wrong_usage_is_one_line_and_code_2(words: str, said: str, capsys: pytes
 
 ERRORS = [getattr(errors, name) for name in errors.__all__]
 CODES = {"BBPromptError": 1, "UsageError": 2, "DataError": 65, "ArtifactError": 65, "OracleError": 69, "DiskError": 74}
-CODES |= {"JournalCorrupt": 74, "Interrupted": 75, "RunLocked": 75, "ResumeMismatch": 78}
+CODES |= {"JournalCorrupt": 74, "Interrupted": 75, "RunLocked": 75, "TextError": 65, "ResumeMismatch": 78}
 
 
 @pytest.mark.parametrize("kind", ERRORS, ids=errors.__all__)

@@ -112,7 +112,7 @@ def test_a_method_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_method() -> None:
-    with pytest.raises(UsageError, match=r"there is no method 'mp2-dep'; did you mean 'mp2-deep'\?"):
+    with pytest.raises(UsageError, match=r"there is no method 'mp2-dep'; did you mean 'mp2-deep'"):
         load_method("mp2-dep")
     with pytest.raises(UsageError, match=r"no such file"):
         load_method("nowhere/mine.yaml")

@@ -379,6 +379,9 @@ def fake_hub(rows: list[dict[str, Any]]) -> Any:
         class exceptions:  # noqa: N801
             DatasetsError = RuntimeError
 
+        class config:  # noqa: N801
+            HF_HUB_OFFLINE = True
+
         @staticmethod
         def get_dataset_split_names(path: str, config: str | None, revision: str | None) -> list[str]:
             if path != "a/b":

@@ -75,7 +75,11 @@ def test_a_backend_is_opened_only_on_request(
     for url in ("http://localhost:1", "kserve://localhost:1/oracle", "kserve+grpc://localhost:1/oracle"):
         (remote,) = (f for f in examine(url, {}) if f.name == "backend")
         assert remote.state == "problem"
-        assert "bbprompt resume" in remote.value
+        assert "refused" in remote.value or "connect" in remote.value
+        assert "bbprompt resume" not in remote.value, "there is no run to go on with"
+        server = "`bbprompt serve --port 1`" if url.startswith("http") else "the model server"
+        assert remote.fix.startswith(f"start {server} there")
+        assert "correct --backend" in remote.fix
 
 
 def test_a_server_may_hold_other_prompts(

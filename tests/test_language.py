@@ -117,7 +117,7 @@ def test_half_of_the_length_is_for_demonstrations(folders: dict[str, Path]) -> N
         found = model.demonstrate([(form, 0), (form, 1), (form, 0)])
         assert (len(found.gaps), len(found.ids)) == (count, count * size), "the first token is not theirs"
     crowded = [replace(form, parts=(Part("长" * 40, cut=False),), gap=1)]
-    with pytest.raises(DataError, match="does not fit"):
+    with pytest.raises(DataError, match="question and options alone take"):
         LocalLanguageModel(backbone, max_tokens=4).words(crowded, found.ids)
 
 

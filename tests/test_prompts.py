@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import huggingface_hub
 import numpy as np
 import pytest
 import tiny_prompt
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.numpy import load_file, save_file
 
 from bbprompt import prompts as module
-from bbprompt.errors import ArtifactError
+from bbprompt.errors import ArtifactError, OracleError
 from bbprompt.prompts import ModularPrompt, PromptSpace, bundled_prompts, resolve_prompts
 from bbprompt.router import CODE, PAPER, GateRule, compose, mass
 
@@ -248,23 +253,67 @@ def test_resolve_a_bundled_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "_BUNDLED", folder.parent)
     assert bundled_prompts() == {"prompts": folder}
     assert resolve_prompts("prompts") == folder
-    with pytest.raises(ArtifactError, match="'nothing': no such directory, and not one of the bundled prompts"):
+    with pytest.raises(ArtifactError, match="'nothing': no such directory or bundled artifact; known are prompts"):
         resolve_prompts("nothing")
+    with pytest.raises(ArtifactError, match=r"did you mean 'prompts'\?"):
+        resolve_prompts("promts")
 
 
 def test_nothing_bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BUNDLED", tmp_path / "missing")
-    with pytest.raises(ArtifactError, match=r"not one of the bundled \(none\)"):
+    with pytest.raises(ArtifactError, match="none is bundled"):
         resolve_prompts("nothing")
 
 
-@pytest.mark.parametrize("name", ["some one/prompts", "owner/does-not-exist-here"])
-def test_a_hub_id_without_a_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants
+def test_a_hub_id_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ArtifactError, match=r"'some one/prompts': .*, and no hub id either; check the name"):
+        resolve_prompts("some one/prompts")
+    with pytest.raises(OracleError, match=r"not in the hub cache, and the hub is out of reach .*; check the network"):
+        resolve_prompts("owner/does-not-exist-here")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ArtifactError, match="the hub does not give it"):
-        resolve_prompts(name)
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [(404, ArtifactError, r"unknown or closed on the hub \(404\)"), (503, OracleError, "the hub answers 503")],
+)
+def test_what_the_hub_may_answer(
+    status: int, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = httpx2.Request("GET", "https://hub.invalid/api")
+
+    def answer(*args: Any, **more: Any) -> None:
+        raise HfHubHTTPError("answer", response=httpx2.Response(status, request=request))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    with pytest.raises(error, match=words):
+        resolve_prompts("owner/prompts")
+
+
+@pytest.mark.parametrize("revision", ["main", None])
+def test_prompts_by_hub_id_from_a_warm_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    commit = "b" * 40
+    base = tmp_path / "hub" / "models--owner--prompts"
+    blobs, snapshot = base / "blobs", base / "snapshots" / commit
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():  # as the hub's client keeps them: the content once, links to it by commit
+        shutil.copy(file, blobs / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    if revision is not None:
+        (base / "refs").mkdir()
+        (base / "refs" / revision).write_text(commit, encoding="utf-8")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    if revision is None:  # a snapshot that no name leads to may be any version
+        with pytest.raises(OracleError, match="not in the hub cache"):
+            resolve_prompts("owner/prompts")
+        return
+    found = resolve_prompts("owner/prompts")
+    assert found == snapshot
+    assert ModularPrompt.load(found).digest == ModularPrompt.load(folder).digest
 
 
 def test_an_artifact_without_a_digest_is_taken_as_it_is(folder: Path) -> None:

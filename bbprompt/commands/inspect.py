@@ -22,7 +22,7 @@ def tasks(name: _Name = None, json: Json = False, debug: Debug = False) -> None:
     from bbprompt.tasks.task import load_task, task_names
 
     if name is not None:
-        task = load_task(name)
+        task = load_task(name, "NAME")
         _settings(task.model_dump(mode="json", exclude_none=True), json)
         return
     found = [load_task(each) for each in task_names()]
@@ -46,7 +46,7 @@ def methods(
     from bbprompt.config import load_method, method_names, method_with, parse_set
 
     if name is not None:
-        method = method_with(load_method(name), parse_set(changes or []))
+        method = method_with(load_method(name, "NAME"), parse_set(changes or []))
         _settings(method.model_dump(mode="json"), json)
         return
     found = [load_method(each) for each in method_names()]

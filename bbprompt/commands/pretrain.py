@@ -164,7 +164,7 @@ def _begin(kinds: tuple[str, ...], config: str | None, resume: Path | None, out:
         raise UsageError("--out: --resume says the directory already; leave one of them out")
     if config is None and resume is None:
         if len(kinds) > 1:
-            raise UsageError("--config is missing; give a recipe or one of " + ", ".join(_names(kinds)))
+            raise UsageError("--config is missing; give a recipe of yours or one of " + ", ".join(_names(kinds)))
         config = kinds[0]
     folder = resume or out or Path("runs") / f"pretrain-{Path(config or '').stem}"
     recipe = _recipe(config, folder)
@@ -236,8 +236,11 @@ def _recipe(config: str | None, folder: Path) -> Recipe:
 
 
 def _names(kinds: tuple[str, ...] = ()) -> list[str]:
-    """Bundled recipes, which are called as their kind."""
-    return sorted(file.stem for file in _RECIPES.glob("*.yaml") if not kinds or file.stem in kinds)
+    """Bundled recipes, all or those of some kinds."""
+    from bbprompt.yamlfile import read_yaml
+
+    files = _RECIPES.glob("*.yaml")
+    return sorted(file.stem for file in files if not kinds or read_yaml(file).get("kind") in kinds)
 
 
 def _device(wanted: str) -> str:

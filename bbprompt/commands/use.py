@@ -16,7 +16,7 @@ import typer
 
 from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, RunDir, Threads
 from bbprompt.commands.output import abandon, whole_file, write, write_json
-from bbprompt.errors import DataError, DiskError, UsageError
+from bbprompt.errors import DataError, DiskError, TextError, UsageError
 
 if TYPE_CHECKING:
     from bbprompt.predict import Evaluation, TunedPrompt
@@ -137,7 +137,13 @@ def _labelled(
             examples.append(prompt.example(record))
         except (DataError, UsageError) as error:
             raise type(error)(f"{file}:{number}: {error}") from None
-    for (_, record), example, found in zip(records, examples, prompt.predict_examples(examples), strict=True):
+    try:
+        predictions = prompt.predict_examples(examples)
+    except TextError as error:
+        if not error.number:
+            raise
+        raise DataError(f"{file}:{records[error.number - 1][0]}: {error.reason}") from error
+    for (_, record), example, found in zip(records, examples, predictions, strict=True):
         probabilities = {name: round(share, 6) for name, share in found.probabilities.items()}
         fields = example.fields if isinstance(record, str) else record
         line = {**fields, "label": found.label, "probabilities": probabilities}

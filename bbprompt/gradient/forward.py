@@ -86,11 +86,15 @@ class Forward:
                 lambda prompt: body.states(sequences, self._frame, prompt[None])
             )
 
+    def check_texts(self, batch: TextBatch) -> None:
+        """See that every text can be read; see `bbprompt.readable.Checker`."""
+        self._head.sequences(batch)
+
     def pieces(self, data: Labelled) -> list[Piece]:
         """Cut labelled texts into pieces of at most `batch_tokens` tokens, in order; a text is never cut in two.
 
         Raises:
-            DataError: A text does not fit the model.
+            TextError: A text does not fit the model.
         """
         sizes = [sum(len(item.ids) for item in self._head.sequences(_part(data, n, n + 1).batch)) for n in _all(data)]
         bounds, tokens = [0], 0

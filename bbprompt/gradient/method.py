@@ -87,6 +87,11 @@ class PreparedGradient:
             raise ValueError(f"method {self.method.name} descends no gradient")
         return self.method.gradient
 
+    @property
+    def reader(self) -> Forward:
+        """What reads the texts."""
+        return _forward(self, (torch.from_numpy(self.prompt.head_weight), torch.from_numpy(self.prompt.head_bias)))
+
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result."""
         return manifest_of(self)
@@ -153,16 +158,7 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
     replayed = ledger.reserved - len(ledger.in_doubt)
     checkpoint = Checkpoint(directory)
     soft = SoftPrompt(run.prompt, run.method.rule, run.config.seed).to(run.device)
-    forward = Forward(
-        run.backbone,
-        run.prompt.config,
-        (soft.head_weight, soft.head_bias),
-        device=run.device,
-        dtype=run.config.dtype,
-        limit=run.model.max_tokens,
-        support=run.method.support,
-        batch_tokens=run.config.batch_tokens or _BATCH_TOKENS[run.device],
-    )
+    forward = _forward(run, (soft.head_weight, soft.head_bias))
     watcher.prepared(run)
 
     def report(status: Status) -> None:
@@ -205,6 +201,20 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
     directory.write_json(RESULT, result.model_dump(mode="json"))
     checkpoint.remove()
     return result
+
+
+def _forward(run: PreparedGradient, weights: tuple[torch.Tensor, torch.Tensor]) -> Forward:
+    """The model as it is gone backward through, with a span head of these weights where it has one."""
+    return Forward(
+        run.backbone,
+        run.prompt.config,
+        weights,
+        device=run.device,
+        dtype=run.config.dtype,
+        limit=run.model.max_tokens,
+        support=run.method.support,
+        batch_tokens=run.config.batch_tokens or _BATCH_TOKENS[run.device],
+    )
 
 
 def _tested(run: PreparedGradient, found: Descended, keys: list[int], watcher: Watcher) -> tuple[SplitScore, int]:

@@ -39,7 +39,7 @@ def upstream_tasks(wanted: Sequence[str] | str) -> list[Task]:
     if wanted == "upstream":
         tasks = [load_task(name) for name in task_names()]
         return [task for task in tasks if task.track in ("upstream", "seen")]
-    tasks = [load_task(name) for name in _listed(wanted)]
+    tasks = [load_task(name, "tasks") for name in _listed(wanted)]
     for task in tasks:
         if task.track in ("unseen", "unseen-relative"):
             raise UsageError(f"tasks: '{task.name}' is of track {task.track} and must not be trained on; remove it")

@@ -53,7 +53,7 @@ class Scorer:
 
         Raises:
             OtherRequest: The call id belongs to another request.
-            DataError: A text does not fit the model.
+            TextError: A text does not fit the model.
             OracleError: Points are not finite, or the model answers what it must not.
         """
         print_ = _fingerprint(request)

@@ -64,6 +64,7 @@ class RunDirectory:
         self._lock = lock
         self._curve: File | None = None
         self._journal: Journal | None = None
+        self._created = False
 
     @classmethod
     def create(cls, path: Path | str, manifest: Mapping[str, Any], disk: Disk | None = None) -> Self:
@@ -102,6 +103,7 @@ class RunDirectory:
             run.run_id = _run_id(run.manifest)
             # In the order given, not sorted: it is read by people too.
             run._put(MANIFEST, _pretty({"run_id": run.run_id, **manifest}))
+            run._created = True
         except BaseException:
             run.close()
             raise
@@ -228,6 +230,26 @@ class RunDirectory:
         if self.holds(name):
             self._disk.remove(self.path / name)
             self._disk.sync_folder(self.path)
+
+    def withdraw(self) -> None:
+        """Undo `create` for a run that came to nothing, so that the directory may be used again; close it then.
+
+        Only where this very process made the run and no row of the curve stands: then all that is lost is calls that
+        the same run would ask for again and fail at.
+
+        Raises:
+            DiskError: A file cannot be removed.
+        """
+        self._must_be_writable()
+        if not self._created or self._curve is not None or self.holds(CURVE):
+            return
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        for name in (JOURNAL, MANIFEST):  # the manifest last: a journal alone would be no run and no free directory
+            if self.holds(name):
+                self._disk.remove(self.path / name)
+                self._disk.sync_folder(self.path)
 
     def close(self) -> None:
         """Close all files and give the lock back; closing twice is harmless."""

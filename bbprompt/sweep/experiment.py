@@ -79,6 +79,7 @@ class Experiment(BaseModel):
         """
         cells: dict[str, Cell] = {}
         variants = self.variants or {"": {}}
+        self._check_names()
         bare = self._without_prompts()
         for seed, task, method, label in itertools.product(self.seeds, self.tasks, self.methods, variants):
             changes = variants[label]
@@ -93,7 +94,6 @@ class Experiment(BaseModel):
             if name in cells:
                 raise UsageError(f"experiment: two runs would be called {name}; give tasks and methods other names")
             cells[name] = Cell(name, row_name(_stem(method), label), config)
-        self._check_names()
         return tuple(cells.values())
 
     def _without_prompts(self) -> frozenset[str]:
@@ -103,9 +103,10 @@ class Experiment(BaseModel):
     def _check_names(self) -> None:
         """Wrong names are an error now, not after the hours that the runs before them take."""
         for task in self.tasks:
-            load_task(task)
-        for method, changes in itertools.product(self.methods, self.variants.values() or ({},)):
-            method_with(load_method(method), {**(self.settings.get("set") or {}), **(changes.get("set") or {})})
+            load_task(task, "--tasks")
+        for name, changes in itertools.product(self.methods, self.variants.values() or ({},)):
+            method = load_method(name, "--methods")
+            method_with(method, {**(self.settings.get("set") or {}), **(changes.get("set") or {})})
 
 
 @dataclass(frozen=True, slots=True)

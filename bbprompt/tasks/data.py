@@ -11,31 +11,25 @@ import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from bbprompt.errors import DataError, UsageError
+from bbprompt.errors import DataError, OracleError, UsageError
 from bbprompt.tasks.example import Example
+from bbprompt.tasks.hub import SPLITS, Reader, SplitName, hub_readers, place_of
 from bbprompt.tasks.recordfile import FORMATS, read_records
-from bbprompt.tasks.task import Hub, Task
+from bbprompt.tasks.task import Task
 
 __all__ = ["DATA_VARIABLE", "DataSource", "Report", "SplitName", "data_digest", "open_data"]
 
 DATA_VARIABLE = "BBPROMPT_DATA"
 """Environment variable that names a directory of task directories."""
 
-SplitName = Literal["train", "dev", "test"]
-
-_SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
-_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _SAMPLES = Path(__file__).parent.parent / "bundled" / "samples"
 
 _log = logging.getLogger(__name__)
-
-# A reader yields where a record stands, for messages, and the record.
-_Reader = Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +74,7 @@ class DataSource:
         task: Task,
         source: Literal["path", "hub", "sample"],
         id: str,
-        readers: Mapping[SplitName, _Reader],
+        readers: Mapping[SplitName, Reader],
     ) -> None:
         self.source = source
         self.id = id
@@ -91,7 +85,7 @@ class DataSource:
     @property
     def splits(self) -> tuple[SplitName, ...]:
         """The splits that are there by their own name."""
-        return tuple(name for name in _SPLITS if name in self._readers)
+        return tuple(name for name in SPLITS if name in self._readers)
 
     def split(self, name: SplitName) -> list[Example]:
         """Return the examples of a split in the order of the file; `test` is dev where there is no test.
@@ -135,7 +129,8 @@ class DataSource:
         if name not in self._readers:
             have = ", ".join(self.splits) or "none"
             what = f"the split {name!r} of task {self._task.name}"
-            raise DataError(f"{self.id}: {what} is missing; there is {have}")
+            add = f"; add {name}.jsonl, {name}.tsv or the like, or give another --data" if self.source != "hub" else ""
+            raise DataError(f"{self.id}: {what} is missing; there is {have}{add}")
         return name
 
     def _load(self, name: SplitName) -> tuple[tuple[Example, ...], int]:
@@ -165,12 +160,14 @@ def open_data(task: Task, source: str | Path = "auto", env: Mapping[str, str] | 
         task: The task; its `folder` names its directory or bundled sample, its `hub` the hub data set.
         source: `auto`, `hub`, `sample`, or a path: a directory with a file per split (`train.jsonl`,
             `dev.tsv`, ...), or one file, which is then the test split. `auto` is the first there is of:
-            the task's directory in `BBPROMPT_DATA`, the hub where the task names a data set, the sample.
+            the task's directory in `BBPROMPT_DATA`, the hub where the task names a data set, the sample. A hub out
+            of reach is passed over, and a warning says so.
         env: Environment; None: that of the process.
 
     Raises:
         UsageError: Nothing is found, or a package is missing.
-        DataError: The place has no split, or one twice.
+        DataError: The place has no split, or one twice, or the hub has no such data set.
+        OracleError: The hub is out of reach, and there is nothing else.
     """
     environ = os.environ if env is None else env
     if source == "auto":
@@ -203,7 +200,13 @@ def _auto(task: Task, root: str) -> tuple[DataSource, str]:
             return _from_path(task, folder), f"found through {DATA_VARIABLE}"
     missing = f"{DATA_VARIABLE} has no {task.folder}" if root else f"{DATA_VARIABLE} is not set"
     if task.hub is not None:
-        return _from_hub(task), missing
+        try:
+            return _from_hub(task), missing
+        except (OracleError, UsageError) as error:
+            if not (_SAMPLES / task.folder).is_dir():
+                raise
+            _log.warning("%s; the bundled sample is taken instead", error)
+            missing += ", the hub is out of reach"
     if (_SAMPLES / task.folder).is_dir():
         return _from_sample(task), f"{missing}; a small sample, good for trying things out only"
     raise UsageError(
@@ -217,8 +220,8 @@ def _from_path(task: Task, path: Path) -> DataSource:
         if not path.exists():
             raise UsageError(f"--data: {path}: no such file or directory")
         return DataSource(task, "path", str(path), {"test": _file_reader(path)})
-    readers: dict[SplitName, _Reader] = {}
-    for name in _SPLITS:
+    readers: dict[SplitName, Reader] = {}
+    for name in SPLITS:
         files = [path / f"{name}{ending}" for ending in FORMATS if (path / f"{name}{ending}").exists()]
         if len(files) > 1:
             both = " and ".join(file.name for file in files)
@@ -242,61 +245,15 @@ def _from_sample(task: Task) -> DataSource:
     return DataSource(task, "sample", task.folder, found._readers)
 
 
-def _file_reader(file: Path) -> _Reader:
+def _file_reader(file: Path) -> Reader:
     return lambda: ((f"{file}:{number}", record) for number, record in read_records(file))
 
 
 def _from_hub(task: Task) -> DataSource:
     if task.hub is None:
         raise UsageError(f"--data hub: the task {task.name} names no hub data set; add a `hub` key to its YAML")
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError("--data hub needs the package datasets: pip install 'bbprompt[data]'") from None
-    hub = task.hub
-    place = hub.path + (f":{hub.config}" if hub.config else "") + (f"@{hub.revision}" if hub.revision else "")
-    try:
-        there = datasets.get_dataset_split_names(hub.path, hub.config, revision=hub.revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"hub data set {place}: cannot be opened: {_first_line(error)}") from None
-    readers: dict[SplitName, _Reader] = {}
-    for name in _SPLITS:
-        theirs = hub.splits.get(name, _HUB_SPLITS[name])
-        if theirs in there:
-            readers[name] = _hub_reader(task, hub, place, theirs)
-    if not readers:
-        have = ", ".join(there)
-        raise DataError(f"hub data set {place}: has only the splits {have}; say which is which in `hub.splits`")
-    return DataSource(task, "hub", place, readers)
-
-
-def _hub_reader(task: Task, hub: Hub, place: str, split: str) -> _Reader:
-    def read() -> Iterator[tuple[str, Mapping[str, Any]]]:
-        import datasets
-
-        try:
-            table = datasets.load_dataset(hub.path, hub.config, split=split, revision=hub.revision)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"hub data set {place}: cannot be loaded: {_first_line(error)}") from None
-        theirs = {name: ours for ours, name in hub.fields.items()}
-        # Class labels come as numbers; the task's YAML knows them by their names.
-        feature = table.features.get(hub.fields.get("label", "label"))
-        names = list(getattr(feature, "names", ())) if task.labelled else []
-        for number, row in enumerate(table, start=1):
-            record = {theirs.get(name, name): value for name, value in row.items()}
-            label = record.get("label")
-            if names and isinstance(label, int):
-                if not 0 <= label < len(names):
-                    raise DataError(f"{place}:{split}:{number}: the record has no label ({label})")
-                record["label"] = names[label]
-            yield f"{place}:{split}:{number}", record
-
-    return read
+    return DataSource(task, "hub", place_of(task.hub), hub_readers(task, task.hub))
 
 
 def _positive(counts: Mapping[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

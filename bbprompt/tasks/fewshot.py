@@ -140,7 +140,11 @@ def few_shot(task: Task, data: DataSource, seed: int, shots: int | None = None) 
         UsageError: As `sample`; or `shots` of a given split.
     """
     if task.few_shot == "drawn":
-        return sample(task, data.split("train"), seed, shots)
+        train = data.split("train")
+        try:
+            return sample(task, train, seed, shots)
+        except DataError as error:
+            raise DataError(f"{data.id}, train: {error}") from error
     if shots is not None:
         raise UsageError(f"--shots {shots}: the task {task.name} has a few-shot split of its own; leave it out")
     if "test" not in data.splits:

@@ -290,12 +290,13 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in _TASKS.glob("*.yaml"))
 
 
-def load_task(name_or_path: str | Path) -> Task:
+def load_task(name_or_path: str | Path, asked: str = "--task") -> Task:
     """Load a bundled task by its name, or a task from a YAML file.
 
     Args:
         name_or_path: A name as `task_names` lists it, or a path (anything with a folder in it, or ending in
             `.yaml` or `.yml`).
+        asked: What a message begins with: the flag or argument that named it.
 
     Raises:
         UsageError: No such task (with the closest names), or the file is not a valid task.
@@ -305,7 +306,7 @@ def load_task(name_or_path: str | Path) -> Task:
         return validate(Task, read_yaml(given), given)
     if not re.fullmatch(_NAME, given) or not (_TASKS / f"{given}.yaml").is_file():
         hint = closest(given, task_names()) or "; `bbprompt tasks` lists them"
-        raise UsageError(f"--task: there is no bundled task {short(given)}{hint}")
+        raise UsageError(f"{asked}: there is no bundled task {short(given)}{hint}")
     file = _TASKS / f"{given}.yaml"
     task = validate(Task, read_yaml(file), str(file))
     if task.name != given:

@@ -129,7 +129,8 @@ def encode(
             raise DataError("the context has no token: the tokenizer drops this text")
     if answers and not spans:
         raise DataError(
-            f"answer '{answers[0].text[:40]}' does not fit into {frame.limit} tokens; raise the length limit"
+            f"answer '{answers[0].text[:40]}' does not fit into {frame.limit} tokens; shorten the question, raise "
+            "--max-tokens if it was set, or take a --backbone with a longer input"
         )
     return Encoded(
         (*frame.first, *frame.placeholders, *ids, *frame.last),
@@ -196,8 +197,8 @@ def keep(
     if excess > sum(max(len(t) - 1, 0) for t in tokens.values()):
         fixed = len(owner) - sum(len(t) for t in tokens.values())
         raise DataError(
-            f"question and options alone take {fixed} of {room} tokens: "
-            "the text does not fit the model; shorten them or use a backbone with a longer input"
+            f"question and options alone take {fixed} of {max(room, 0)} tokens, and nothing else may be cut; "
+            "shorten them, raise --max-tokens if it was set, or take a --backbone with a longer input"
         )
     sizes = {i: len(t) for i, t in tokens.items()}
     for _ in range(excess):  # always from the part that is longest at that moment
