@@ -14,7 +14,7 @@ import yaml
 import bbprompt
 from bbprompt import cli
 from bbprompt.config import load_method, method_with, parse_set
-from bbprompt.tasks.task import Task
+from bbprompt.tasks.task import Task, load_task, task_names
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,8 +87,17 @@ def test_the_tree_names_what_is_there() -> None:
 
 
 def test_the_task_is_valid() -> None:
-    (text,) = (body for language, body in BLOCKS if language == "yaml")
+    text, hub = (body for language, body in BLOCKS if language == "yaml")
     assert Task.model_validate(yaml.safe_load(text)).labels == {"0": "负面", "1": "正面"}
+    pair = yaml.safe_load((ROOT / "configs" / "tasks" / "lcqmc.yaml").read_text(encoding="utf-8"))
+    assert Task.model_validate(pair | yaml.safe_load(hub)).hub is not None
+
+
+def test_the_tasks_of_the_hub_are_those_that_know_one() -> None:
+    (said,) = re.findall(r"--data hub`, with `.\[data\]`\): ([\w, \n]+);", TEXT)
+    assert set(said.replace("\n", " ").split(", ")) == {
+        name for name in task_names() if load_task(name).hub is not None
+    }
 
 
 def test_links_lead_somewhere() -> None:
