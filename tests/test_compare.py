@@ -204,6 +204,8 @@ def test_csv_and_json_hold_fractions(folder: Path) -> None:
     runs = list(csv.DictReader(io.StringIO(files["runs.csv"])))
     assert len(runs) == 12
     assert {line["test"] for line in runs if line["run"] == "lcqmc-mp2-deep-2"} == {"0.8"}
+    assert {line["test_after_upstream"] for line in runs if line["run"] == "lcqmc-mp2-deep-2"} == {"0.79"}
+    assert {line["test_after_prompt"] for line in runs if line["run"] == "lcqmc-mp2-deep-2"} == {"0.8"}
     assert len(list(csv.DictReader(io.StringIO(files["differences.csv"])))) == 15
     values = as_json(compared(folder))
     assert json.loads(json.dumps(values, allow_nan=False)) == values

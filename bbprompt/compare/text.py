@@ -193,9 +193,13 @@ def _wide(found: Comparison) -> tuple[Sequence[str], Iterable[Sequence[object]]]
 
 
 def _long(found: Comparison) -> tuple[Sequence[str], Iterable[Sequence[object]]]:
+    """A line for each run, with the test score after each stage and that of the best method without a prompt."""
     rows = []
+    stages = list(dict.fromkeys(stage.name for run in found.runs for stage in run.result.stages))
     for run in found.runs:
         result = run.result
+        after = {stage.name: stage.test for stage in result.stages}
+        cheap = max(result.baselines, key=lambda rival: rival.test, default=None)
         rows.append(
             {
                 "run": run.name,
@@ -217,6 +221,9 @@ def _long(found: Comparison) -> tuple[Sequence[str], Iterable[Sequence[object]]]
                 "seconds": result.seconds.total,
                 "seconds_oracle": result.seconds.oracle,
                 "digest": result.digest,
+                **{f"test_after_{name}": after.get(name, "") for name in stages},
+                "cheap_method": "" if cheap is None else cheap.name,
+                "cheap_test": "" if cheap is None else cheap.test,
             }
         )
     return _plain(rows)
