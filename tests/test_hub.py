@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from bbprompt import cli
-from bbprompt.errors import DataError, OracleError
+from bbprompt.errors import DataError, OracleError, UsageError
 from bbprompt.tasks import hub
 from bbprompt.tasks.data import open_data
 from bbprompt.tasks.task import Task, load_task, task_names
@@ -116,6 +117,18 @@ def test_auto_goes_on_with_the_sample_where_the_hub_is_out_of_reach(caplog: pyte
     assert line.message.startswith("data of task lcqmc: sample lcqmc (BBPROMPT_DATA is not set, the hub is out of")
     with pytest.raises(OracleError, match="give --data DIR"):
         open_data(load_task("sst2"), env={})  # there is no sample of it
+
+
+def test_auto_goes_on_with_the_sample_where_the_package_for_the_hub_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="bbprompt")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert open_data(load_task("lcqmc"), env={}).source == "sample"
+    assert [line.levelname for line in caplog.records] == ["INFO"]
+    assert "the hub needs the package datasets" in caplog.records[0].message
+    with pytest.raises(UsageError, match="needs the package datasets"):
+        open_data(load_task("lcqmc"), "hub", env={})
 
 
 def test_an_unreachable_hub_is_exit_69_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,6 +221,28 @@ def test_errors_of_workers_arrive_as_what_they_are(
     assert np.isfinite(oracle.score(batch, np.zeros((2, 3, 4))).logits).all()
 
 
+def test_an_answer_that_the_cluster_loses_is_asked_for_again_by_us(
+    oracle: RayOracle, local: LocalOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    points = np.random.default_rng(7).normal(size=(9, 3, 4))
+    wanted, before = local.score(batch_of("pair"), points), oracle.lost
+    real, lost = ray.get, []
+
+    def losing(reference: Any, **more: Any) -> Any:
+        if not lost and isinstance(real(reference, **more), list):  # an answer, computed and then gone
+            lost.append(reference)
+            raise ray.exceptions.ObjectLostError(reference.hex(), None, "")
+        return real(reference, **more)
+
+    monkeypatch.setattr(ray, "get", losing)
+    found = oracle.score(batch_of("pair"), points)
+    assert len(lost) == 1
+    assert oracle.lost == before + 1
+    assert np.array_equal(found.logits, wanted.logits)
+
+
 @pytest.mark.parametrize("address", ["", "nowhere", "host:", ":6379", "host:99999999", "ray://head:10001"])
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(UsageError, match="--ray"):

@@ -205,8 +205,11 @@ def _auto(task: Task, root: str) -> tuple[DataSource, str]:
         except (OracleError, UsageError) as error:
             if not (_SAMPLES / task.folder).is_dir():
                 raise
-            _log.warning("%s; the bundled sample is taken instead", error)
-            missing += ", the hub is out of reach"
+            if isinstance(error, OracleError):
+                _log.warning("%s; the bundled sample is taken instead", error)
+                missing += ", the hub is out of reach"
+            else:
+                missing += ", the hub needs the package datasets (pip install 'bbprompt[data]')"
     if (_SAMPLES / task.folder).is_dir():
         return _from_sample(task), f"{missing}; a small sample, good for trying things out only"
     raise UsageError(
