@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = {
     "store/journal": ["journal"],
     "store/ledger": ["ledger"],
-    "store/rundir": ["rundir"],
+    "store/rundir": ["rundir", "rundir_crashes"],
     "wire": ["wire"],
     "oracle": ["oracle"],
     "backends/http": ["http_oracle"],

@@ -33,7 +33,7 @@ def run() -> Prepared:
 def test_a_power_cut_at_every_operation(run: Prepared) -> None:
     operations = crashes.alone(run)[1]
     images = ("nothing", "everything", "prefix", "renamed")
-    # Every operation with one image here, and with all four at night; the loop of test_rundir takes all four.
+    # Every operation with one image here, and with all four at night; the loop of test_rundir_crashes takes all four.
     count = sum(crashes.crash_points(run, [images[at % 4]], [at]) for at in range(1, operations + 1))
     assert count == operations > 40
 
