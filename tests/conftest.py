@@ -10,6 +10,9 @@ import pytest
 import tiny
 import tiny_prompt
 
+from bbprompt.backends.backbone import Backbone, load_backbone
+from bbprompt.prompts import ModularPrompt
+
 # No test asks the Hugging Face hub, nor does a process that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -85,3 +88,15 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BBPROMPT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tiny_bert_dir: Path) -> Backbone:
+    """The tiny BERT, loaded."""
+    return load_backbone(str(tiny_bert_dir))
+
+
+@pytest.fixture(scope="session")
+def deep(backbone: Backbone) -> ModularPrompt:
+    """Prompts before every layer of it."""
+    return tiny_prompt.artifact(Path(backbone.id), backbone.digest)

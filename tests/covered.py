@@ -21,7 +21,7 @@ MODULES = {
     "store/rundir": ["rundir", "rundir_crashes"],
     "wire": ["wire"],
     "oracle": ["oracle"],
-    "backends/http": ["http_oracle"],
+    "backends/http": ["http_oracle", "http_refusals"],
     "backends/calls": ["calls"],
 }
 

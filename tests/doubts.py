@@ -16,7 +16,8 @@ import crashes
 import toyruns
 from audit import Execution, audit, batches, settled
 from faultdisk import IMAGES, FaultDisk
-from httpfaults import FAULTS, Request, Site, live
+from faults import FAULTS, Request
+from httpfaults import Site, live
 
 from bbprompt.oracle import Scores, TextBatch
 from bbprompt.run import Prepared

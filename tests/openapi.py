@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fuzztargets
-from hostile import DIGEST, SCORE, SETTINGS, TEXTS
+from attacks import DIGEST, SCORE, SETTINGS, TEXTS
 from servers import TOKEN, serving
 
 from bbprompt.testing import ToyOracle

@@ -34,6 +34,7 @@ from typing import Any
 
 import crashes
 import doubts
+import faults
 import fuzz
 import fuzztargets
 import httpfaults
@@ -178,7 +179,7 @@ def _http(level: int, seed: int) -> Iterator[Check]:
         yield Check("KServe faults at random", partial(_schedules, 2_000, seed, "kserve"), FAULTS, "faults")
         both = partial(_schedules, (0, 1_000, 5_000)[level], seed, "http", "both", 24)
         yield Check("HTTP faults at random, both stages", both, FAULTS, "faults")
-    names = tuple(httpfaults.FAULTS) if level else httpfaults.ONE_OF_EACH
+    names = tuple(faults.FAULTS) if level else faults.ONE_OF_EACH
     for protocol in httpfaults.PROTOCOLS:
         name = f"{len(names)} faults, 3 places, 3 times: {protocol}"
         yield Check(name, partial(httpfaults.matrix, protocol, names), FAULTS, "faults")

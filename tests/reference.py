@@ -10,7 +10,7 @@ import torch
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.tokens import frame_for, tokenize_with
-from bbprompt.oracle import Support, TextBatch
+from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.prompts import ModularPrompt
 from bbprompt.texts.mrc import Encoded, encode
 
@@ -104,3 +104,20 @@ class PlainOracle:
                 a, b = max(spans, key=lambda span: start[span[0]] + end[span[1]])
                 best.append((item.offsets[a - low][0], item.offsets[b - low][1]))
         return np.array(log_probabilities).reshape(-1, 2), np.array(raw).reshape(-1, 2), best
+
+
+def points_of(prompt: ModularPrompt, count: int, seed: int = 0) -> np.ndarray:
+    """Random points of a prompt's space."""
+    return np.random.default_rng(seed).normal(0, 1, (count, *prompt.space.shape))
+
+
+def compare(ours: Scores, plain: PlainOracle, batch: TextBatch, points: np.ndarray, support: Support) -> None:
+    """See that an oracle answered what the plain forward does."""
+    longest = None if ours.best is None else 3
+    owner = np.repeat(np.arange(len(batch.forms)), batch.sizes)
+    for n, point in enumerate(points):
+        log_probabilities, raw, best = plain.score(batch, point, support, longest)
+        np.testing.assert_allclose(ours.logits[n], raw, atol=1e-4)
+        np.testing.assert_allclose(ours.logits[n] - ours.normalizer[n][owner], log_probabilities, atol=1e-4)
+        if ours.best is not None:
+            assert ours.best[n].tolist() == [list(span) for span in best]

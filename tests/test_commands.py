@@ -59,7 +59,7 @@ def test_tune_shows_a_table_and_the_next_command(
     assert "±" in out
     assert out.endswith("Next: bbprompt predict 'my run' --input texts.jsonl --output labels.jsonl\n")
     assert "budget: 44 calls, seed 42" in err
-    assert "prompt: 22/44 calls, train loss" in err
+    assert "prompt: 22/44 calls, best train loss" in err
     assert "\x1b" not in out + err
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_local_oracle import batch_of
+from tiny_prompt import batch_of
 
 from bbprompt.cli import run
 from bbprompt.errors import ArtifactError, DiskError, UsageError

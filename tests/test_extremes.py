@@ -9,7 +9,7 @@ import pytest
 import telling
 import tiny_prompt
 import torch
-from test_local_oracle import batch_of
+from tiny_prompt import batch_of
 
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.local import LocalOracle

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hostile
+import attacks
 import pytest
 
 pytestmark = pytest.mark.slow
 
 
 def test_there_are_hundreds_of_attacks_and_none_twice() -> None:
-    found = list(hostile.attacks())
+    found = list(attacks.attacks())
     assert len({attack.raw for attack in found}) == len(found) > 400
     assert len({attack.name for attack in found}) == len(found)
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import shutil
 import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import numpy as np
 import pytest
+from clients import BATCH, EAGER, POINTS, close_all, failing, same
+from httpstage import Stage, connect
 from servers import TOKEN, serving, start, stop
-from test_local_oracle import batch_of
+from tiny_prompt import batch_of
 
 from bbprompt import wire
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.calls import Policy
-from bbprompt.backends.http import HttpOracle
 from bbprompt.backends.local import LocalOracle
 from bbprompt.connect import open_oracle
 from bbprompt.errors import DataError, OracleError, UsageError
@@ -32,31 +31,11 @@ from bbprompt.oracle import Oracle, Scores
 from bbprompt.prompts import ModularPrompt
 from bbprompt.testing import FaultyOracle, OracleContract, ToyOracle
 
-BATCH = batch_of("pair", 3)
-POINTS = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
-EAGER = Policy(pause=0.0)
-OPENED: list[HttpOracle] = []
-
 
 @pytest.fixture(autouse=True)
 def _close() -> Iterator[None]:
     yield
-    while OPENED:
-        OPENED.pop().close()
-
-
-def connect(url: str, *more: Any, **settings: Any) -> HttpOracle:
-    """An oracle that is closed when the test ends."""
-    OPENED.append(HttpOracle(url, *more, **settings))
-    return OPENED[-1]
-
-
-def same(one: Scores, other: Scores) -> bool:
-    return (
-        np.array_equal(one.logits, other.logits)
-        and np.array_equal(one.normalizer, other.normalizer)
-        and one.cut == other.cut
-    )
+    close_all()
 
 
 class TestToyServer(OracleContract):
@@ -188,46 +167,6 @@ def test_a_server_that_fails_at_one_request_goes_on() -> None:
         with pytest.raises(OracleError, match="NaN"):
             oracle.score(BATCH, POINTS)
         assert same(oracle.score(BATCH, POINTS), ToyOracle().score(BATCH, POINTS))
-
-
-class Stage:
-    """A transport that plays a good server on a toy model, but for the answers of a script."""
-
-    def __init__(self, script: Callable[[int, httpx2.Request], Any] = lambda number, request: None) -> None:
-        self.toy, self.script = ToyOracle(), script
-        self.sent: list[str] = []
-        self.info = {
-            "protocol": 1,
-            "version": "0",
-            "model": asdict(self.toy.info),
-            "limits": {"points": 1024, "texts": 100, "body": 10**6},
-        }
-
-    def __call__(self, request: httpx2.Request) -> httpx2.Response:
-        self.sent.append(request.url.path)
-        if request.url.path == "/v1/score":
-            said = self.script(self.sent.count("/v1/score"), request)
-            if said is not None:
-                return said(request) if callable(said) else said  # type: ignore[no-any-return]
-            return self.good(request)
-        return httpx2.Response(200, json=self.info) if request.url.path == "/v1/info" else httpx2.Response(201)
-
-    def scores(self, request: httpx2.Request) -> tuple[str, Scores]:
-        asked = wire.decode_request(request.read(), layers=3, dim=4, most=100)
-        return asked.call_id, self.toy.score(BATCH, asked.points, asked.support, asked.longest_answer)
-
-    def good(self, request: httpx2.Request) -> httpx2.Response:
-        return httpx2.Response(200, content=wire.encode_reply(*self.scores(request)))
-
-    def oracle(self, policy: Policy = EAGER, workers: int = 1) -> HttpOracle:
-        return connect("http://test", policy=policy, workers=workers, transport=httpx2.MockTransport(self))
-
-
-def failing(error: type[httpx2.TransportError]) -> Callable[[httpx2.Request], httpx2.Response]:
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        raise error("broken", request=request)
-
-    return answer
 
 
 def changed(change: Callable[[str, Scores], tuple[str, Scores]]) -> Callable[[Stage, httpx2.Request], httpx2.Response]:
@@ -388,72 +327,3 @@ def test_pieces_stay_in_order_and_the_first_error_wins() -> None:
     with pytest.raises(OracleError, match="status 400"):
         stage.oracle().score(BATCH, POINTS)
     assert next(turns) < 5, "nothing more is sent after an error"
-
-
-INFOS: dict[str, tuple[Any, str]] = {
-    "newer": ({"protocol": 2}, "protocol 2"),
-    "no model": ({"model": None}, "malformed"),
-    "odd layers": ({"model": {**asdict(ToyOracle().info), "layers": 0}}, "malformed"),
-    "float layers": ({"model": {**asdict(ToyOracle().info), "layers": 3.0}}, "malformed"),
-    "odd name": ({"model": {**asdict(ToyOracle().info), "backbone": "a\nb"}}, "malformed"),
-    "no limits": ({"limits": {}}, "malformed"),
-}
-
-
-@pytest.mark.parametrize("case", INFOS)
-def test_a_server_that_is_none_of_ours(case: str) -> None:
-    stage = Stage()
-    change, said = INFOS[case]
-    stage.info.update(change)
-    with pytest.raises(OracleError, match=said):
-        stage.oracle()
-
-
-def test_limits_of_the_server_are_kept_before_anything_is_sent() -> None:
-    stage = Stage()
-    stage.info["limits"] = {"points": 9, "texts": 2, "body": 10**6}
-    with pytest.raises(OracleError, match="3 texts"):
-        stage.oracle().score(BATCH, POINTS)
-    stage.info["limits"] = {"points": 9, "texts": 9, "body": 100}
-    with pytest.raises(OracleError, match="--max-body"):
-        stage.oracle().score(BATCH, POINTS)
-    assert "/v1/score" not in stage.sent
-
-
-@pytest.mark.parametrize(
-    "url", ["ftp://a", "http://", "http://user:secret@a", "http://a/?token=secret", "http://a:99999999", "a b"]
-)
-def test_what_is_no_url(url: str) -> None:
-    with pytest.raises(UsageError) as raised:
-        connect(url)
-    assert "secret" not in str(raised.value)
-
-
-INJECTIONS = ("\r\nX: 1", "\n", "\r", "\0", "\t", " ", "\x0b", "\x7f", "\x85", "\xa0", "é", "是", "\u2028", "\ud800")
-
-
-@pytest.mark.parametrize("odd", INJECTIONS)
-def test_nothing_is_smuggled_into_a_header(odd: str) -> None:
-    stage = Stage()
-    for token in (odd, f"a{odd}b", f"{odd}b"):
-        with pytest.raises(UsageError) as raised:
-            connect("http://test", f"sec{token}ret", transport=httpx2.MockTransport(stage))
-        assert "sec" not in str(raised.value)
-    for url in (f"http://te{odd}st", f"http://test{odd}"):
-        with contextlib.suppress(UsageError, OracleError):
-            connect(url, transport=httpx2.MockTransport(stage))
-    assert all(name.isascii() and name.isprintable() for name in stage.sent)
-    assert all("X:" not in name for name in stage.sent)
-
-
-def test_the_token_is_nowhere_to_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
-    stage = Stage(lambda number, request: httpx2.Response(500, text=request.headers["authorization"][:6]))
-    oracle = connect("http://test", TOKEN, policy=EAGER, transport=httpx2.MockTransport(stage))
-    with pytest.raises(OracleError) as raised:
-        oracle.score(BATCH, POINTS)
-    assert TOKEN not in str(raised.value) + repr(oracle) + repr(vars(oracle)) + json.dumps(stage.info)
-
-
-def test_nobody_there() -> None:
-    with pytest.raises(OracleError, match="cannot be reached"):
-        connect("http://127.0.0.1:1", policy=EAGER)

@@ -8,64 +8,24 @@ import numpy as np
 import pytest
 import tiny
 import tiny_prompt
-import torch
-from reference import PlainOracle
+from reference import PlainOracle, compare, points_of
+from tiny_prompt import batch_of
 
 from bbprompt.backends.backbone import Backbone, load_backbone
-from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.local import LocalOracle
 from bbprompt.errors import ArtifactError, DataError, OracleError
-from bbprompt.oracle import Oracle, Scores, Support, TextBatch, check_scores
+from bbprompt.oracle import Oracle, Support, TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
-from bbprompt.scoring import labelled
 from bbprompt.tasks.example import Answer, Form, Part
-from bbprompt.tasks.task import Task
 from bbprompt.testing import OracleContract
 
 SUPPORTS: tuple[Support, ...] = ("candidates", "sequence")
 
 
-def batch_of(kind: str, count: int = 9) -> TextBatch:
-    """Some texts of a task of the given kind, of mixed length."""
-    make = {
-        "pair": (tiny_prompt.PAIR, tiny_prompt.pair_records),
-        "single": (tiny_prompt.SINGLE, tiny_prompt.single_records),
-        "choice": (tiny_prompt.CHOICE, tiny_prompt.choice_records),
-        "extract": (tiny_prompt.EXTRACT, tiny_prompt.extract_records),
-    }[kind]
-    task = Task.model_validate(make[0])
-    return labelled(task, [task.example(record) for record in make[1](count, 5)], for_loss=True).batch
-
-
-@pytest.fixture(scope="module")
-def backbone(tiny_bert_dir: Path) -> Backbone:
-    return load_backbone(str(tiny_bert_dir))
-
-
 @pytest.fixture(scope="module", params=["mp2-deep", "mp2-shallow"])
 def prompt(request: pytest.FixtureRequest, backbone: Backbone) -> ModularPrompt:
     return tiny_prompt.artifact(Path(backbone.id), backbone.digest, kind=request.param)
-
-
-@pytest.fixture(scope="module")
-def deep(backbone: Backbone) -> ModularPrompt:
-    return tiny_prompt.artifact(Path(backbone.id), backbone.digest)
-
-
-def points_of(prompt: ModularPrompt, count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(0, 1, (count, *prompt.space.shape))
-
-
-def compare(ours: Scores, plain: PlainOracle, batch: TextBatch, points: np.ndarray, support: Support) -> None:
-    longest = None if ours.best is None else 3
-    owner = np.repeat(np.arange(len(batch.forms)), batch.sizes)
-    for n, point in enumerate(points):
-        log_probabilities, raw, best = plain.score(batch, point, support, longest)
-        np.testing.assert_allclose(ours.logits[n], raw, atol=1e-4)
-        np.testing.assert_allclose(ours.logits[n] - ours.normalizer[n][owner], log_probabilities, atol=1e-4)
-        if ours.best is not None:
-            assert ours.best[n].tolist() == [list(span) for span in best]
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
@@ -254,178 +214,6 @@ def test_an_answer_that_is_cut_away_is_searched_for(deep: ModularPrompt, backbon
     points = points_of(deep, 2)
     batch = TextBatch((form,), (Answer("北京", 150),))
     compare(oracle.score(batch, points, longest_answer=3), PlainOracle(backbone, deep), batch, points, "candidates")
-
-
-# ---------------------------------------------------------------------------------------- precision
-
-
-def population(prompt: ModularPrompt, layer: int, size: float, count: int = 12) -> np.ndarray:
-    points = np.repeat(points_of(prompt, 1), count, axis=0)
-    points[:, layer] += size * np.random.default_rng(6).normal(size=(count, points.shape[2]))
-    return points
-
-
-@pytest.mark.parametrize("kind", ["pair", "extract"])
-@pytest.mark.parametrize("layer", range(tiny.LAYERS))
-def test_a_population_of_one_layer_equals_the_plain_forward(
-    kind: str, layer: int, deep: ModularPrompt, backbone: Backbone
-) -> None:
-    batch, points = batch_of(kind, 5), population(deep, layer, 1.0, 3)
-    scores = LocalOracle(backbone, deep).score(batch, points)
-    compare(scores, PlainOracle(backbone, deep), batch, points, "candidates")
-
-
-@pytest.mark.parametrize("tokens", [60, 10_000])
-@pytest.mark.parametrize("layer", range(tiny.LAYERS))
-def test_mixed_precision_ranks_as_float32(layer: int, tokens: int, deep: ModularPrompt, backbone: Backbone) -> None:
-    batch, readout = batch_of("pair"), Readout()
-    points = population(deep, layer, 1e-2)
-    oracle = LocalOracle(backbone, deep, dtype="mixed", batch_tokens=tokens)
-    mixed, exact = oracle.score(batch, points), LocalOracle(backbone, deep).score(batch, points)
-    one, other = (readout.losses(scores, batch, [0] * 9).mean(axis=1) for scores in (mixed, exact))
-    last = layer == tiny.LAYERS - 1
-    assert oracle.precisions == ({} if last else {"deviations": 1})
-    assert oracle.info.precision == "mixed"
-    error, spread = (one - other).std(), other.std()
-    assert error < 0.05 * spread
-    rough = LocalOracle(backbone, deep, dtype="bfloat16").score(batch, points)
-    plain = readout.losses(rough, batch, [0] * 9).mean(axis=1)
-    assert (plain - other).std() > 3 * error, "bfloat16 throughout must be worse"
-    np.testing.assert_array_equal(oracle.score(batch, points).logits, mixed.logits)
-
-
-@pytest.mark.parametrize("count", [4, 12])
-@pytest.mark.parametrize("kind", ["pair", "choice", "extract"])
-def test_candidates_that_lie_far_apart_run_in_bfloat16(
-    kind: str, count: int, deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        "bbprompt.backends.local.ENOUGH_THROUGHOUT", 2.0
-    )  # untrained, the model tells prompts hardly apart
-    batch, points = batch_of(kind), points_of(deep, count)
-    oracle = LocalOracle(backbone, deep, dtype="mixed")
-    got = oracle.score(batch, points)
-    assert oracle.precisions == {"bfloat16": 1}
-    low = LocalOracle(backbone, deep, dtype="bfloat16").score(batch, points)
-    np.testing.assert_array_equal(got.logits, low.logits)
-    exact = LocalOracle(backbone, deep).score(batch, points)
-    assert not np.array_equal(got.logits, exact.logits)
-
-
-def test_few_candidates_that_lie_close_run_in_float32(deep: ModularPrompt, backbone: Backbone) -> None:
-    batch, points = batch_of("pair"), population(deep, 1, 1e-3, 7)
-    oracle = LocalOracle(backbone, deep, dtype="mixed")
-    np.testing.assert_array_equal(
-        oracle.score(batch, points).logits, LocalOracle(backbone, deep).score(batch, points).logits
-    )
-    assert oracle.precisions == {"float32": 1}
-
-
-def test_mixed_precision_does_not_depend_on_what_was_scored_before(
-    deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bbprompt.backends.local.ENOUGH_THROUGHOUT", 2.0)
-    batch = batch_of("pair")
-    requests = [points_of(deep, 4), population(deep, 1, 1e-2), population(deep, 2, 1e-3), points_of(deep, 12, 3)]
-    oracle = LocalOracle(backbone, deep, dtype="mixed")
-    together = [oracle.score(batch, points).logits for points in requests]
-    assert oracle.precisions == {"bfloat16": 2, "deviations": 1}
-    for points, logits in zip(requests, together, strict=True):
-        alone = LocalOracle(backbone, deep, dtype="mixed").score(batch, points).logits
-        np.testing.assert_array_equal(alone, logits)
-
-
-def test_mixed_precision_falls_back(
-    deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    batch, points = batch_of("pair"), population(deep, 1, 1e-3)
-    exact = LocalOracle(backbone, deep).score(batch, points)
-    oracle = LocalOracle(backbone, deep, dtype="mixed")
-    assert not np.array_equal(oracle.score(batch, points).logits, exact.logits)
-    monkeypatch.setattr("bbprompt.backends.local.ENOUGH", 1e9)
-    np.testing.assert_array_equal(oracle.score(batch, points).logits, exact.logits)
-    assert oracle.precisions == {"deviations": 1, "float32": 1}
-    with caplog.at_level("INFO"):
-        oracle.close()
-    assert "1 in deviations, 1 in float32" in caplog.text
-
-
-def test_mixed_precision_scores_few_candidates_in_float32(deep: ModularPrompt, backbone: Backbone) -> None:
-    batch, points = batch_of("pair"), points_of(deep, 3)
-    oracle = LocalOracle(backbone, deep, dtype="mixed")
-    np.testing.assert_array_equal(
-        oracle.score(batch, points).logits, LocalOracle(backbone, deep).score(batch, points).logits
-    )
-    assert oracle.precisions == {}
-
-
-def test_a_population_that_is_held_in_pieces(
-    deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch, points = batch_of("pair"), population(deep, 1, 1e-3, 30)
-    whole = LocalOracle(backbone, deep, dtype="mixed").score(batch, points)
-    monkeypatch.setattr("bbprompt.backends.population._HELD_TOKENS", 1)
-    pieces = LocalOracle(backbone, deep, dtype="mixed").score(batch, points)
-    np.testing.assert_allclose(pieces.logits, whole.logits, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------- memory
-
-
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate")],
-)
-def test_memory_that_runs_out_halves_the_batch_for_good(
-    error: BaseException, deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch, points = batch_of("pair"), points_of(deep, 4)
-    whole = LocalOracle(backbone, deep).score(batch, points)
-    oracle = LocalOracle(backbone, deep)
-    plain, asked = Encoder.layer, []
-
-    def layer(self: Encoder, index: int, states: torch.Tensor, *rest: object) -> torch.Tensor:
-        asked.append(states.shape[0] * states.shape[1])
-        if asked[-1] > 300:
-            raise error
-        return plain(self, index, states, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Encoder, "layer", layer)
-    np.testing.assert_allclose(oracle.score(batch, points).logits, whole.logits, atol=1e-5)
-    assert max(asked) > 300
-    asked.clear()
-    oracle.score(batch, points)
-    assert max(asked) <= 300, "it must remember"
-
-
-def test_memory_that_never_suffices(deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(Encoder, "layer", fail)
-    with pytest.raises(OracleError, match="does not fit into memory with 64 tokens"):
-        LocalOracle(backbone, deep).score(batch_of("pair"), points_of(deep, 1))
-
-
-def test_other_errors_pass(deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(Encoder, "layer", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        LocalOracle(backbone, deep).score(batch_of("pair"), points_of(deep, 1))
-
-
-def test_the_cache_says_its_size(deep: ModularPrompt, backbone: Backbone) -> None:
-    oracle = LocalOracle(backbone, deep)
-    assert oracle.kept_bytes == 0
-    oracle.score(batch_of("pair"), population(deep, 2, 1.0))
-    [chunk] = oracle._kept[next(iter(oracle._kept))]
-    assert chunk.trunk.shared is not None
-    # States that enter layers 0 to 2, and what candidates share inside layer 2.
-    assert oracle.kept_bytes == 3 * chunk.tokens * tiny.HIDDEN * 4 + chunk.trunk.shared[1].nbytes
-    oracle.close()
-    assert oracle.kept_bytes == 0
 
 
 # -------------------------------------------------------------------------------------- bfloat16

@@ -12,11 +12,11 @@ import grpc
 import httpx2
 import numpy as np
 import pytest
+from clients import BATCH, EAGER, POINTS, close_all, kept, same
 from oipdouble import MODEL, Double, over_grpc, over_http
 from servers import serving
-from test_local_oracle import batch_of
+from tiny_prompt import batch_of
 
-from bbprompt.backends.calls import Policy
 from bbprompt.backends.http import HttpOracle
 from bbprompt.backends.oip import OipOracle
 from bbprompt.connect import open_oracle
@@ -25,23 +25,16 @@ from bbprompt.oip import read_reply
 from bbprompt.oracle import Oracle, OracleInfo, Scores, TextBatch
 from bbprompt.testing import OracleContract, ToyOracle
 
-BATCH = batch_of("pair", 3)
-POINTS = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
-EAGER = Policy(pause=0.0)
-OPENED: list[OipOracle] = []
-
 
 @pytest.fixture(autouse=True)
 def _close() -> Iterator[None]:
     yield
-    while OPENED:
-        OPENED.pop().close()
+    close_all()
 
 
 def connect(url: str, *more: Any, **settings: Any) -> OipOracle:
     """An oracle that is closed when the test ends."""
-    OPENED.append(OipOracle(url, *more, **({"policy": EAGER} | settings)))
-    return OPENED[-1]
+    return kept(OipOracle(url, *more, **({"policy": EAGER} | settings)))
 
 
 def offline(double: Double, handle: Callable[[httpx2.Request], Any] | None = None) -> OipOracle:
@@ -53,14 +46,6 @@ def offline(double: Double, handle: Callable[[httpx2.Request], Any] | None = Non
         return said if said is not None else good.handle_request(request)
 
     return connect(f"kserve://test:80/{MODEL}", transport=httpx2.MockTransport(answer))
-
-
-def same(one: Scores, other: Scores) -> bool:
-    return (
-        np.array_equal(one.logits, other.logits)
-        and np.array_equal(one.normalizer, other.normalizer)
-        and one.cut == other.cut
-    )
 
 
 class TestHttpBinary(OracleContract):

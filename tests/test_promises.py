@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import crashes
+import faults
 import httpfaults
 import ledgerwalk
 import promises
@@ -79,7 +80,7 @@ def test_a_long_walk_of_the_ledger() -> None:
 @pytest.mark.parametrize("protocol", httpfaults.PROTOCOLS)
 def test_every_kind_of_fault_of_a_server_at_first_middle_and_last_call(protocol: httpfaults.Protocol) -> None:
     # One form of each kind here, all forms in promises.py.
-    assert httpfaults.matrix(protocol, httpfaults.ONE_OF_EACH)["cases"] == 24 * 9
+    assert httpfaults.matrix(protocol, faults.ONE_OF_EACH)["cases"] == 24 * 9
 
 
 def test_faults_of_a_server_at_random() -> None:

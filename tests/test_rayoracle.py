@@ -20,7 +20,7 @@ import pytest
 import tiny_prompt
 from raykills import STAGES, Murderer, found
 from raylock import only_ray
-from test_local_oracle import batch_of
+from tiny_prompt import batch_of
 
 import bbprompt
 from bbprompt.backends.backbone import load_backbone

@@ -16,8 +16,8 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from servers import ROOT, free_port, place, process
-from test_local_oracle import batch_of
 from test_remote_run import config, finish, numbers
+from tiny_prompt import batch_of
 
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.local import LocalOracle

@@ -15,7 +15,7 @@ import httpx2
 import numpy as np
 import pytest
 from servers import TOKEN, serving
-from test_local_oracle import batch_of
+from tiny_prompt import batch_of
 
 from bbprompt import wire
 from bbprompt.errors import UsageError

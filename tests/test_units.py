@@ -10,8 +10,8 @@ import tiny_prompt
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_local_oracle import batch_of
 from test_verbalizer import batch_for, causal_dir, open_tiny, points_for
+from tiny_prompt import batch_of
 
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.local import LocalOracle

@@ -11,7 +11,10 @@ import numpy as np
 import tiny
 import yaml
 
+from bbprompt.oracle import TextBatch
 from bbprompt.prompts import ModularPrompt, PromptConfig
+from bbprompt.scoring import labelled
+from bbprompt.tasks.task import Task
 
 MODULES, DIM, LENGTH, TASKS = 3, 4, 2, 2
 PLACEHOLDERS = (300, 301)
@@ -157,3 +160,15 @@ def extract_records(count: int, seed: int) -> list[dict[str, Any]]:
         answers = [{"text": text, "start": start}]
         rows.append({"context": context, "question": words(rng, 3, 6), "answers": answers})
     return rows
+
+
+def batch_of(kind: str, count: int = 9) -> TextBatch:
+    """Some texts of a task of the given kind, of mixed length."""
+    make = {
+        "pair": (PAIR, pair_records),
+        "single": (SINGLE, single_records),
+        "choice": (CHOICE, choice_records),
+        "extract": (EXTRACT, extract_records),
+    }[kind]
+    task = Task.model_validate(make[0])
+    return labelled(task, [task.example(record) for record in make[1](count, 5)], for_loss=True).batch

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiny_prompt
 
 from bbprompt.pretrain.recipe import PretrainConfig
@@ -52,3 +54,17 @@ def make_recipe(data: Path, backbone: Path, **changes: Any) -> PretrainConfig:
         "threads": 1,
     }
     return PretrainConfig.model_validate(settings | changes)
+
+
+def corpus(file: Path, count: int, seed: int = 0) -> Path:
+    """Write documents of 6 to 12 random Chinese sentences of 5 to 14 characters."""
+    rng = np.random.default_rng(seed)
+    blocks = [
+        "\n".join(tiny_prompt.words(rng, 5, 14) + "。" for _ in range(int(rng.integers(6, 13)))) for _ in range(count)
+    ]
+    text = "\n\n".join(blocks) + "\n"
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text, encoding="utf-8")
+    return file

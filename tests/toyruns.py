@@ -18,7 +18,7 @@ from bbprompt.result import Result
 from bbprompt.run import Prepared, Watcher, tune
 from bbprompt.scoring import Labelled, labelled
 from bbprompt.search.evaluate import Evaluator
-from bbprompt.search.tuner import Found, search
+from bbprompt.search.tuner import Found, Look, search
 from bbprompt.store.disk import Disk, RealDisk
 from bbprompt.store.journal import Journal, canonical_json
 from bbprompt.store.ledger import Ledger
@@ -212,3 +212,7 @@ def run(
     finally:
         journal.close()
     return found, ledger, recorder
+
+
+def looks_of(found: Found) -> list[Look]:
+    return [found.before, *(trace.chosen for trace in found.stages)]
