@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 from servers import TOKEN, free_port, start, stop
 
 from bbprompt import cli
@@ -22,17 +23,9 @@ pytestmark = pytest.mark.slow
 
 
 def config(data: Path, prompts: Path, **changes: Any) -> TuneConfig:
-    settings = {
-        "task": str(data / "task.yaml"),
-        "data": str(data),
-        "prompts": str(prompts),
-        "budget": 60,
-        "threads": 1,
-        "dtype": "float32",  # as the server
-        "baselines": False,  # what reads the model's states has only a local one
-        "set": {"router": None, "prompt.popsize": 8, "prompt.dev_every": 16},
-    }
-    return TuneConfig.model_validate(settings | changes)
+    """As on this machine, but in the precision of the server, and without what reads a local model's states."""
+    where = {"device": "auto", "dtype": "float32", "baselines": False}
+    return tiny_run.config(data, prompts, **(where | changes))
 
 
 def finish(run: Prepared, folder: Path, watcher: Watcher | None = None) -> Result:

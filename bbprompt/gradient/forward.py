@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,16 +76,19 @@ class Forward:
         self.channels = 2 if config.readout == "span" else 1
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit, open_end=causal)
         self._head = open_head(backbone, config, weights, tokenize_with(backbone.tokenizer), self._frame, self.device)
-        kind = getattr(torch, dtype)
+        self._backbone, self._dtype = backbone, getattr(torch, dtype)
+
+    @functools.cached_property
+    def _bound(self) -> Callable[[Sequence[Encoded], Layout, Any], _Forward]:
+        """The model around some texts; read out at the first ones, for checking texts needs none of it."""
+        backbone = self._backbone
         if backbone.packed:
-            encoder = Encoder(backbone.model, kind, device, backbone.token_type, linear=DifferentiableLinear)
-            self._bound: Callable[[Sequence[Encoded], Layout, Any], _Forward]
-            self._bound = lambda sequences, layout, plan: self._packed(encoder, sequences, layout, plan)
-        else:
-            body = body_of(backbone, self.device, kind)
-            self._bound = lambda sequences, layout, plan: (
-                lambda prompt: body.states(sequences, self._frame, prompt[None])
+            encoder = Encoder(
+                backbone.model, self._dtype, self.device, backbone.token_type, linear=DifferentiableLinear
             )
+            return functools.partial(self._packed, encoder)
+        body = body_of(backbone, self.device, self._dtype)
+        return lambda sequences, layout, plan: lambda prompt: body.states(sequences, self._frame, prompt[None])
 
     def check_texts(self, batch: TextBatch) -> None:
         """See that every text can be read; see `bbprompt.readable.Checker`."""
