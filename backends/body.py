@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bbprompt.backends.backbone import Backbone
+from bbprompt.backends.precision import warn_of_slow
 from bbprompt.texts.mrc import Encoded, Frame
 
 __all__ = ["Body", "CausalBody", "SentinelBody", "blocks_of", "body_of", "prompted"]
@@ -35,6 +36,7 @@ class Body(Protocol):
 
 def body_of(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Body:
     """The body of a causal model or an encoder-decoder."""
+    warn_of_slow(dtype, device.type)
     model: Any = backbone.model.to(device=device, dtype=dtype)
     if backbone.head is not None and backbone.head.causal:
         return CausalBody(model)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bbprompt.backends.linear import FrozenLinear
+from bbprompt.backends.linear import FrozenLinear, packable
+from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
 
 __all__ = ["Encoder", "Group", "Layout", "pack"]
@@ -136,6 +137,7 @@ class Encoder:
                 f"only gelu encoders of the BERT family are supported ({', '.join(FAMILY)})"
             )
         self.dtype, self.device = dtype, torch.device(device)
+        warn_of_slow(dtype, self.device.type)
         self.hidden: int = config.hidden_size
         self.heads: int = config.num_attention_heads
         self.epsilon: float = config.layer_norm_eps
@@ -145,8 +147,7 @@ class Encoder:
         self._first_position = 0 if config.model_type in ("bert", "electra", "ernie") else int(padding or 0) + 1
         self._embeddings = model.embeddings
         self._projection = getattr(model, "embeddings_project", None)  # ELECTRA with narrow embeddings
-        onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        prepack = prepack and self.device.type == "cpu" and onednn
+        prepack = prepack and self.device.type == "cpu" and packable(dtype)
         self.layers = tuple(self._read_layer(layer, prepack, linear) for layer in model.encoder.layer)
 
     def _read_layer(self, layer: Any, prepack: bool, linear: type[FrozenLinear]) -> _Layer:

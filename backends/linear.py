@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FrozenLinear", "packed", "product"]
+__all__ = ["FrozenLinear", "packable", "packed", "product"]
 
 
 class FrozenLinear:
@@ -37,6 +37,13 @@ class FrozenLinear:
     def linear(self, x: Tensor) -> Tensor:
         """The map without its bias; forward only."""
         return F.linear(x, self.weight) if self.packed is None else product(x, self.packed)
+
+
+def packable(dtype: torch.dtype) -> bool:
+    """Whether this torch and processor have packed products of that precision: bfloat16 needs AVX-512 or better."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,20 @@ from numpy.typing import NDArray
 
 from bbprompt.oracle import Scores, TextBatch
 
-__all__ = ["ENOUGH", "ENOUGH_THROUGHOUT", "Probe", "best_precision", "error_of", "log_probabilities", "spread_of"]
+__all__ = [
+    "ENOUGH",
+    "ENOUGH_THROUGHOUT",
+    "Probe",
+    "best_precision",
+    "error_of",
+    "fast_bfloat16",
+    "log_probabilities",
+    "spread_of",
+    "training_precision",
+    "warn_of_slow",
+]
+
+log = logging.getLogger("bbprompt")
 
 #: Least spread over error of a span at which candidates are ranked by their deviations in bfloat16.
 ENOUGH = 20.0
@@ -26,8 +40,25 @@ def best_precision(device: str) -> str:
 
     Depends on the device alone, so that a resumed run finds the precision that it began with.
     """
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "mixed" if device == "cpu" and fast else "float32"
+    return "mixed" if device == "cpu" and fast_bfloat16(device) else "float32"
+
+
+def training_precision(device: str) -> str:
+    """What "auto" means to a training: "bfloat16" where the device multiplies it in hardware, else "float32"."""
+    return "bfloat16" if fast_bfloat16(device) else "float32"
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it works and is slower than float32."""
+    if device != "cpu":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def warn_of_slow(dtype: torch.dtype, device: str) -> None:
+    """Say so where bfloat16 was asked for and the device has no instructions for it."""
+    if dtype is torch.bfloat16 and not fast_bfloat16(device):
+        log.warning("no bfloat16 instructions here (%s): float32 is several times faster", device)
 
 
 @dataclass(frozen=True, slots=True)

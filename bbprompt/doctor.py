@@ -91,7 +91,7 @@ def _devices() -> Iterator[Finding]:
     try:
         import torch
 
-        from bbprompt.backends.precision import best_precision
+        from bbprompt.backends.precision import best_precision, fast_bfloat16
     except (ImportError, OSError) as error:  # OSError: a shared library of a broken build
         yield Finding("torch", "problem", f"cannot be loaded ({error})", "install torch again")
         return
@@ -111,8 +111,9 @@ def _devices() -> Iterator[Finding]:
         yield Finding("cuda", "note", "a driver is installed, but torch sees no device", fix)
     else:
         yield Finding("cuda", "ok", "none")
-    auto = best_precision("cuda" if torch.cuda.is_available() else "cpu")
-    yield Finding("precision", "ok", f"--dtype auto is {auto}; bfloat16 is faster and may reorder close candidates")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    speed = "faster and may reorder close candidates" if fast_bfloat16(device) else "slower here"
+    yield Finding("precision", "ok", f"--dtype auto is {best_precision(device)}; bfloat16 is {speed}")
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -12,6 +12,7 @@ import torch
 from reference import plain_states
 
 from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.linear import packable
 from bbprompt.errors import ArtifactError
 
 KINDS = ("bert", "roberta", "electra")
@@ -165,6 +166,23 @@ def test_with_and_without_gradients(models: dict[str, Any]) -> None:
     assert prompts.grad is not None
     assert (prompts.grad.abs().amax((1, 2)) > 0).all()
     assert all(parameter.grad is None for parameter in models["bert"].parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_processor_that_cannot_pack_computes_the_same(
+    dtype: torch.dtype, models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    able = packable(dtype)
+    monkeypatch.setattr("bbprompt.backends.encoder.packable", lambda _: False)
+    plain = Encoder(models["bert"], dtype)
+    monkeypatch.setattr("bbprompt.backends.encoder.packable", lambda _: able)
+    usual = Encoder(models["bert"], dtype)
+    assert plain.layers[0].query.packed is None
+    assert (usual.layers[0].query.packed is not None) == able
+    with torch.inference_mode():
+        ours, theirs = run(plain, texts()), run(usual, texts())
+    size = 1e-5 if dtype is torch.float32 else 0.15
+    assert largest_difference(ours, [one.float().numpy() for one in theirs]) < size
 
 
 def test_bfloat16_is_near(models: dict[str, Any]) -> None:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from bbprompt.backends.precision import Probe, best_precision, error_of, log_probabilities, spread_of
+from bbprompt.backends.precision import (
+    Probe,
+    best_precision,
+    error_of,
+    log_probabilities,
+    spread_of,
+    training_precision,
+    warn_of_slow,
+)
 from bbprompt.oracle import Scores, TextBatch
 from bbprompt.tasks.example import Answer, Form, Part
 
@@ -67,3 +75,17 @@ def test_auto(avx: bool, tiles: bool, precision: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     assert best_precision("cpu") == precision
     assert best_precision("cuda") == "float32"
+    assert training_precision("cpu") == ("float32" if precision == "float32" else "bfloat16")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_without_its_instructions_is_said_to_be_slow(
+    fast: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with caplog.at_level("WARNING", "bbprompt"):
+        warn_of_slow(torch.float32, "cpu")
+        assert not caplog.messages
+        warn_of_slow(torch.bfloat16, "cpu")
+    assert caplog.messages == ([] if fast else ["no bfloat16 instructions here (cpu): float32 is several times faster"])

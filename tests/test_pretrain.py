@@ -360,6 +360,19 @@ def test_shallow_prompts_and_bfloat16(recipe: PretrainConfig, upstream_data: Pat
     LocalOracle(load_backbone(recipe.backbone), prompt)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_takes_the_precision_that_is_fast_and_writes_it_down(
+    fast: bool, recipe: PretrainConfig, upstream_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    auto = recipe.model_copy(update={"steps": 1, "dtype": "auto"})
+    pretrain(auto, tmp_path / "out", upstream_data, silent)
+    precision = "bfloat16" if fast else "float32"
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text(encoding="utf-8"))["dtype"] == precision
+    assert ModularPrompt.load(tmp_path / "out" / "artifact").config.training["recipe"]["dtype"] == precision
+
+
 RECIPES = sorted((Path(__file__).parent.parent / "configs" / "pretrain").glob("*.yaml"))
 
 

@@ -63,9 +63,11 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
 def test_the_bundled_prompts_come_from_the_bundled_recipes(artifact: str, last_phase: str) -> None:
     made = ModularPrompt.load(resolve_prompts(f"e5-small-{artifact}")).config.training["recipe"]
     recipe = command._recipe(last_phase, Path()).model_dump(mode="json")
-    # Threads, notes and where a phase began are a training's own; the deep prompts' steps are those of both phases.
+    # Threads, notes and where a phase began are a training's own; the deep prompts' steps are those of both phases; the
+    # processor multiplied bfloat16, which is what auto takes then.
     first = [command._recipe(artifact, Path()).steps] if artifact == "mp2-deep" else []
-    own = {"threads", "note", "start", "steps"}
+    assert (recipe["dtype"], made["dtype"]) == ("auto", "bfloat16")
+    own = {"threads", "note", "start", "steps", "dtype"}
     assert {key: value for key, value in made.items() if key not in own} == {
         key: recipe[key] for key in made.keys() - own
     }

@@ -58,6 +58,7 @@ class HeadConfig(BaseModel):
         valid_every: Steps between two looks at them.
         save_every: Steps between two checkpoints.
         dtype: Precision of the frozen model and of the product with its embedding; what is trained stays float32.
+            "auto" as for prompts.
         threads: CPU threads; None for torch's default.
         note: What a reader of the model card should know.
         license: Terms of the artifact.
@@ -84,7 +85,7 @@ class HeadConfig(BaseModel):
     valid_size: Count = 128
     valid_every: Count = 500
     save_every: Count = 100
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Count | None = None
     note: str = ""
     license: str = "CC BY-NC 4.0 (research use; the texts keep their own terms)"

@@ -12,6 +12,7 @@ import torch
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.precision import training_precision
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.trained_head import HeadCard, TrainedHead
 from bbprompt.errors import UsageError
@@ -60,6 +61,8 @@ def train_head(
     for each in config.corpus:
         if not Path(each.file).is_file():
             raise UsageError(f"corpus: {each.file}: no such file; name yours in a copy of the recipe")
+    if config.dtype == "auto":
+        config = config.model_copy(update={"dtype": training_precision(device)})
     disk = RealDisk()
     claim(disk, out, config, resume)
     lock = disk.lock(out / "train.lock")

@@ -108,7 +108,8 @@ class PretrainConfig(BaseModel):
         valid_every: Steps between two validations.
         keep: What becomes the artifact: the "last" step, or the "best" by the mean of validation scores.
         save_every: Steps between two checkpoints.
-        dtype: Precision of the frozen model; what is trained stays float32.
+        dtype: Precision of the frozen model; what is trained stays float32. "auto" is bfloat16 where the device
+            multiplies it in hardware, else float32; the directory and the artifact say which.
         threads: CPU threads; None for torch's default.
         ppt: Settings of kind `ppt`; None for the others.
         note: What a reader of the model card should know.
@@ -159,7 +160,7 @@ class PretrainConfig(BaseModel):
     valid_every: Count = 1000
     keep: Literal["last", "best"] = "last"
     save_every: Count = 250
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Count | None = None
     ppt: PptSettings | None = None
     note: str = ""

@@ -18,6 +18,7 @@ from bbprompt.backends.body import body_of
 from bbprompt.backends.cache import cache_root
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.lm_head import LanguageHead
+from bbprompt.backends.precision import training_precision
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
@@ -88,6 +89,8 @@ def pretrain(
         if not Path(name).is_file():
             raise UsageError(f"ppt.corpus: {name}: no such file; name yours in a copy of the recipe")
     team, device = join(device)
+    if config.dtype == "auto":
+        config = config.model_copy(update={"dtype": training_precision(device)})
     disk = RealDisk()
     lock = None
     try:
