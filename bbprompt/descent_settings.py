@@ -110,12 +110,16 @@ class GradientConfig(Settings):
     Attributes:
         soft: The soft prompt that is tuned from scratch; None where the method's `prompts` are gone on with.
         start: Kind that these prompts must be of; None for any.
+        form: Pattern of PPT that texts are written in where words in a gap are read: "plain" or "hybrid", which adds
+            a hard prompt, by the type of the task; "unified", all as multiple choices. Prompts of the kind `ppt` must
+            have been pre-trained in its format. None for the task's own text.
         router: Stage I; None leaves it out.
         prompt: Stage II; None leaves it out.
     """
 
     soft: SoftPromptConfig | None = None
     start: Literal["spot", "ppt"] | None = None
+    form: Literal["plain", "hybrid", "unified"] | None = None
     router: RouterDescentConfig | None = None
     prompt: PromptDescentConfig | None = None
 

@@ -23,12 +23,14 @@ from bbprompt.errors import UsageError
 from bbprompt.oracle import TextBatch
 from bbprompt.pretrain.cloze import cloze_loss, collate_cloze, write_cloze
 from bbprompt.pretrain.model import Gates, ModularPrompts
-from bbprompt.pretrain.ppt_forms import label_words, pattern_form
+from bbprompt.pretrain.ppt_forms import span_task
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import _frozen, pretrain
 from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.tasks.example import Example
+from bbprompt.texts.forms import cloze_form
+from bbprompt.texts.ppt import in_pattern
 
 FAMILIES = ("bert", "gpt2", "t5")
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -88,13 +90,13 @@ def test_the_loss_is_that_of_tuning(form: Any, family: str, folders: dict[str, P
     assert backbone.head is not None
     causal = backbone.head.causal
     rng = np.random.default_rng(1)
-    words = label_words(form, "zh", 4 if form == "choice" else None)
+    task = in_pattern(span_task(form, "zh"), "plain", causal=causal)
     texts = [tiny_prompt.words(rng, 3, 20) for _ in range(15)]
     examples = [
         Example({"text_a": a, "text_b": b, "query": a, "text": b}, (a, b, a + b)[: 2 + i % 2], i % 2, (), "")
         for i, (a, b) in enumerate(zip(texts[:7], texts[7:], strict=False))
     ]
-    forms = [pattern_form(form, "zh", example, words, causal=causal) for example in examples]
+    forms = [cloze_form(task, example) for example in examples]
     gold = [example.label for example in examples]
 
     artifact = prompt_for(family, folders[family], tmp_path)

@@ -24,8 +24,10 @@ from bbprompt.pretrain.ppt_examples import (
     pseudo_labelled,
     unified_caps,
 )
-from bbprompt.pretrain.ppt_forms import label_words, pattern_form, span_task
+from bbprompt.pretrain.ppt_forms import span_task
 from bbprompt.tasks.example import Example, Form
+from bbprompt.texts.forms import cloze_form
+from bbprompt.texts.ppt import in_pattern, label_words
 
 # ---------------------------------------------------------------------------------------------- the corpus
 
@@ -227,7 +229,8 @@ def test_patterns(form: Any, language: Any, hybrid: bool, expected: str) -> None
     fields = {"pair": {"text_a": "s1", "text_b": "s2"}, "choice": {"query": "q"}, "single": {"text": "{query}"}}[form]
     options = ("a", "b") if form == "choice" else ()
     words = label_words(form, language)
-    written = pattern_form(form, language, Example(fields, options, 0, (), ""), words, hybrid=hybrid)
+    task = in_pattern(span_task(form, language), "hybrid" if hybrid else "plain")
+    written = cloze_form(task, Example(fields, options, 0, (), ""))
     assert with_gap(written) == expected
     assert written.options == (words[:2] if form == "choice" else words)
     assert {part.text for part in written.parts if part.cut} == set(fields.values())
@@ -244,7 +247,8 @@ def with_gap(form: Form) -> str:
 def test_a_causal_model_reads_everything_before_the_gap(form: Any, language: Any, hybrid: bool) -> None:
     fields = {"text_a": "s1", "text_b": "s2", "query": "q", "text": "t"}
     example = Example(fields, ("a", "b"), 0, (), "")
-    written = pattern_form(form, language, example, label_words(form, language), hybrid=hybrid, causal=True)
+    task = in_pattern(span_task(form, language), "hybrid" if hybrid else "plain", causal=True)
+    written = cloze_form(task, example)
     before, after = with_gap(written).split("<X>")
     assert after in {"。", "."}
     for text in {"pair": ("s1", "s2"), "choice": ("q", "a", "b"), "single": ("t",)}[form]:

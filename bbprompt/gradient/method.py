@@ -61,6 +61,7 @@ class PreparedGradient:
     """A descent with everything open; see `bbprompt.run.Prepared`.
 
     Attributes:
+        task: Its texts are written as the method says.
         prompt: Where it begins: an artifact, or a prompt of zeros.
         backbone: The frozen model.
         device: "cpu" or "cuda".
@@ -135,7 +136,7 @@ def prepare_gradient(
     keep_freed_memory()
     device = chosen_device(config.device)
     config = config.model_copy(update={"threads": threads, "dtype": single_precision(config.dtype)})
-    backbone, prompt = start_of(config, method, settings)
+    backbone, prompt, task = start_of(config, method, settings, task)
     check_fit(prompt, backbone)
     if not backbone.packed and prompt.config.readout != "verbalizer":
         raise ArtifactError(f"backbone {backbone.id}: such a language model is read by a verbalizer, not by a head")

@@ -1,8 +1,11 @@
-"""Where a descent begins: the frozen model, and a prompt artifact or a prompt of zeros."""
+"""Where a descent begins: the frozen model, a prompt artifact or a prompt of zeros, and the task as they read it."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+from pydantic import ValidationError
 
 from bbprompt.backends.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
 from bbprompt.backends.scale import facts_of
@@ -11,35 +14,91 @@ from bbprompt.connect import named_language_model
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.frozen import written_out
+from bbprompt.pretrain.recipe import PptSettings
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import placeholders_for
+from bbprompt.tasks.task import Task
+from bbprompt.texts.ppt import Pattern, format_of, in_pattern, language_of
 
 __all__ = ["start_of"]
 
 
-def start_of(config: TuneConfig, method: MethodConfig, settings: GradientConfig) -> tuple[Backbone, ModularPrompt]:
-    """The model, and where the descent begins.
+def start_of(
+    config: TuneConfig, method: MethodConfig, settings: GradientConfig, task: Task
+) -> tuple[Backbone, ModularPrompt, Task]:
+    """The model, where the descent begins, and the task with its texts as the method writes them.
 
     Raises:
-        UsageError: No prompts are named where some are needed, or the other way round, or they are of another kind.
+        UsageError: No prompts are named where some are needed, or the other way round, or they are of another kind or
+            were pre-trained in another form; or the task cannot be written in the method's.
         ArtifactError: They cannot be loaded, or an answer head is of another model.
     """
     name = config.prompts or method.prompts
     if settings.soft is not None:
         if name != NO_PROMPTS:
             raise UsageError(f"--prompts {name}: the method {method.name} begins from scratch; leave it out")
-        return _from_scratch(config, method, settings.soft)
-    if name in (NAMED_PROMPTS, NO_PROMPTS):
-        made = f" (`bbprompt pretrain {settings.start}` makes one)" if settings.start else ""
-        raise UsageError(f"--method {method.name}: begins with a prompt artifact; name it with --prompts{made}")
-    prompt = ModularPrompt.load(resolve_prompts(name))
-    if settings.start is not None and prompt.config.kind != settings.start:
+        if settings.form is not None and settings.soft.readout != "verbalizer":
+            raise UsageError(
+                f"--set gradient.form={settings.form}: writes texts with a gap for a word, which a "
+                f"{settings.soft.readout} readout does not fill; add --set gradient.soft.readout=verbalizer and "
+                "--backbone"
+            )
+        backbone, prompt = _from_scratch(config, method, settings.soft)
+    else:
+        if name in (NAMED_PROMPTS, NO_PROMPTS):
+            made = f" (`bbprompt pretrain {settings.start}` makes one)" if settings.start else ""
+            raise UsageError(f"--method {method.name}: begins with a prompt artifact; name it with --prompts{made}")
+        prompt = ModularPrompt.load(resolve_prompts(name))
+        if settings.start is not None and prompt.config.kind != settings.start:
+            raise UsageError(
+                f"--prompts {name}: of the kind {prompt.config.kind}, but the method {method.name} begins with one of "
+                f"the kind {settings.start}"
+            )
+        if settings.form is not None:
+            _check_form(name, method, prompt, task, settings.form)
+        model = config.backbone or prompt.config.backbone
+        backbone = load_backbone(model, head=prompt.config.readout == "verbalizer")
+    if settings.form is not None:
+        task = in_pattern(task, settings.form, causal=backbone.head is not None and backbone.head.causal)
+    return backbone, prompt, task
+
+
+def _check_form(name: str, method: MethodConfig, prompt: ModularPrompt, task: Task, pattern: Pattern) -> None:
+    """See that prompts read words in a gap and were pre-trained in the format, the language and the options.
+
+    Raises:
+        UsageError: They were not; names what differs and what to pre-train.
+    """
+    if prompt.config.readout != "verbalizer":
         raise UsageError(
-            f"--prompts {name}: of the kind {prompt.config.kind}, but the method {method.name} begins with one of the "
-            f"kind {settings.start}"
+            f"--prompts {name}: a {prompt.config.readout} readout fills no gap in a text, so --method {method.name} "
+            'has no place for its pattern; name prompts that were pre-trained with readout: "verbalizer", or take '
+            "--method ppt, whose texts hold question and options"
         )
-    model = config.backbone or prompt.config.backbone
-    return load_backbone(model, head=prompt.config.readout == "verbalizer"), prompt
+    if prompt.config.kind != "ppt":
+        return
+    try:
+        trained = PptSettings.model_validate(prompt.config.training["recipe"]["ppt"])
+    except (KeyError, TypeError, ValidationError):
+        raise UsageError(
+            f"--prompts {name}: do not say in which form they were pre-trained, and --method {method.name} writes a "
+            "form of its own; name prompts that `bbprompt pretrain ppt` made"
+        ) from None
+    form, language = format_of(task, pattern), language_of(task)
+    count = len(task.labels) if form == "choice" else 0
+    wrong = {
+        "formats": (trained.formats, [form], form not in trained.formats),
+        "language": (trained.language, language, trained.language != language),
+        # A hard prompt may be added to what was pre-trained, but not left out.
+        "hybrid": (trained.hybrid, False, trained.hybrid and pattern != "hybrid"),
+        "options": (list(trained.options), [2, count], count > trained.options[1]),
+    }
+    for key, (held, wanted, differs) in wrong.items():
+        if differs:
+            raise UsageError(
+                f"--prompts {name}: pre-trained with ppt.{key}: {json.dumps(held)}, but --method {method.name} writes "
+                f"the task {task.name} as with ppt.{key}: {json.dumps(wanted)}; name prompts that were pre-trained so"
+            )
 
 
 def _from_scratch(config: TuneConfig, method: MethodConfig, soft: SoftPromptConfig) -> tuple[Backbone, ModularPrompt]:

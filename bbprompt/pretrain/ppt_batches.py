@@ -20,13 +20,15 @@ from bbprompt.pretrain.cloze import ClozeBatch, collate_cloze, write_cloze
 from bbprompt.pretrain.model import SpanBatch, collate
 from bbprompt.pretrain.ppt_corpus import Document, documents, sentences, usable, windows
 from bbprompt.pretrain.ppt_examples import CHOICE, choice, pair, pseudo_labelled, unified_caps
-from bbprompt.pretrain.ppt_forms import Format, label_words, pattern_form, span_task
+from bbprompt.pretrain.ppt_forms import span_task
 from bbprompt.pretrain.recipe import PptSettings
 from bbprompt.pretrain.schedule import positions, visits
 from bbprompt.pretrain.tokens import FORMAT, TokenStore, stored
-from bbprompt.tasks.example import Example, Form
+from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
+from bbprompt.texts.forms import cloze_form
 from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
+from bbprompt.texts.ppt import Format, in_pattern, label_words
 
 __all__ = ["Annotator", "PptBatches", "open_ppt"]
 
@@ -204,22 +206,18 @@ def _cloze_writer(form: Format, settings: PptSettings, words: Sequence[str], hea
     Raises:
         UsageError: The head cannot tell the label words apart, or cannot name one.
     """
-    most = settings.options[1] if form == "choice" else None
-    labels = tuple(words) or label_words(form, settings.language, most)
-
-    def put(example: Example) -> Form:
-        causal = head.kind == "causal"
-        return pattern_form(form, settings.language, example, labels, hybrid=settings.hybrid, causal=causal)
-
-    fields = {"text_a": "", "text_b": "", "query": "", "text": ""}
+    task = span_task(form, settings.language, words)
+    task = in_pattern(task, "hybrid" if settings.hybrid else "plain", causal=head.kind == "causal")
+    most = label_words(form, settings.language, settings.options[1]) if form == "choice" else ()
+    fields = dict.fromkeys(task.field_names, "")
     try:
-        head.words(put(Example(fields, labels if form == "choice" else (), 0, (), "")))
+        head.words(cloze_form(task, Example(fields, most, 0, (), "")))
     except DataError as error:
         fewer = "; give ppt.options fewer" if form == "choice" else ""
         raise UsageError(
             f"ppt.formats: '{form}' has label words that this backbone cannot do with: {error}{fewer}"
         ) from error
-    return lambda example: write_cloze(put(example), head)
+    return lambda example: write_cloze(cloze_form(task, example), head)
 
 
 def _first(

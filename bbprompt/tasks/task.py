@@ -80,8 +80,12 @@ class Task(BaseModel):
         prototype: How an option word reads as a text of its own, with `{option}` in it: what an embedding model
             compares texts with. None: the word and a full stop.
         cloze: What a language model reads: the text with `{gap}` where an option word goes; None: the template, up
-            to its last question mark, then the gap. See `bbprompt.texts.forms`.
-        words: Raw label -> word for the gap; empty: the option words.
+            to its last question mark, then the gap. In a `choice`, `{options}` is where the options are listed, the
+            end by default. See `bbprompt.texts.forms`.
+        words: Raw label -> word for the gap; empty: the option words. Of a `choice` number of the option, from "0" ->
+            letter that it stands behind; empty: A to P.
+        listing: How a `choice` lists an option in its cloze, with `{letter}` and `{option}` in it; None:
+            "{letter}、{option}；".
         skip_empty: Skip and count records with a blank field of the template; else an error.
         hub: Where the data lie on the Hugging Face hub.
     """
@@ -108,6 +112,7 @@ class Task(BaseModel):
     prototype: _Text | None = None
     cloze: _Text | None = None
     words: dict[_Text, _Text] = Field(default_factory=dict)
+    listing: _Text | None = None
     hub: Hub | None = None
 
     @model_validator(mode="after")
@@ -150,10 +155,17 @@ class Task(BaseModel):
             raise ValueError("prototype: holds the placeholder {option} once and no other")
         if self.cloze is not None:
             pieces = _pieces_of(self.cloze)
+            if self.type == "choice" and "options" in pieces:
+                pieces.remove("options")
             if pieces.count("gap") != 1 or set(pieces) != {*fields, "gap"}:
                 raise ValueError("cloze: holds {gap} once and the fields of the template")
-        if self.words and list(self.words) != list(self.labels):
-            raise ValueError("words: one word for each label, in the same order")
+        numbers = [str(i) for i in range(len(self.words))]
+        if self.words and list(self.words) != (numbers if self.type == "choice" else list(self.labels)):
+            raise ValueError('words: one word for each label, in the same order; of a choice for "0", "1" and so on')
+        if self.listing is not None and (
+            self.type != "choice" or sorted(_pieces_of(self.listing)) != ["letter", "option"]
+        ):
+            raise ValueError("listing: holds {letter} and {option} once, in a task of type choice")
         wanted = "f1" if self.type == "extractive" else "accuracy"
         if self.metric != wanted:
             raise ValueError(f"metric: a task of type {self.type} is scored by {wanted!r}")

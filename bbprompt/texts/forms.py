@@ -6,15 +6,18 @@ options apart: nothing is asked. Models with a language model head get a cloze t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bbprompt.errors import UsageError
 from bbprompt.oracle import ReadoutKind
 from bbprompt.tasks.example import Example, Form, Part
 from bbprompt.tasks.task import Task, parse_template
 
-#: What stands for the options of a multiple choice in its text and in the gap (PPT, table 2).
-_LETTERS = "ABCDEFGHIJKLMNOP"
+#: What stands for the options of a multiple choice in its text and in the gap, where its task does not say.
+_LETTERS = tuple("ABCDEFGHIJKLMNOP")
+_LISTING = "{letter}、{option}；"
 
-__all__ = ["cloze_form", "embed_form", "write"]
+__all__ = ["cloze_form", "embed_form", "listed", "write"]
 
 
 def write(task: Task, example: Example, readout: ReadoutKind) -> Form:
@@ -53,12 +56,21 @@ def cloze_form(task: Task, example: Example, pattern: str | None = None) -> Form
 
     The text is `pattern`, in which `{text}` stands for all fields where no field is called so; else `cloze` of the
     task; else its template up to the last question mark ("…的情感是？选项：" becomes "…的情感是" and the gap). A
-    multiple choice lists its options behind letters, and a letter fills the gap (PPT, section 3.1); at most 16 of them.
+    multiple choice lists its options behind letters where `{options}` stands, else at the end, and a letter fills the
+    gap (PPT, section 3.2.2); the letters are the task's `words`, else the first 16.
 
     Raises:
-        UsageError: A multiple choice of more than 16 options.
+        UsageError: A multiple choice of more options than there are letters.
     """
-    cut = task.cut_fields
+    cut, words, shown = task.cut_fields, tuple(task.words.values()) or example.options, ""
+    if task.type == "choice":
+        letters = tuple(task.words.values()) or _LETTERS
+        if len(example.options) > len(letters):
+            raise UsageError(
+                f"task {task.name}: a gap takes at most {len(letters)} options, an example has {len(example.options)}"
+            )
+        words = letters[: len(example.options)]
+        shown = listed(task.listing or _LISTING, words, example.options)
     template = pattern or task.cloze or _bare(task.template)
     parts: list[Part] = []
     gap = -1
@@ -67,20 +79,24 @@ def cloze_form(task: Task, example: Example, pattern: str | None = None) -> Form
             parts.append(Part(literal, cut=False))
         if name == "gap":
             gap = len(parts)
+        elif name == "options" and shown:
+            parts.append(Part(shown, cut=False))
+            shown = ""
         elif name == "text" and name not in example.fields:
             parts += _fields(task, example)
         elif name is not None:
             parts.append(Part(example.fields[name], cut=name in cut))
-    words = tuple(task.words.values()) or example.options
-    if task.type == "choice":
-        if len(words) > len(_LETTERS):
-            raise UsageError(
-                f"task {task.name}: a gap takes at most {len(_LETTERS)} options, an example has {len(words)}"
-            )
-        listed = "".join(f"{letter}、{word}；" for letter, word in zip(_LETTERS, words, strict=False))
-        parts.append(Part(f"？{listed}答案是", cut=False))
-        words, gap = tuple(_LETTERS[: len(words)]), len(parts)
+    if shown:
+        parts.append(Part(f"？{shown}答案是", cut=False))
+        gap = len(parts)
     return Form(tuple(parts), words, -1, gap=len(parts) if gap < 0 else gap)
+
+
+def listed(listing: str, letters: Sequence[str], options: Sequence[str]) -> str:
+    """Options behind their letters, each as `listing` has it, without white space at the end."""
+    pieces = parse_template(listing)
+    each = [{"letter": a, "option": b} for a, b in zip(letters, options, strict=True)]
+    return "".join(literal + (names[name] if name else "") for names in each for literal, name in pieces).rstrip()
 
 
 def _fields(task: Task, example: Example) -> list[Part]:
