@@ -94,7 +94,7 @@ def test_the_words_of_pairs(labels: list[str], keys: dict[str, Any], words: tupl
 
 def test_what_a_task_holds_is_taken_as_it_is() -> None:
     fields = task_of("single", ["{query}", "{options}"], template="{text}{query}?", language="en")
-    record = {"text": "{options}", "query": "{gap}"}
+    record: dict[str, Any] = {"text": "{options}", "query": "{gap}"}
     text = "{options}; {gap}? A.{query}. B.{options}. Answer is <X>."
     assert shown(fields, record, "unified") == (text, ("A", "B"))
     reading = task_of("choice", None, template="{context}{query}?", **ZH)
@@ -116,12 +116,13 @@ def test_a_causal_model_reads_pairs_before_the_gap() -> None:
 def test_bundled_tasks(name: str) -> None:
     """Every one is in each pattern, or refused for a reason; the labels stay."""
     task = load_task(name)
-    for pattern in ("plain", "hybrid", "unified"):
+    patterns: tuple[Pattern, ...] = ("plain", "hybrid", "unified")
+    for pattern in patterns:
         if task.type == "extractive" or (pattern == "unified" and len(task.labels) > 16):
             with pytest.raises(UsageError, match=f"task {name}: PPT's"):
-                in_pattern(task, pattern)  # type: ignore[arg-type]
+                in_pattern(task, pattern)
             continue
-        written = in_pattern(task, pattern)  # type: ignore[arg-type]
+        written = in_pattern(task, pattern)
         assert written.labels == task.labels
         assert len(set(written.words.values())) == len(written.words)
         assert Task.model_validate(written.model_dump(mode="json")) == written, "a manifest holds all of it"
