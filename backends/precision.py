@@ -51,8 +51,8 @@ def training_precision(device: str) -> str:
 def fast_bfloat16(device: str) -> bool:
     """Whether the device multiplies bfloat16 in hardware; elsewhere it works and is slower than float32."""
     if device != "cpu":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def warn_of_slow(dtype: torch.dtype, device: str) -> None:

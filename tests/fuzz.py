@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import random
 import subprocess
@@ -95,23 +96,27 @@ def main() -> None:
         return
     names = list(fuzztargets.NAMES)
     share = max(given.seconds // len(names), 1)
-    failed = False
+    failed, inputs = False, dict[str, int]()
     for name in names:
         if importlib.util.find_spec("atheris"):
             command = [sys.executable, __file__, f"--only={name}", "--seconds", str(share), "--seed", str(given.seed)]
             command += ["--corpus", str(given.corpus)] if given.corpus else []
             done = subprocess.run(command, capture_output=True, text=True, errors="replace")
             said = done.stderr.splitlines()
-            last = next((line for line in reversed(said) if line.startswith(("#", "Done"))), "no report")
-            print(f"{name}: {'ok' if not done.returncode else 'FAILED'}: {last}", flush=True)
-            if done.returncode:
+            found = [int(runs) for line in said if (runs := line.removeprefix("Done ").partition(" ")[0]).isdigit()]
+            held = not done.returncode and any(found)
+            inputs[name] = found[-1] if found else 0
+            print(f"{name}: {'ok' if held else 'FAILED'}: {inputs[name]} inputs, guided", flush=True)
+            if not held:
                 failed = True
                 print(done.stdout[-3000:], done.stderr[-6000:])
         else:
-            began, inputs = time.monotonic(), 0
+            began, inputs[name] = time.monotonic(), 0
             while time.monotonic() - began < share:
-                inputs += mutations(name, 500, given.seed + inputs)["inputs"]
-            print(f"{name}: ok: {inputs} mutants (install atheris for coverage as a guide)", flush=True)
+                inputs[name] += mutations(name, 500, given.seed + inputs[name])["inputs"]
+            print(f"{name}: ok: {inputs[name]} mutants (install atheris for coverage as a guide)", flush=True)
+    counts = {"targets": len(inputs), "seconds of each": share, "inputs": sum(inputs.values())}
+    print(json.dumps({**counts, "fewest": min(inputs.values())}))
     sys.exit(failed)
 
 

