@@ -6,7 +6,9 @@ import importlib.util
 
 import openapi
 import pytest
-from test_serve import AUTH, ROUTES, TOKEN, Client
+from serveclient import AUTH, Client
+from servers import TOKEN
+from test_serve import ROUTES
 
 from bbprompt.testing import ToyOracle
 

@@ -5,7 +5,7 @@
 | `GET /v1/info` | the model, as JSON; free |
 | `PUT /v1/batches/{digest}` | keep these texts |
 | `POST /v1/score` | score candidates on kept texts; 404 when they are gone |
-| `GET /healthz` | 200 after a forward that worked, else 503 |
+| `GET /healthz` | 200 while the model is at work or after a forward that worked, else 503 |
 | `GET /metrics` | counters for Prometheus |
 | `GET /v1/openapi.json` | these routes, as OpenAPI describes them |
 
@@ -48,7 +48,7 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
     """
     info = oracle.info
     kept = Batches(settings.batches, settings.lease, settings.room)
-    scorer = Scorer(oracle, metrics, settings.replies)
+    scorer = Scorer(oracle, metrics, settings.replies, settings.deadline)
     app = FastAPI(
         title="bbprompt serve",
         version=str(PROTOCOL),

@@ -19,6 +19,8 @@ from bbprompt.wire import PROTOCOL
 __all__ = ["MOST_HEADERS", "Guard", "problem"]
 
 MOST_HEADERS = 16384  # bytes
+#: What supervisors ask for: answered at any time, for a server that is busy is not one that fails.
+_WATCHED = ("/healthz", "/metrics")
 _BODIES = 4  # bodies of the greatest size that may be in memory at once
 
 _Scope = MutableMapping[str, Any]
@@ -74,7 +76,8 @@ class Guard:
             if scope["type"] != "http":
                 return  # no web sockets here: the server closes the connection
             size = self._check(scope)
-            self._inside += 1
+            counted = scope["path"] not in _WATCHED
+            self._inside += counted
             self._bytes += size
             try:
                 async with asyncio.timeout(self._settings.deadline):
@@ -83,7 +86,7 @@ class Guard:
                 message = f"no answer within {self._settings.deadline:g} s; ask again for it"
                 raise _Refused(503, "deadline", message, Retry_After="1") from None
             finally:
-                self._inside -= 1
+                self._inside -= counted
                 self._bytes -= size
         except _Refused as refused:
             self._metrics.refused.labels(str(refused.status)).inc()
@@ -106,7 +109,7 @@ class Guard:
             given = headers.get(b"authorization", [])
             if not hmac.compare_digest(given[0] if len(given) == 1 else b"", self._token):
                 raise _Refused(401, "token", "missing or wrong token", WWW_Authenticate="Bearer")
-        if self._inside >= self._settings.at_once:
+        if scope["path"] not in _WATCHED and self._inside >= self._settings.at_once:
             raise _Refused(503, "busy", f"{self._inside} requests are being worked on", Retry_After="1")
         if headers.keys() & {b"content-encoding", b"transfer-encoding"}:
             raise _Refused(415, "encoding", "bodies are neither compressed nor chunked here")

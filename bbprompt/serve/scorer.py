@@ -7,9 +7,11 @@ and a reply must not depend on who else is asking.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -38,15 +40,17 @@ class Scorer:
         oracle: The model.
         metrics: Where calls are counted.
         kept: Bytes of replies that are kept.
+        deadline: Seconds after which a forward that has not ended counts as one that never will.
     """
 
-    def __init__(self, oracle: Oracle, metrics: Metrics, kept: int) -> None:
-        self._oracle, self._metrics, self._most = oracle, metrics, kept
+    def __init__(self, oracle: Oracle, metrics: Metrics, kept: int, deadline: float) -> None:
+        self._oracle, self._metrics, self._most, self._deadline = oracle, metrics, kept, deadline
         self._thread = ThreadPoolExecutor(1, "model")
         self._running: dict[str, tuple[bytes, asyncio.Future[bytes]]] = {}
         self._replies: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
         self._size = 0
         self._worked = -float("inf")
+        self._began: float | None = None  # when the forward that is running began
 
     async def score(self, request: ScoreRequest, batch: TextBatch) -> bytes:
         """The reply to a request, computed now, computed before, or being computed for somebody who left.
@@ -75,9 +79,15 @@ class Scorer:
         return await asyncio.shield(known[1])
 
     async def healthy(self) -> bool:
-        """Whether the model answers: a forward that worked a moment ago, or one that works now."""
-        if time.monotonic() - self._worked < _FRESH:
-            return True
+        """Whether the model answers: it is at work and not late, or worked a moment ago, or works when it is asked now.
+
+        Never waits behind requests: those who probe a server give it a second or two.
+        """
+        began, now = self._began, time.monotonic()
+        if began is not None:
+            return now - began < self._deadline
+        if self._running or now - self._worked < _FRESH:
+            return True  # the next request is being taken up
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._probe)
 
@@ -85,17 +95,28 @@ class Scorer:
         info = self._oracle.info
         points = np.zeros((1, info.layers, info.dim), dtype=np.float32)
         try:
-            check_scores(self._oracle.score(_PROBE, points), _PROBE, 1, channels=info.channels)
+            with self._forward():
+                check_scores(self._oracle.score(_PROBE, points), _PROBE, 1, channels=info.channels)
         except Exception:  # whatever it is: the model does not answer
             self._metrics.failed.inc()
             return False
         self._worked = time.monotonic()
         return True
 
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Remembers since when the model is at work."""
+        self._began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began = None
+
     def _compute(self, request: ScoreRequest, batch: TextBatch) -> bytes:
         began = time.monotonic()
         points, longest = request.points, request.longest_answer
-        scores = self._oracle.score(batch, points, request.support, longest)
+        with self._forward():
+            scores = self._oracle.score(batch, points, request.support, longest)
         check_scores(scores, batch, len(points), channels=self._oracle.info.channels, answers=longest is not None)
         self._worked = time.monotonic()
         self._metrics.seconds.observe(self._worked - began)
