@@ -21,6 +21,7 @@ import pytest
 from bbprompt.oracle import Oracle
 from bbprompt.serve.server import build_server, listen
 from bbprompt.serve.settings import ServeSettings
+from bbprompt.serve.tls import tls_context
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "a-token-of-the-tests"
@@ -29,11 +30,10 @@ TOKEN = "a-token-of-the-tests"
 @contextlib.contextmanager
 def serving(oracle: Oracle, *, tls: tuple[Path, Path] | None = None, **settings: Any) -> Iterator[str]:
     """URL of a uvicorn server in a thread; `tls` is a certificate and its key."""
-    certificate, key = tls or (None, None)
     allowed = ServeSettings(**({"drain": 1.0} | settings))
     started = threading.Event()
     with listen("127.0.0.1", 0, None) as listening:
-        server = build_server(oracle, allowed, certificate=certificate, key=key, ready=started.set)
+        server = build_server(oracle, allowed, tls=tls_context(*tls or (None, None)), ready=started.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

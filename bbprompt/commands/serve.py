@@ -71,16 +71,13 @@ def serve(
     try:
         from bbprompt.serve.server import build_server, is_loopback, listen
         from bbprompt.serve.settings import ServeSettings
+        from bbprompt.serve.tls import tls_context
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed; pip install 'bbprompt[serve]'") from error
-    if (tls_cert is None) != (tls_key is None):
-        raise UsageError("--tls-cert and --tls-key go together")
-    for flag, file in (("--tls-cert", tls_cert), ("--tls-key", tls_key)):
-        if file is not None and not os.access(file, os.R_OK):
-            raise UsageError(f"{flag} {file}: no such file, or not readable")
+    tls = tls_context(tls_cert, tls_key)
     token = read_token(os.environ)
     with logging_to(open_console(quiet)), listen(host, port, token) as listening:
-        if tls_cert is None and not is_loopback(host):
+        if tls is None and not is_loopback(host):
             _log.warning("--host %s without --tls-cert: texts and token travel in the clear", host)
         name = prompts or load_method("mp2-deep").prompts
         prompt = ModularPrompt.load(resolve_prompts(name))
@@ -95,7 +92,7 @@ def serve(
             threads=threads,
         )
         shown = f"[{host}]" if ":" in host else host
-        url = f"{'http' if tls_cert is None else 'https'}://{shown}:{listening.getsockname()[1]}"
+        url = f"{'http' if tls is None else 'https'}://{shown}:{listening.getsockname()[1]}"
 
         def ready() -> None:
             info = oracle.info
@@ -112,6 +109,6 @@ def serve(
             lease=lease,
             deadline=deadline,
         )
-        server = build_server(oracle, settings, certificate=tls_cert, key=tls_key, ready=ready)
+        server = build_server(oracle, settings, tls=tls, ready=ready)
         server.run(sockets=[listening])
         oracle.close()

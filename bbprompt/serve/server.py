@@ -7,9 +7,9 @@ import contextlib
 import ipaddress
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -57,8 +57,7 @@ def build_server(
     oracle: Oracle,
     settings: ServeSettings,
     *,
-    certificate: Path | None = None,
-    key: Path | None = None,
+    tls: ssl.SSLContext | None = None,
     ready: Callable[[], None] = lambda: None,
 ) -> uvicorn.Server:
     """A server whose `run(sockets=[...])` answers until SIGTERM or SIGINT, finishes what is at hand and returns.
@@ -66,8 +65,7 @@ def build_server(
     Args:
         oracle: The model.
         settings: What is allowed.
-        certificate: PEM file for TLS.
-        key: PEM file with its private key.
+        tls: Certificate and key, to answer over https.
         ready: Called once requests are answered.
     """
     config = uvicorn.Config(
@@ -83,8 +81,7 @@ def build_server(
         limit_concurrency=4 * settings.at_once,
         timeout_keep_alive=60,
         timeout_graceful_shutdown=int(settings.drain),
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
+        ssl_context_factory=None if tls is None else lambda _config, _default: tls,
     )
     return _Server(config, ready)
 
