@@ -22,23 +22,10 @@ def openssl(*words: str | Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two certificates and their keys, one key encrypted, and files that are neither."""
     made = tmp_path_factory.mktemp("tls")
-    for name in ("one", "other"):
-        words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", f"/CN={name}"]
+    for name, bits in (("one", 2048), ("other", 2048), ("w", 512)):
+        words = ["req", "-x509", "-newkey", f"rsa:{bits}", "-nodes", "-days", "1", "-subj", f"/CN={name}"]
         openssl(*words, "-keyout", made / f"{name}.key", "-out", made / f"{name}.pem")
     openssl("rsa", "-in", made / "one.key", "-aes256", "-passout", "pass:secret", "-out", made / "locked.key")
-    openssl(
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:512",
-        "-nodes",
-        "-subj",
-        "/CN=w",
-        "-keyout",
-        made / "w.key",
-        "-out",
-        made / "w.pem",
-    )
     (made / "empty").touch()
     (made / "junk").write_bytes(bytes(range(256)))
     cut = (made / "one.pem").read_text().splitlines()
@@ -56,7 +43,7 @@ BAD = [
     ("one.key", "one.pem", "--tls-cert {one.key}: no certificate in PEM form"),
     ("one.pem", "empty", "--tls-key {empty}: no private key in PEM form"),
     ("one.pem", "one.pem", "--tls-key {one.pem}: no private key in PEM form"),
-    ("one.pem", "other.key", "--tls-key {other.key}: the key of another certificate"),
+    ("one.pem", "other.key", "--tls-key {other.key}: not the key of --tls-cert"),
     ("one.pem", "locked.key", "--tls-key {locked.key}: it is encrypted"),
     ("w.pem", "w.key", "--tls-cert {w.pem}: too weak"),
 ]
