@@ -174,6 +174,10 @@ class LocalOracle:
         """
         return min(max(self._batch_tokens // chunk.tokens, 1) for chunk in self._chunks(batch, support))
 
+    def count_tokens(self, batch: TextBatch, support: Support = "candidates") -> int:
+        """Tokens of all texts under one candidate; see `bbprompt.oracle.TokenCounter`."""
+        return sum(chunk.tokens for chunk in self._chunks(batch, support))
+
     @torch.inference_mode()
     def score_unit(
         self,

@@ -105,6 +105,10 @@ class StockOracle:
         """
         return self._fits(self._chunks(batch))
 
+    def count_tokens(self, batch: TextBatch, support: Support = "candidates") -> int:
+        """Tokens of all texts under one candidate; see `bbprompt.oracle.TokenCounter`."""
+        return sum(len(item.ids) for item in self._head.sequences(batch))
+
     @torch.inference_mode()
     def score_unit(
         self,

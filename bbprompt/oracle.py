@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,18 @@ from numpy.typing import NDArray
 from bbprompt.errors import OracleError
 from bbprompt.tasks.example import Answer, Form
 
-__all__ = ["Oracle", "OracleInfo", "ReadoutKind", "Scores", "Support", "TextBatch", "check_points", "check_scores"]
+__all__ = [
+    "Oracle",
+    "OracleInfo",
+    "ReadoutKind",
+    "Scores",
+    "Support",
+    "TextBatch",
+    "TokenCounter",
+    "can_count",
+    "check_points",
+    "check_scores",
+]
 
 #: Positions that start and end probabilities are normalised over: the candidates (option borders; the context
 #: for extraction), or the whole sequence as in the released code.
@@ -150,6 +161,22 @@ class Oracle(Protocol):
 
     def close(self) -> None:
         """Let go of the model; safe to call twice."""
+
+
+class TokenCounter(Protocol):
+    """A model that knows how many tokens it reads."""
+
+    def count_tokens(self, batch: TextBatch, support: Support = "candidates") -> int:
+        """Tokens of all texts under one candidate, special tokens and prompt positions included.
+
+        Raises:
+            TextError: A text does not fit the model.
+        """
+
+
+def can_count(model: object) -> TypeGuard[TokenCounter]:
+    """Whether a model counts tokens: one that is here does, one behind a wire does not."""
+    return callable(getattr(model, "count_tokens", None))
 
 
 def check_points(points: NDArray[np.floating], info: OracleInfo) -> NDArray[np.float32]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import httpx2
@@ -68,5 +70,5 @@ class Client:
     def one(self, method: str, path: str, body: Any = None, headers: Any = TYPE) -> httpx2.Response:
         return self.send((method, path, body, headers))[0]
 
-    def keep(self) -> None:
-        assert self.one("PUT", f"/v1/batches/{DIGEST}", TEXTS).status_code == 201
+    def keep(self, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        assert self.one("PUT", f"/v1/batches/{DIGEST}", TEXTS, {**TYPE, **headers}).status_code == 201

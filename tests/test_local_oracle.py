@@ -41,6 +41,19 @@ def test_equals_the_plain_forward(kind: str, support: Support, prompt: ModularPr
     compare(scores, PlainOracle(backbone, prompt), batch, points, support)
 
 
+@pytest.mark.parametrize("kind", ["pair", "choice", "extract"])
+def test_tokens_are_those_that_enter_the_model(kind: str, deep: ModularPrompt, backbone: Backbone) -> None:
+    entered: list[int] = []
+    hook = backbone.model.embeddings.register_forward_pre_hook(
+        lambda _module, _args, given: entered.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    oracle, batch = LocalOracle(backbone, deep, batch_tokens=100), batch_of(kind, 5)
+    oracle.score(batch, points_of(deep, 2))
+    hook.remove()
+    assert len(entered) > 1, "in pieces"
+    assert oracle.count_tokens(batch) == sum(entered)
+
+
 def test_the_prompts_matter(deep: ModularPrompt, backbone: Backbone) -> None:
     scores = LocalOracle(backbone, deep).score(batch_of("pair"), points_of(deep, 2))
     assert np.abs(scores.logits[0] - scores.logits[1]).mean() > 0.1

@@ -183,6 +183,21 @@ def test_causal_models_equal_the_stock_forward(family: str, depth: str, folders:
         option += len(words)
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+def test_tokens_are_those_that_enter_a_causal_model(family: str, folders: dict[str, Path]) -> None:
+    oracle, prompt = open_tiny(folders[family])
+    batch, entered = batch_for("pair"), list[int]()
+    alone = TextBatch(batch.forms[:1])  # texts together are padded, and share what stands before them
+    body: Any = oracle._body  # type: ignore[attr-defined]
+    hook = body._model.get_input_embeddings().register_forward_hook(
+        lambda _module, given, _out: entered.append(given[0].numel())
+    )
+    oracle.score(alone, points_for(prompt)[:1])
+    hook.remove()
+    assert oracle.count_tokens(alone) == sum(entered) > 10  # type: ignore[attr-defined]
+    assert oracle.count_tokens(batch) > oracle.count_tokens(alone)  # type: ignore[attr-defined]
+
+
 class TestMaskedContract(OracleContract):
     @pytest.fixture(autouse=True)
     def _folder(self, folders: dict[str, Path]) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.metrics import NOWHERE, Metrics
 from bbprompt.serve.settings import ServeSettings
 from bbprompt.wire import PROTOCOL
 
@@ -50,7 +51,7 @@ class Guard:
     Args:
         app: The application.
         settings: Its limits.
-        metrics: Where refusals are counted.
+        metrics: Where requests and refusals are counted.
     """
 
     def __init__(self, app: _App, settings: ServeSettings, metrics: Metrics) -> None:
@@ -62,7 +63,22 @@ class Guard:
         """Handle one request; see the ASGI specification."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
-            return
+        if scope["type"] != "http":
+            return  # no web sockets here: the server closes the connection
+        began = time.monotonic()
+
+        async def counted(message: _Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self._metrics.refused.labels(str(message["status"])).inc()
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, counted)
+        finally:
+            route = getattr(scope.get("route"), "path", NOWHERE)  # set by the router
+            self._metrics.requests.labels(route).observe(time.monotonic() - began)
+
+    async def _answer(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         started, cut = False, asyncio.Event()
 
         async def watched(message: _Message) -> None:
@@ -73,8 +89,6 @@ class Guard:
             await send(message)
 
         try:
-            if scope["type"] != "http":
-                return  # no web sockets here: the server closes the connection
             size = self._check(scope)
             counted = scope["path"] not in _WATCHED
             self._inside += counted
@@ -89,7 +103,6 @@ class Guard:
                 self._inside -= counted
                 self._bytes -= size
         except _Refused as refused:
-            self._metrics.refused.labels(str(refused.status)).inc()
             if started:
                 raise
             # What is left of the body is not read: the connection cannot be used again.

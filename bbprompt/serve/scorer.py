@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from bbprompt.errors import DataError, OracleError
-from bbprompt.oracle import Oracle, TextBatch, check_scores
+from bbprompt.oracle import Oracle, TextBatch, can_count, check_scores
 from bbprompt.serve.metrics import Metrics
 from bbprompt.tasks.example import Form, Part
 from bbprompt.wire import ScoreRequest, encode_reply
@@ -124,6 +124,8 @@ class Scorer:
         self._metrics.calls.inc(len(points))
         self._metrics.texts.inc(len(points) * len(batch.forms))
         self._metrics.tokens_cut.inc(scores.cut)
+        if can_count(self._oracle):
+            self._metrics.tokens.inc(len(points) * self._oracle.count_tokens(batch, request.support))
         return encode_reply(request.call_id, scores)
 
     def _done(self, call_id: str, print_: bytes, future: asyncio.Future[bytes]) -> None:

@@ -61,13 +61,7 @@ class ToyOracle:
     ) -> Scores:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
-        known = batch.answers or (None,) * len(batch.forms)
-        encoded = []
-        for number, (form, answer) in enumerate(zip(batch.forms, known, strict=True), start=1):
-            try:
-                encoded.append(encode(form, _characters, self._frame, () if answer is None else (answer,)))
-            except DataError as error:
-                raise DataError(f"text {number}: {error}") from error
+        encoded = self._encoded(batch)
         weights = np.tanh(checked.reshape(len(checked), -1).astype(np.float64) @ self._mixing)
         weights = weights.reshape(len(checked), 2, _WIDTH, _WIDTH + 1)
         logits, normalizer, best = [], [], []
@@ -90,6 +84,20 @@ class ToyOracle:
             np.array(best, dtype=np.int64).transpose(1, 0, 2) if best else None,
             sum(item.cut for item in encoded),
         )
+
+    def count_tokens(self, batch: TextBatch, support: Support = "candidates") -> int:
+        """Tokens of all texts under one candidate; see `bbprompt.oracle.TokenCounter`."""
+        return sum(len(item.ids) for item in self._encoded(batch))
+
+    def _encoded(self, batch: TextBatch) -> list[Encoded]:
+        known = batch.answers or (None,) * len(batch.forms)
+        encoded = []
+        for number, (form, answer) in enumerate(zip(batch.forms, known, strict=True), start=1):
+            try:
+                encoded.append(encode(form, _characters, self._frame, () if answer is None else (answer,)))
+            except DataError as error:
+                raise DataError(f"text {number}: {error}") from error
+        return encoded
 
     def _logits(self, item: Encoded, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Start and end logits `(n, S, 2)` of every position."""
