@@ -53,7 +53,7 @@ class Client:
     """Requests to the application itself, without sockets."""
 
     def __init__(self, oracle: ToyOracle, **settings: Any) -> None:
-        self.app = build_app(oracle, ServeSettings(**settings))
+        self.app, _ = build_app(oracle, ServeSettings(**settings))
 
     def send(self, *requests: tuple[Any, ...]) -> list[httpx2.Response]:
         async def all_of_them() -> list[httpx2.Response]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,9 @@ def serve(
     at_once: Annotated[int, typer.Option(min=1, help="Most requests at once.")] = 64,
     lease: Annotated[float, typer.Option(min=1, help="Seconds that texts are kept after their last use.")] = 3600,
     deadline: Annotated[float, typer.Option(min=1, help="Seconds after which a request is given up.")] = 600,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests are given to finish after a SIGTERM.")
+    ] = 30,
     tls_cert: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default=False, help="Certificate (PEM): answer over https.")
     ] = None,
@@ -108,7 +112,13 @@ def serve(
             at_once=at_once,
             lease=lease,
             deadline=deadline,
+            drain=drain,
         )
         server = build_server(oracle, settings, tls=tls, ready=ready)
         server.run(sockets=[listening])
+        if not server.idle:
+            _log.warning("the model is still at a request that nobody waits for any more; it is left at that")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # a forward cannot be stopped, and any other end would wait for it
         oracle.close()

@@ -58,6 +58,8 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
         redirect_slashes=False,
     )
 
+    app.state.scorer = scorer  # for whoever ends it
+
     @app.exception_handler(404)
     @app.exception_handler(405)
     async def refuse(request: Request, error: Any) -> Response:  # an HTTPException of the router
@@ -148,10 +150,11 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
     return app
 
 
-def build_app(oracle: Oracle, settings: ServeSettings) -> Guard:
-    """An ASGI application that answers for `oracle`."""
+def build_app(oracle: Oracle, settings: ServeSettings) -> tuple[Guard, Scorer]:
+    """An ASGI application that answers for `oracle`, and what is to be closed behind it."""
     metrics = Metrics()
-    return Guard(routes(oracle, settings, metrics), settings, metrics)
+    inside = routes(oracle, settings, metrics)
+    return Guard(inside, settings, metrics), inside.state.scorer
 
 
 def _wrong_type(request: Request) -> Response | None:

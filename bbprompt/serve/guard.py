@@ -7,10 +7,11 @@ is decided before a byte of the body is read; the body is bounded in bytes and i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
 from bbprompt.serve.metrics import NOWHERE, Metrics
@@ -22,6 +23,7 @@ __all__ = ["MOST_HEADERS", "Guard", "problem"]
 MOST_HEADERS = 16384  # bytes
 #: What supervisors ask for: answered at any time, for a server that is busy is not one that fails.
 _WATCHED = ("/healthz", "/metrics")
+_AWAY = "10"  # seconds after which a server that stops may be back
 _BODIES = 4  # bodies of the greatest size that may be in memory at once
 
 _Scope = MutableMapping[str, Any]
@@ -58,6 +60,15 @@ class Guard:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._token = None if settings.token is None else b"Bearer " + settings.token.encode("ascii")
         self._inside = self._bytes = 0
+        self._times: set[asyncio.Timeout] = set()
+        self._ends: float | None = None  # on the clock of the loop
+
+    def drain(self) -> None:
+        """Give the requests at hand `settings.drain` seconds; those that remain then are asked to come again later."""
+        self._ends = asyncio.get_running_loop().time() + self._settings.drain
+        for time_ in self._times:
+            if (when := time_.when()) is not None and when > self._ends:
+                time_.reschedule(self._ends)
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Handle one request; see the ASGI specification."""
@@ -94,11 +105,10 @@ class Guard:
             self._inside += counted
             self._bytes += size
             try:
-                async with asyncio.timeout(self._settings.deadline):
+                async with self._timed():
                     await self._app(scope, self._bounded(receive, size, cut), watched)
             except TimeoutError:
-                message = f"no answer within {self._settings.deadline:g} s; ask again for it"
-                raise _Refused(503, "deadline", message, Retry_After="1") from None
+                raise self._late() from None
             finally:
                 self._inside -= counted
                 self._bytes -= size
@@ -110,6 +120,23 @@ class Guard:
             headers += [(b"connection", b"close"), *refused.headers]
             await send({"type": "http.response.start", "status": refused.status, "headers": headers})
             await send({"type": "http.response.body", "body": refused.body})
+
+    @contextlib.asynccontextmanager
+    async def _timed(self) -> AsyncIterator[None]:
+        """Bound what is done inside by the deadline, and by the end of the drain when it comes first."""
+        when = asyncio.get_running_loop().time() + self._settings.deadline
+        async with asyncio.timeout_at(when if self._ends is None else min(when, self._ends)) as time_:
+            self._times.add(time_)
+            try:
+                yield
+            finally:
+                self._times.remove(time_)
+
+    def _late(self) -> _Refused:
+        if self._ends is not None and asyncio.get_running_loop().time() >= self._ends:
+            return _Refused(503, "stopping", "this server is stopping; ask again for it later", Retry_After=_AWAY)
+        message = f"no answer within {self._settings.deadline:g} s; ask again for it"
+        return _Refused(503, "deadline", message, Retry_After="1")
 
     def _check(self, scope: _Scope) -> int:
         """Bytes that the body will have."""

@@ -91,6 +91,11 @@ class Scorer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._probe)
 
+    def close(self) -> bool:
+        """Take up no request any more; whether the model is idle. A forward that it is at cannot be stopped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        return self._began is None and not self._running
+
     def _probe(self) -> bool:
         info = self._oracle.info
         points = np.zeros((1, info.layers, info.dim), dtype=np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import signal
 import socket
 import ssl
@@ -18,12 +19,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from bbprompt.errors import UsageError
 from bbprompt.oracle import Oracle
 from bbprompt.serve.app import build_app
-from bbprompt.serve.guard import MOST_HEADERS
+from bbprompt.serve.guard import MOST_HEADERS, Guard
+from bbprompt.serve.scorer import Scorer
 from bbprompt.serve.settings import ServeSettings
 
-__all__ = ["build_server", "is_loopback", "listen"]
+__all__ = ["Server", "build_server", "is_loopback", "listen"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_FAREWELL = 1  # seconds in which clients read what they are told at the end of the drain
 
 
 def is_loopback(host: str) -> bool:
@@ -59,7 +62,7 @@ def build_server(
     *,
     tls: ssl.SSLContext | None = None,
     ready: Callable[[], None] = lambda: None,
-) -> uvicorn.Server:
+) -> Server:
     """A server whose `run(sockets=[...])` answers until SIGTERM or SIGINT, finishes what is at hand and returns.
 
     Args:
@@ -68,8 +71,9 @@ def build_server(
         tls: Certificate and key, to answer over https.
         ready: Called once requests are answered.
     """
+    app, scorer = build_app(oracle, settings)
     config = uvicorn.Config(
-        build_app(oracle, settings),
+        app,
         http=_protocol(settings.receive),
         ws="none",
         lifespan="off",
@@ -80,25 +84,38 @@ def build_server(
         h11_max_incomplete_event_size=MOST_HEADERS,
         limit_concurrency=4 * settings.at_once,
         timeout_keep_alive=60,
-        timeout_graceful_shutdown=int(settings.drain),
+        timeout_graceful_shutdown=math.ceil(settings.drain) + _FAREWELL,
         ssl_context_factory=None if tls is None else lambda _config, _default: tls,
     )
-    return _Server(config, ready)
+    return Server(config, ready, app, scorer)
 
 
-class _Server(uvicorn.Server):
-    """Says when it is ready, and ends with exit code 0 when it was asked to end."""
+class Server(uvicorn.Server):
+    """Says when it is ready, and ends with exit code 0 when it was asked to end.
 
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
+    Attributes:
+        idle: After `run`: whether the model has come to rest. Where it has not, Python waits for it at its end.
+    """
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None], guard: Guard, scorer: Scorer) -> None:
         super().__init__(config)
-        self._ready = ready
+        self._ready, self._guard, self._scorer = ready, guard, scorer
+        self.idle = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, and say so."""
         await super().startup(sockets)
         self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what is at hand, for as long as the drain allows, and let go of the model."""
+        self._guard.drain()
+        await super().shutdown(sockets)
+        self.idle = self._scorer.close()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """End in order on a signal while inside."""
         if threading.current_thread() is not threading.main_thread():
             yield  # whoever started the thread ends it by `should_exit`
             return
