@@ -21,7 +21,7 @@ from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
 from bbprompt.units import Unit, join, plan_units
 
-__all__ = ["RayOracle", "open_ray"]
+__all__ = ["RayOracle", "open_ray", "share_of_gpu"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -245,6 +245,14 @@ def _difference(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> str:
     return "nothing"
 
 
+def share_of_gpu(workers: int, gpus: int) -> float:
+    """How much of a GPU each of some workers takes so that all of them find a place: 1, or 1/2, or 1/3 and so on.
+
+    A worker never has parts of two GPUs, so what counts is how many must share one.
+    """
+    return 1.0 / math.ceil(workers / gpus)
+
+
 def open_ray(
     address: str,
     prompt: ModularPrompt,
@@ -294,7 +302,7 @@ def open_ray(
         count = workers or (cluster.gpus if chosen == "cuda" else max(cluster.cpus // each, 1))
         gpus = 0.0
         if chosen == "cuda":
-            gpus = 1.0 if count <= cluster.gpus else 1.0 / math.ceil(count / cluster.gpus)
+            gpus = share_of_gpu(count, cluster.gpus)
         elif count * each > cluster.cpus:
             _log.warning(
                 "--workers %d of %d threads: the cluster has %d CPUs now; the rest starts when there are more",

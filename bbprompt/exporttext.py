@@ -11,8 +11,8 @@ __all__ = ["CLIENT", "peft_card", "rows_card", "tensors_card"]
 CLIENT = '''\
 """Label a text with the tuned prompt, by a vLLM server: python client.py URL [--model NAME_OR_DIR] field=text ...
 
-Start the server with: vllm serve MODEL --enable-prompt-embeds --dtype float32. Never offer it to people that you do
-not trust: it unpacks what it is sent with torch.load.
+Start the server with: vllm serve MODEL --enable-prompt-embeds --dtype float32. Where it has an --api-key, set
+BBPROMPT_TOKEN to it here. Never offer it to people that you do not trust: it unpacks what it is sent with torch.load.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import base64
 import io
 import json
 import math
+import os
 import urllib.request
 from pathlib import Path
 
@@ -63,6 +64,8 @@ def main() -> None:
     request = urllib.request.Request(
         given.url.rstrip("/") + "/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
+    if token := os.environ.get("BBPROMPT_TOKEN"):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")  # to this server and no other
     with urllib.request.urlopen(request, timeout=60) as reply:
         found = json.load(reply)["choices"][0]["logprobs"]["top_logprobs"][0]
     try:
@@ -163,7 +166,8 @@ def rows_card(facts: Mapping[str, Any]) -> str:
     usage = " ".join(f"{piece['field']}=…" for piece in facts["text"] if "field" in piece)
     client = (
         f"`python client.py http://127.0.0.1:8000 {usage}` labels a text by a vLLM server that was started with\n"
-        "`--enable-prompt-embeds` (and `--dtype float32`, to be exact)."
+        "`--enable-prompt-embeds` (and `--dtype float32`, to be exact). Where the server has an `--api-key`,\n"
+        "set the environment variable `BBPROMPT_TOKEN` to it; it is sent as `Authorization: Bearer`."
         if facts["options"] and "token" in facts["options"][0]
         else "There is no client here: the words that options are read by depend on the example."
     )

@@ -175,10 +175,11 @@ def test_the_client_asks_for_the_options_alone(
     out, record = tmp_path / "rows", RECORDS[1]
     export_prompt(causal_runs["llama", "input"], "prompt-embeds", out)
     model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32).eval()
-    known = True
+    known, sent = True, list[Any]()
 
     def answer(request: Any, timeout: float) -> Reply:
         assert request.full_url == "http://127.0.0.1:9/v1/completions"
+        sent.append(request)
         body = json.loads(request.data)
         assert (body["max_tokens"], body["temperature"], body["logprobs"]) == (1, 0, 0)
         rows = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
@@ -188,6 +189,7 @@ def test_the_client_asks_for_the_options_alone(
         top = {f"token_id:{token}": float(logprobs[token]) for token in tokens}
         return Reply(json.dumps({"choices": [{"text": "x", "logprobs": {"top_logprobs": [top]}}]}).encode())
 
+    monkeypatch.delenv("BBPROMPT_TOKEN", raising=False)
     monkeypatch.setattr(urllib.request, "urlopen", answer)
     words = ["client.py", "http://127.0.0.1:9/", *(f"{key}={record[key]}" for key in ("text_a", "text_b"))]
     monkeypatch.setattr(sys, "argv", words)
@@ -196,6 +198,12 @@ def test_the_client_asks_for_the_options_alone(
     (expected,) = tuned("llama", "input").predict([record])
     assert found["label"] == expected.label
     assert found["probabilities"] == pytest.approx(dict(expected.probabilities), abs=2e-5)
+    assert not sent[-1].has_header("Authorization")
+    monkeypatch.setenv("BBPROMPT_TOKEN", "of-the-server")
+    runpy.run_path(str(out / "client.py"), run_name="__main__")
+    assert "set the environment variable `BBPROMPT_TOKEN`" in (out / "README.md").read_text(encoding="utf-8")
+    assert sent[-1].get_header("Authorization") == "Bearer of-the-server"
+    assert "Authorization" not in sent[-1].headers, "which go along to where a server redirects to"
     known = False
     with pytest.raises(SystemExit, match="logprob_token_ids"):
         runpy.run_path(str(out / "client.py"), run_name="__main__")
