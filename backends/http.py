@@ -87,6 +87,11 @@ class HttpOracle:
         """What the server said it is."""
         return self._server.info
 
+    @property
+    def most_points(self) -> int:
+        """Candidates that one request takes."""
+        return self._server.points
+
     def score(
         self,
         batch: TextBatch,

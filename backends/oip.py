@@ -96,6 +96,11 @@ class OipOracle:
         """What the model said it is."""
         return self._info
 
+    @property
+    def most_points(self) -> int:
+        """Candidates that one request takes."""
+        return self._points
+
     def score(
         self,
         batch: TextBatch,

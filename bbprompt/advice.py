@@ -28,15 +28,30 @@ def warn_of_seen_examples(config: TuneConfig, task: Task, prompt: ModularPrompt)
         )
 
 
-def warn_of_idle_workers(workers: int | None, method: MethodConfig) -> None:
-    """Say so when a stage asks for fewer candidates than there are workers.
+def warn_of_idle_workers(workers: int | None, method: MethodConfig, oracle: object = None) -> None:
+    """Say so when a server takes every batch in one request, or a stage asks for fewer candidates than workers.
 
     The size of a batch decides the result, so it never follows the number of workers by itself.
+
+    Args:
+        workers: As the user gave them.
+        method: What is run.
+        oracle: The model; one whose requests hold many candidates has `most_points`, the most that one holds.
     """
     sizes = {
         "router.batch": method.router.batch if method.router is not None else None,
         "prompt.popsize": method.prompt.popsize if method.prompt is not None else None,
     }
+    largest, most = max((size or 1 for size in sizes.values()), default=1), getattr(oracle, "most_points", 0)
+    if (workers or 1) > 1 and most >= largest:
+        _log.warning(
+            "--workers %d has no effect: a request takes all candidates of a batch (%d; --max-points of the server is "
+            "%d), and batches come one after the other",
+            workers,
+            largest,
+            most,
+        )
+        return
     small = {name: size for name, size in sizes.items() if size is not None and size < (workers or 1)}
     if small:
         _log.warning(

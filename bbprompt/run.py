@@ -157,7 +157,6 @@ def _opened(config: TuneConfig) -> Opened:
     with named(data, few.train):
         prompt = _prompt(config, method, task, few)
     warn_of_seen_examples(config, task, prompt)
-    warn_of_idle_workers(config.workers, method)
     oracle = open_oracle(
         config.backend,
         prompt,
@@ -171,6 +170,7 @@ def _opened(config: TuneConfig) -> Opened:
         workers=config.workers,
         resend=config.resends,
     )
+    warn_of_idle_workers(config.workers, method, oracle)
     if config.backend == "local":
         # As with threads: "auto" is another precision on a cluster or on another processor.
         config = config.model_copy(update={"dtype": oracle.info.precision})

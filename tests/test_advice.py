@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from servers import serving
 
 from bbprompt.advice import warn_of_idle_workers
+from bbprompt.backends.http import HttpOracle
 from bbprompt.config import load_method, method_with
+from bbprompt.testing import ToyOracle
 
 
 @pytest.mark.parametrize(
@@ -25,3 +28,24 @@ def test_idle_workers_are_said_in_one_line(
     warn_of_idle_workers(workers, method_with(load_method("mp2-deep"), changes))
     lines = caplog.messages
     assert (not lines) if expected is None else (len(lines) == 1 and expected in lines[0])
+
+
+@pytest.mark.parametrize(
+    ("workers", "points", "expected"),
+    [
+        (None, 1024, None),
+        (1, 1024, None),
+        (4, 19, None),
+        (4, 20, "--workers 4 has no effect: a request takes all candidates of a batch (20; --max-points of the"),
+        (64, 1024, "--workers 64 has no effect: "),
+        (64, 2, "leave workers idle"),
+    ],
+)
+def test_workers_without_effect_are_said_in_one_line(
+    workers: int | None, points: int, expected: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(ToyOracle(), points=points) as url:
+        oracle = HttpOracle(url)
+        warn_of_idle_workers(workers, load_method("mp2-deep"), oracle)
+        oracle.close()
+    assert (not caplog.messages) if expected is None else (len(caplog.messages) == 1 and expected in caplog.messages[0])

@@ -35,7 +35,7 @@ def test_the_keys_are_those_of_a_rayjob(spec: dict[str, Any]) -> None:
     """The names are KubeRay's (ray.io/v1, RayJobSpec and RayClusterSpec); an operator ignores or refuses others."""
     assert set(spec) == {"entrypoint", "shutdownAfterJobFinishes", "backoffLimit", "rayClusterSpec"}
     cluster = spec["rayClusterSpec"]
-    assert set(cluster) == {"rayVersion", "headGroupSpec", "workerGroupSpecs"}
+    assert set(cluster) == {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
     assert set(cluster["headGroupSpec"]) == {"rayStartParams", "template"}
     (workers,) = cluster["workerGroupSpecs"]
     assert set(workers) == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
@@ -53,6 +53,19 @@ def test_the_keys_are_those_of_a_rayjob(spec: dict[str, Any]) -> None:
 def test_nothing_is_started_twice_and_only_workers_work(spec: dict[str, Any]) -> None:
     assert spec["backoffLimit"] == 0
     assert spec["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_the_token_is_read_from_a_secret_that_the_file_says_how_to_make(spec: dict[str, Any]) -> None:
+    """The keys are KubeRay's since 1.6 (AuthOptions); it wants the token under `auth_token`."""
+    options = spec["rayClusterSpec"]["authOptions"]
+    assert set(options) == {"mode", "secretName"}
+    assert options["mode"] == "token"
+    text = (ROOT / "deploy" / "rayjob.yaml").read_text(encoding="utf-8")
+    made = f'kubectl create secret generic {options["secretName"]} --from-literal=auth_token="$(openssl rand -hex 32)"'
+    assert made in text
+    assert made in (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert "1.6 or newer" in text
+    assert "env" not in str(spec), "no variable of ours overrides what the operator sets"
 
 
 def test_the_entrypoint_fits_the_cluster(spec: dict[str, Any]) -> None:
@@ -106,5 +119,8 @@ def test_what_the_container_copies_is_there_and_sent_along() -> None:
     for name in copied:
         assert (ROOT / name).exists()
         assert name not in ignored
+    made = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    for name in made:
+        assert {name.rstrip("/"), f"**/{name.rstrip('/')}"} & set(ignored), f"{name} would be sent to the builder"
     (torch,) = re.findall(r"torch==(\S+)$", text, re.MULTILINE)
     assert f"TORCH ?= torch=={torch}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")

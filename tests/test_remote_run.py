@@ -79,6 +79,7 @@ def test_a_killed_server_ends_the_run_and_a_new_one_ends_it_as_if_nothing_had_be
         commands = Path(f"/proc/{process.pid}/cmdline").read_bytes() + Path("/proc/self/cmdline").read_bytes()
         assert b"serve" in commands
         run = prepare(config(tiny_pair_data, tiny_prompts, backend=url, workers=2))
+        assert "--workers 2 has no effect: a request takes all candidates" in caplog.text
         whole = finish(run, tmp_path / "whole")
         assert numbers(whole) == numbers(local)
         assert whole.digest == local.digest
