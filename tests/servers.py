@@ -99,7 +99,7 @@ def answering(respond: Answering, port: int = 0) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(reply)
 
-        do_GET = do_POST = answer  # noqa: N815
+        do_GET = do_POST = do_PUT = answer  # noqa: N815
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
