@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--call-ms", type=float, default=250.0, help="cost of a call for the optimizers' share")
     parser.add_argument("--slots", type=int, default=64, help="slow: calls that the model takes at once")
     parser.add_argument("--waves", type=int, default=20, help="slow: calls of each slot in one ask of the optimizer")
-    parser.add_argument("--asks", type=int, default=5, help="slow: asks between two looks at dev")
+    parser.add_argument("--asks", type=int, default=10, help="slow: asks between two looks at dev")
     parser.add_argument("--seeds", type=int, default=10, help="batches: searches of each kind")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -31,6 +31,7 @@ from bbprompt.errors import DiskError, UsageError
 from bbprompt.export import ExportFormat, export_prompt
 from bbprompt.predict import TunedPrompt, load_prompt, read_tuned
 from bbprompt.run import reopen
+from bbprompt.scoring import labelled
 
 FAMILIES = ("gpt2", "llama")
 RECORDS = tiny_prompt.pair_records(5, 9)
@@ -102,11 +103,39 @@ def text_of(facts: dict[str, Any], record: dict[str, Any]) -> str:
 
 
 def agrees(prompt: TunedPrompt, record: dict[str, Any], facts: dict[str, Any], logits: torch.Tensor) -> None:
-    """The logits behind a text give the probabilities that the run's own oracle gives."""
+    """The logits behind a text are those of the run's own oracle, and its probabilities follow."""
     (expected,) = prompt.predict([record])
-    shares = torch.softmax(logits[[option["token"] for option in facts["options"]]], dim=0).tolist()
+    words = logits[[option["token"] for option in facts["options"]]]
     assert [option["label"] for option in facts["options"]] == list(expected.probabilities)
-    assert shares == pytest.approx(list(expected.probabilities.values()), abs=2e-5)
+    assert torch.softmax(words, dim=0).tolist() == pytest.approx(list(expected.probabilities.values()), abs=2e-5)
+    oracle: Any = prompt._oracle
+    batch = labelled(prompt.task, [prompt.example(record)], for_loss=False, readout="verbalizer").batch
+    assert words.tolist() == pytest.approx(oracle.score(batch, prompt.point[None]).logits[0, :, 0].tolist(), abs=2e-5)
+
+
+def stock_logits(model: Any, prompt: TunedPrompt, first: int, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the whole vocabulary behind [CLS] (`first`), placeholders and `ids`, by the stock forward.
+
+    The prompt is added before the blocks, as the run did it.
+    """
+    directory, config = reopen(prompt.path, writable=False)
+    with directory:
+        artifact, point = read_tuned(directory, config)
+    front = [first, *artifact.config.placeholders]
+    blocks = model.transformer.h if model.config.model_type == "gpt2" else model.model.layers
+    hooks = []
+    for block, rows in zip(blocks, torch.from_numpy(artifact.prompts(point)), strict=False):
+
+        def add(module: Any, args: Any, rows: torch.Tensor = rows) -> Any:
+            states = args[0].clone()
+            states[:, 1 : len(front)] += rows
+            return (states, *args[1:])
+
+        hooks.append(block.register_forward_pre_hook(add))
+    logits = model(input_ids=torch.cat([torch.tensor([front]), ids], dim=1)).logits[0, -1]
+    for hook in hooks:
+        hook.remove()
+    return torch.as_tensor(logits)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # read by PEFT
@@ -138,6 +167,7 @@ def test_peft_loads_it_and_computes_the_same(
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, -1]
             assert float((bare(input_ids=ids).logits[0, -1] - logits).abs().max()) > 0.01, "the prompt does something"
+            assert float((stock_logits(bare, prompt, tokenizer.cls_token_id, ids) - logits).abs().max()) < 2e-5
         agrees(prompt, record, facts, logits)
 
 
