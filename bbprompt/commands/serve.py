@@ -53,6 +53,14 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that requests are given to finish after a SIGTERM.")
     ] = 30,
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together",
+            help="Score requests of several clients on the same texts in one forward: faster where the model is not "
+            "busy with one; answers then depend on who else asks, in the last digits.",
+        ),
+    ] = False,
     tls_cert: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default=False, help="Certificate (PEM): answer over https.")
     ] = None,
@@ -113,6 +121,7 @@ def serve(
             lease=lease,
             deadline=deadline,
             drain=drain,
+            together=together,
         )
         server = build_server(oracle, settings, tls=tls, ready=ready)
         server.run(sockets=[listening])

@@ -48,7 +48,8 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
     """
     info = oracle.info
     kept = Batches(settings.batches, settings.lease, settings.room)
-    scorer = Scorer(oracle, metrics, settings.replies, settings.deadline)
+    together = settings.points if settings.together else 0
+    scorer = Scorer(oracle, metrics, settings.replies, settings.deadline, together)
     app = FastAPI(
         title="bbprompt serve",
         version=str(PROTOCOL),

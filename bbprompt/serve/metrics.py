@@ -28,7 +28,8 @@ class Metrics:
         waiting: Requests that wait for the model, the one it works on included.
         batches: Batches that are kept.
         requests: Seconds from a request's headers to the end of its answer, by route; `NOWHERE` for none.
-        seconds: Seconds that the model took for a request.
+        seconds: Seconds that the model took for a forward.
+        together: Requests that a forward answered.
         candidates: Candidates in a request.
     """
 
@@ -47,7 +48,8 @@ class Metrics:
         self.requests = Histogram(
             f"{name}_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS, registry=to
         )
-        self.seconds = Histogram(f"{name}_model_seconds", "Model time of a request.", buckets=_SECONDS, registry=to)
+        self.seconds = Histogram(f"{name}_model_seconds", "Model time of a forward.", buckets=_SECONDS, registry=to)
+        self.together = Histogram(f"{name}_together", "Requests that a forward answered.", buckets=_SIZES, registry=to)
         self.candidates = Histogram(f"{name}_candidates", "Candidates in a request.", buckets=_SIZES, registry=to)
 
     def text(self) -> bytes:

@@ -1,17 +1,18 @@
 """The one model of a server: requests take turns at it, and a repeated request is not computed twice.
 
-Requests of several clients are never put into one forward: floating point sums depend on what is computed together,
-and a reply must not depend on who else is asking.
+Requests of several clients are not put into one forward unless the server is told to: floating point sums depend on
+what is computed together, and a reply should not depend on who else is asking.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from bbprompt.errors import DataError, OracleError
 from bbprompt.oracle import Oracle, TextBatch, can_count, check_scores
 from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.turns import Turn, shares, take
 from bbprompt.tasks.example import Form, Part
 from bbprompt.wire import ScoreRequest, encode_reply
 
@@ -34,18 +36,22 @@ class OtherRequest(ValueError):
 
 
 class Scorer:
-    """Answers requests with an oracle, one at a time, in a thread of its own.
+    """Answers requests with an oracle, one after the other, in a thread of its own.
 
     Args:
         oracle: The model.
         metrics: Where calls are counted.
         kept: Bytes of replies that are kept.
         deadline: Seconds after which a forward that has not ended counts as one that never will.
+        together: Most candidates in a forward that answers several requests; 0 for a forward each.
     """
 
-    def __init__(self, oracle: Oracle, metrics: Metrics, kept: int, deadline: float) -> None:
+    def __init__(self, oracle: Oracle, metrics: Metrics, kept: int, deadline: float, together: int = 0) -> None:
         self._oracle, self._metrics, self._most, self._deadline = oracle, metrics, kept, deadline
+        self._together = together
         self._thread = ThreadPoolExecutor(1, "model")
+        self._waiting: deque[Turn] = deque()
+        self._work: asyncio.Task[None] | None = None
         self._running: dict[str, tuple[bytes, asyncio.Future[bytes]]] = {}
         self._replies: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
         self._size = 0
@@ -70,12 +76,13 @@ class Scorer:
             self._replies.move_to_end(request.call_id)
             return reply[1]
         if known is None:
-            loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self._thread, self._compute, request, batch)
+            future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             known = self._running[request.call_id] = (print_, future)
             self._metrics.waiting.inc()
-            future.add_done_callback(lambda done: self._done(request.call_id, print_, done))
-        # A client that leaves does not stop the work: when it comes again, the answer is there.
+            future.add_done_callback(functools.partial(self._done, request.call_id, print_))
+            self._waiting.append(Turn(request, batch, future))
+            if self._work is None:
+                self._work = asyncio.create_task(self._answer())
         return await asyncio.shield(known[1])
 
     async def healthy(self) -> bool:
@@ -94,13 +101,15 @@ class Scorer:
     def close(self) -> bool:
         """Take up no request any more; whether the model is idle. A forward that it is at cannot be stopped."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        return self._began is None and not self._running
+        while self._waiting:
+            self._waiting.pop().reply.cancel()
+        return self._began is None and self._work is None
 
     def _probe(self) -> bool:
         info = self._oracle.info
         points = np.zeros((1, info.layers, info.dim), dtype=np.float32)
         try:
-            with self._forward():
+            with self._timed():
                 check_scores(self._oracle.score(_PROBE, points), _PROBE, 1, channels=info.channels)
         except Exception:  # whatever it is: the model does not answer
             self._metrics.failed.inc()
@@ -109,7 +118,7 @@ class Scorer:
         return True
 
     @contextlib.contextmanager
-    def _forward(self) -> Iterator[None]:
+    def _timed(self) -> Iterator[None]:
         """Remembers since when the model is at work."""
         self._began = time.monotonic()
         try:
@@ -117,21 +126,55 @@ class Scorer:
         finally:
             self._began = None
 
-    def _compute(self, request: ScoreRequest, batch: TextBatch) -> bytes:
-        began = time.monotonic()
-        points, longest = request.points, request.longest_answer
-        with self._forward():
-            scores = self._oracle.score(batch, points, request.support, longest)
+    async def _answer(self) -> None:
+        """Answer what waits, until nothing does."""
+        loop, turns = asyncio.get_running_loop(), list[Turn]()
+        try:
+            while self._waiting:
+                turns = take(self._waiting, self._together)
+                replies = await loop.run_in_executor(self._thread, self._compute, turns)
+                for turn, reply in zip(turns, replies, strict=True):
+                    if isinstance(reply, Exception):
+                        turn.reply.set_exception(reply)
+                    else:
+                        turn.reply.set_result(reply)
+        finally:
+            self._work = None
+            for turn in turns:
+                turn.reply.cancel()  # nothing but for those that have no answer, when the server ends
+
+    def _compute(self, turns: list[Turn]) -> Sequence[bytes | Exception]:
+        """Answers, or why there is none. What fails together is asked for alone: a request must not spoil another."""
+        if len(turns) > 1:
+            with contextlib.suppress(Exception):
+                return self._forward(turns)
+        replies: list[bytes | Exception] = []
+        for turn in turns:
+            try:
+                replies += self._forward([turn])
+            except Exception as error:
+                replies.append(error)
+        return replies
+
+    def _forward(self, turns: list[Turn]) -> list[bytes]:
+        first, began = turns[0], time.monotonic()
+        points = np.concatenate([turn.request.points for turn in turns])
+        batch, longest, support = first.batch, first.request.longest_answer, first.request.support
+        with self._timed():
+            scores = self._oracle.score(batch, points, support, longest)
         check_scores(scores, batch, len(points), channels=self._oracle.info.channels, answers=longest is not None)
         self._worked = time.monotonic()
         self._metrics.seconds.observe(self._worked - began)
-        self._metrics.candidates.observe(len(points))
+        self._metrics.together.observe(len(turns))
+        for turn in turns:
+            self._metrics.candidates.observe(len(turn.request.points))
         self._metrics.calls.inc(len(points))
         self._metrics.texts.inc(len(points) * len(batch.forms))
         self._metrics.tokens_cut.inc(scores.cut)
         if can_count(self._oracle):
-            self._metrics.tokens.inc(len(points) * self._oracle.count_tokens(batch, request.support))
-        return encode_reply(request.call_id, scores)
+            self._metrics.tokens.inc(len(points) * self._oracle.count_tokens(batch, support))
+        found = zip(turns, shares(scores, turns), strict=True)
+        return [encode_reply(turn.request.call_id, own) for turn, own in found]
 
     def _done(self, call_id: str, print_: bytes, future: asyncio.Future[bytes]) -> None:
         """Keep a reply; a failure is not kept, so that it can be tried again."""

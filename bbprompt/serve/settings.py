@@ -25,6 +25,8 @@ class ServeSettings:
         receive: Seconds in which the whole of a request must have arrived, headers and body each.
         deadline: Seconds after which a request is given up, waiting for its turn included.
         drain: Seconds that requests are given to finish after a SIGTERM.
+        together: Whether requests of several clients on the same texts may be scored in one forward, of `points`
+            candidates at most. Answers then depend on who else asks, by what the order of floating point sums changes.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -39,3 +41,4 @@ class ServeSettings:
     receive: float = 10.0
     deadline: float = 600.0
     drain: float = 30.0
+    together: bool = False
