@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from bbprompt.errors import DataError, OracleError
-from bbprompt.oracle import Oracle, TextBatch, can_count, check_scores
+from bbprompt.oracle import Oracle, Support, TextBatch, can_count, check_scores
 from bbprompt.serve.metrics import Metrics
 from bbprompt.serve.turns import Turn, shares, take
 from bbprompt.tasks.example import Form, Part
@@ -27,6 +27,7 @@ from bbprompt.wire import ScoreRequest, encode_reply
 __all__ = ["OtherRequest", "Scorer"]
 
 _FRESH = 2.0  # seconds in which a forward that worked proves that the model works
+_COUNTED = 256  # batches whose tokens are remembered
 #: A text that every readout can be asked about: two options, and a gap for one of them.
 _PROBE = TextBatch((Form((Part("?", cut=True),), ("a", "b"), -1, gap=1),))
 
@@ -54,6 +55,7 @@ class Scorer:
         self._work: asyncio.Task[None] | None = None
         self._running: dict[str, tuple[bytes, asyncio.Future[bytes]]] = {}
         self._replies: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        self._counted: dict[tuple[str, Support], int] = {}
         self._size = 0
         self._worked = -float("inf")
         self._began: float | None = None  # when the forward that is running began
@@ -171,10 +173,19 @@ class Scorer:
         self._metrics.calls.inc(len(points))
         self._metrics.texts.inc(len(points) * len(batch.forms))
         self._metrics.tokens_cut.inc(scores.cut)
-        if can_count(self._oracle):
-            self._metrics.tokens.inc(len(points) * self._oracle.count_tokens(batch, support))
+        self._metrics.tokens.inc(len(points) * self._tokens(first))
         found = zip(turns, shares(scores, turns), strict=True)
         return [encode_reply(turn.request.call_id, own) for turn, own in found]
+
+    def _tokens(self, turn: Turn) -> int:
+        """Tokens of the texts of a request, counted once for all requests on them."""
+        asked = (turn.request.batch, turn.request.support)
+        if asked not in self._counted:
+            if len(self._counted) >= _COUNTED:
+                self._counted.clear()
+            oracle = self._oracle
+            self._counted[asked] = oracle.count_tokens(turn.batch, asked[1]) if can_count(oracle) else 0
+        return self._counted[asked]
 
     def _done(self, call_id: str, print_: bytes, future: asyncio.Future[bytes]) -> None:
         """Keep a reply; a failure is not kept, so that it can be tried again."""
