@@ -9,13 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import load_backbone
-from bbprompt.backends.fit import check_fit
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
 from bbprompt.backends.overlay import overlaid
 from bbprompt.backends.precision import best_precision
 from bbprompt.backends.stock import StockOracle
-from bbprompt.errors import UsageError
+from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.oracle import Oracle
 from bbprompt.prompts import ModularPrompt
 
@@ -43,7 +42,12 @@ def open_here(
     keep_freed_memory()
     model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
     if weights is not None:
-        check_fit(prompt, model)  # before anything is laid over it
+        then = prompt.config.backbone_digest
+        if model.digest != then:
+            raise ArtifactError(
+                f"the weights were tuned from {prompt.config.backbone} with the digest {then[:12]}, and {model.id} has "
+                f"{model.digest[:12]}; restore it, or tune again"
+            )
         model = overlaid(model, weights)
     stock = not model.packed
     if stock and dtype == "mixed":

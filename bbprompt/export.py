@@ -99,7 +99,7 @@ def export_prompt(run_dir: Path | str, form: ExportFormat, out: Path | str) -> E
         if method.tunes_model:
             raise UsageError(
                 f"{run_dir}: the method {method.name} tuned the weights of the model and no prompt, so there is "
-                f"nothing to export; `bbprompt predict` and `bbprompt eval` read what it changed from {PROMPT} of the run"
+                f"nothing to export; `bbprompt predict` and `bbprompt eval` read what it changed from {PROMPT} there"
             )
         prompt, point = read_tuned(directory, config)
         if form != "safetensors" and prompt.config.readout != "verbalizer":
