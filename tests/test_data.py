@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tracemalloc
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,16 @@ def test_over_long_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "x.jsonl").write_text(GOOD + " " + GOOD, encoding="utf-8")
     with pytest.raises(DataError, match=r"x\.jsonl:2: the line is longer"):
         list(read_records(tmp_path / "x.jsonl"))
+
+
+def test_a_file_of_many_lines_streams(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_bytes(b"text\tlabel\n" + b"so it goes\tyes\n" * 100_000)
+    tracemalloc.start()
+    last = deque(read_records(tmp_path / "x.tsv"), maxlen=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert last == deque([(100_001, {"text": "so it goes", "label": "yes"})])
+    assert peak < 500_000
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
