@@ -93,16 +93,18 @@ def test_the_real_disk_agrees_with_the_simulated_one(tmp_path: Path) -> None:
 # --- a run that came to nothing -----------------------------------------------------------------------------
 
 
-def _withdrawn(disk: FaultDisk) -> None:
-    """A run that asked for two calls and found that it can never end."""
+def _withdrawn(disk: FaultDisk, calls: int = 2) -> None:
+    """A run that asked for so many calls and found that it can never end."""
     with RunDirectory.create(RUN, SETTINGS, disk) as run:
-        Ledger(run.journal(), 40).reserve(["0" * 64, "1" * 64], "train")
+        if calls:
+            Ledger(run.journal(), 40).reserve([str(number) * 64 for number in range(calls)], "train")
         run.withdraw()
 
 
-def test_a_run_that_came_to_nothing_leaves_a_free_directory() -> None:
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_run_that_came_to_nothing_leaves_a_free_directory(calls: int) -> None:
     disk = FaultDisk()
-    _withdrawn(disk)
+    _withdrawn(disk, calls)
     disk = disk.rebooted("nothing")
     assert {Path(path).name for path in disk.files()} <= {LOCK}
     finish(disk, Model(), stops=0)
