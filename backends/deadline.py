@@ -72,9 +72,6 @@ class _Network(httpcore2.NetworkBackend):
         left = _left(self._exchange, timeout, httpcore2.ConnectTimeout)
         return _Stream(self._inner.connect_tcp(host, port, left, local_address, socket_options), self._exchange)
 
-    def sleep(self, seconds: float) -> None:
-        self._inner.sleep(seconds)
-
 
 class _Stream(httpcore2.NetworkStream):
     """A connection whose every operation gets what is left of the exchange at hand."""

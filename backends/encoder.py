@@ -21,7 +21,7 @@ from bbprompt.backends.linear import FrozenLinear, packable
 from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
 
-__all__ = ["Encoder", "Group", "Layout", "pack"]
+__all__ = ["Encoder", "Group", "Layout", "check_family", "pack"]
 
 #: Model types whose layers carry BERT's names and post-LayerNorm order.
 FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
@@ -93,6 +93,21 @@ def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int 
     return Layout(starts.to(device), tuple(order), tuple(groups))
 
 
+def check_family(model: Any) -> None:
+    """Refuse a stock model that `Encoder` cannot run.
+
+    Raises:
+        ArtifactError: The model is of another family.
+    """
+    config = model.config
+    activation = getattr(config, "hidden_act", None)
+    if config.model_type not in FAMILY or activation != "gelu":
+        raise ArtifactError(
+            f"backbone of type '{config.model_type}' with activation '{activation}': "
+            f"only gelu encoders of the BERT family are supported ({', '.join(FAMILY)})"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class _Layer:
     query: FrozenLinear
@@ -115,6 +130,7 @@ class Encoder:
         token_type: Token type id fed at every position (0; 1 for CPT).
         prepack: Keep a second copy of the weights in the layout that forward calls on a CPU run fastest on.
         linear: What becomes of the weights.
+        learns: Gradients reach the model's own parameters, as they are now: the weights are read where they stand.
 
     Raises:
         ArtifactError: The model is of another family.
@@ -128,20 +144,16 @@ class Encoder:
         token_type: int = 0,
         prepack: bool = True,
         linear: type[FrozenLinear] = FrozenLinear,
+        learns: bool = False,
     ) -> None:
+        check_family(model)
         config = model.config
-        activation = getattr(config, "hidden_act", None)
-        if config.model_type not in FAMILY or activation != "gelu":
-            raise ArtifactError(
-                f"backbone of type '{config.model_type}' with activation '{activation}': "
-                f"only gelu encoders of the BERT family are supported ({', '.join(FAMILY)})"
-            )
         self.dtype, self.device = dtype, torch.device(device)
         warn_of_slow(dtype, self.device.type)
         self.hidden: int = config.hidden_size
         self.heads: int = config.num_attention_heads
         self.epsilon: float = config.layer_norm_eps
-        self._token_type = token_type
+        self._token_type, self._learns = token_type, learns
         # RoBERTa counts positions from padding_idx + 1, BERT from 0.
         padding = getattr(model.embeddings, "padding_idx", None)
         self._first_position = 0 if config.model_type in ("bert", "electra", "ernie") else int(padding or 0) + 1
@@ -151,23 +163,23 @@ class Encoder:
         self.layers = tuple(self._read_layer(layer, prepack, linear) for layer in model.encoder.layer)
 
     def _read_layer(self, layer: Any, prepack: bool, linear: type[FrozenLinear]) -> _Layer:
+        def own(parameter: Tensor) -> Tensor:
+            return (parameter if self._learns else parameter.detach()).to(self.device, self.dtype)
+
         def joined(*modules: nn.Linear) -> FrozenLinear:
-            weight = torch.cat([m.weight.detach() for m in modules]).to(self.device, self.dtype)
-            bias = torch.cat([m.bias.detach() for m in modules]).to(self.device, self.dtype)
+            weight = torch.cat([own(module.weight) for module in modules])
+            bias = torch.cat([own(module.bias) for module in modules])
             return linear(weight, bias, prepack)
 
         def norm(module: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-            return (
-                module.weight.detach().to(self.device, self.dtype),
-                module.bias.detach().to(self.device, self.dtype),
-            )
+            return own(module.weight), own(module.bias)
 
         attention = layer.attention
-        own = attention.self
+        inner = attention.self
         return _Layer(
-            query=joined(own.query),
-            key_value=joined(own.key, own.value),
-            query_key_value=joined(own.query, own.key, own.value),
+            query=joined(inner.query),
+            key_value=joined(inner.key, inner.value),
+            query_key_value=joined(inner.query, inner.key, inner.value),
             attention_out=joined(attention.output.dense),
             attention_norm=norm(attention.output.LayerNorm),
             up=joined(layer.intermediate.dense),
@@ -175,19 +187,20 @@ class Encoder:
             norm=norm(layer.output.LayerNorm),
         )
 
-    @torch.no_grad()
     def embed(self, ids: Sequence[Sequence[int]], layout: Layout) -> Tensor:
         """Embed token ids: the packed states `(T, H)` entering layer 0, before any prompt is added."""
         texts = [ids[i] for i in layout.order]
         flat = torch.as_tensor([token for text in texts for token in text], dtype=torch.long)
         positions = torch.cat([torch.arange(len(text)) for text in texts]) + self._first_position
         types = torch.full_like(flat, self._token_type)
-        states: Tensor = self._embeddings(
-            input_ids=flat[None], position_ids=positions[None], token_type_ids=types[None]
+        flat, positions, types = (
+            row[None].to(self._embeddings.LayerNorm.weight.device) for row in (flat, positions, types)
         )
-        if self._projection is not None:
-            states = self._projection(states)
-        return states[0].detach().to(self.device, self.dtype)
+        with torch.set_grad_enabled(self._learns and torch.is_grad_enabled()):
+            states: Tensor = self._embeddings(input_ids=flat, position_ids=positions, token_type_ids=types)
+            if self._projection is not None:
+                states = self._projection(states)
+            return states[0].to(self.device, self.dtype)
 
     def last_states(self, ids: Sequence[Sequence[int]], layout: Layout) -> Tensor:
         """Run token ids through all layers without any prompt: packed states `(1, T, H)`."""

@@ -31,7 +31,7 @@ def check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
         problem = f"hidden size {config.hidden}, the backbone has {backbone.hidden}"
     elif config.layers not in (1, backbone.layers):
         problem = f"{config.layers} layers, the backbone has {backbone.layers}"
-    elif max(config.placeholders) >= rows:
+    elif max(config.placeholders, default=-1) >= rows:
         problem = f"placeholder {max(config.placeholders)}, the backbone has {rows} tokens"
     if problem is not None:
         raise ArtifactError(

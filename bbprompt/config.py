@@ -132,6 +132,11 @@ class MethodConfig(Settings):
         return self.projection or (self.gradient.soft if self.gradient is not None else None)
 
     @property
+    def tunes_model(self) -> bool:
+        """Whether the weights of the model are tuned, in place of a prompt."""
+        return self.gradient is not None and self.gradient.model is not None
+
+    @property
     def calibration_calls(self) -> int:
         """Calls that are kept for the calibration."""
         return 2 if self.calibrate else 0

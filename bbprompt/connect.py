@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
 
 from bbprompt.embedding import Embedder
 from bbprompt.errors import OracleError, UsageError
@@ -66,6 +68,7 @@ def open_oracle(
     ray: str | None = None,
     workers: int | None = None,
     resend: bool = True,
+    weights: Mapping[str, NDArray[Any]] | None = None,
 ) -> Oracle:
     """Open a frozen model.
 
@@ -84,6 +87,7 @@ def open_oracle(
         workers: How many actors on Ray, None for one for each GPU or as many as the CPUs hold; or how many requests
             to a server at once, None for one.
         resend: Whether what a server may have carried out is asked for again; see `bbprompt.backends.calls.Policy`.
+        weights: What a run that tuned the model itself lays over its weights; see `bbprompt.backends.overlay`.
 
     Raises:
         UsageError: A backend or device that is not there, or a setting that is the server's.
@@ -125,29 +129,17 @@ def open_oracle(
         )
     if workers is not None:
         raise UsageError("--workers: there is one model here; give --ray local, auto or HOST:PORT, or a --backend URL")
-    import torch
+    from bbprompt.backends.here import open_here
 
-    from bbprompt.backends.backbone import load_backbone
-    from bbprompt.backends.local import LocalOracle
-    from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
-    from bbprompt.backends.precision import best_precision
-    from bbprompt.backends.stock import StockOracle
-
-    chosen = chosen_device(device)
-    torch.set_num_threads(threads or cores())
-    keep_freed_memory()
-    model = load_backbone(backbone or prompt.config.backbone, head=prompt.config.readout == "verbalizer")
-    stock = not model.packed
-    if stock and dtype == "mixed":
-        raise UsageError(f"--dtype mixed: only for encoders, which {model.id} is not; use float32 or bfloat16")
-    precision = dtype if dtype != "auto" else "float32" if stock else best_precision(chosen)
-    return (StockOracle if stock else LocalOracle)(
-        model,
+    return open_here(
         prompt,
-        device=chosen,
-        dtype=precision,
-        batch_tokens=batch_tokens or batch_tokens_for(model.hidden, 4 * model.hidden, chosen),
+        backbone=backbone,
+        device=chosen_device(device),
+        dtype=dtype,
+        batch_tokens=batch_tokens,
         max_tokens=max_tokens,
+        threads=threads or cores(),
+        weights=weights,
     )
 
 

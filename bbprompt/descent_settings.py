@@ -15,6 +15,7 @@ __all__ = [
     "AnyDescent",
     "DescentConfig",
     "GradientConfig",
+    "ModelDescentConfig",
     "PromptDescentConfig",
     "RouterDescentConfig",
     "SoftPromptConfig",
@@ -29,18 +30,19 @@ class SoftPromptConfig(Settings):
     """A soft prompt from scratch: where it is added, and how options are read.
 
     Attributes:
-        prompt_length: P, placeholder positions.
+        prompt_length: P, placeholder positions; 0 where the model itself is tuned and no prompt.
         layers: "input" is one prompt at the input (prompt tuning), "all" one before every layer (P-tuning v2).
         scale: Standard deviation of its first entries. At 0 it begins at the embeddings of the placeholder tokens, for
             prompts are added to them: that is the initialisation by words of Lester et al. 2021.
         readout: How options are scored.
-        head: Prompt artifact whose answer head is used; a span readout needs one.
+        head: Prompt artifact whose answer head is used; a span readout needs one, but for a model that is tuned itself:
+            None is then a head from scratch.
         placeholder: Token id at the first prompt position; None for 1000. The others follow it.
         repeat: Put the same token at every prompt position.
         pooling: How a prototype readout makes embeddings.
     """
 
-    prompt_length: Count = 50
+    prompt_length: Annotated[int, Field(ge=0, strict=True)] = 50
     layers: Literal["input", "all"]
     scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     readout: ReadoutKind = "span"
@@ -48,12 +50,6 @@ class SoftPromptConfig(Settings):
     placeholder: Annotated[int, Field(ge=0, strict=True)] | None = None
     repeat: bool = False
     pooling: Pooling = Pooling()
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.readout == "span" and self.head is None:
-            raise ValueError("head: the span readout needs a trained answer head; name a prompt artifact")
-        return self
 
 
 class DescentConfig(Settings):
@@ -100,8 +96,12 @@ class PromptDescentConfig(DescentConfig):
     head: Annotated[bool, Field(strict=True)] = False
 
 
+class ModelDescentConfig(DescentConfig):
+    """The only stage: all weights of an encoder and its answer head, which is model tuning."""
+
+
 #: A stage, whatever it moves.
-AnyDescent = RouterDescentConfig | PromptDescentConfig
+AnyDescent = RouterDescentConfig | PromptDescentConfig | ModelDescentConfig
 
 
 class GradientConfig(Settings):
@@ -115,6 +115,7 @@ class GradientConfig(Settings):
             have been pre-trained in its format. None for the task's own text.
         router: Stage I; None leaves it out.
         prompt: Stage II; None leaves it out.
+        model: In their place the weights of the model itself; the prompt of `soft` stays as it is.
     """
 
     soft: SoftPromptConfig | None = None
@@ -122,20 +123,33 @@ class GradientConfig(Settings):
     form: Literal["plain", "hybrid", "unified"] | None = None
     router: RouterDescentConfig | None = None
     prompt: PromptDescentConfig | None = None
+    model: ModelDescentConfig | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.router is None and self.prompt is None:
-            raise ValueError("prompt: give 'router', 'prompt' or both; else nothing is tuned")
+        if self.router is None and self.prompt is None and self.model is None:
+            raise ValueError("prompt: give 'router', 'prompt' or both, or 'model'; else nothing is tuned")
         if self.soft is not None and (self.router is not None or self.start is not None):
             raise ValueError("soft: a prompt from scratch has no modules to route and no kind to start from")
+        if self.model is not None:
+            self._check_model()
+        elif self.soft is not None and not self.soft.prompt_length:
+            raise ValueError("soft.prompt_length: a prompt of no positions cannot be tuned")
+        elif self.soft is not None and self.soft.readout == "span" and self.soft.head is None:
+            raise ValueError("soft.head: the span readout needs a trained answer head; name a prompt artifact")
         return self
+
+    def _check_model(self) -> None:
+        if self.soft is None or self.prompt is not None:
+            raise ValueError("model: is tuned alone, from no prompt; give 'soft', and leave out 'prompt'")
+        if self.soft.readout == "verbalizer":
+            raise ValueError("soft.readout: a model is tuned under 'span' or 'prototype', not under its own words")
 
     @property
     def stages(self) -> dict[str, AnyDescent]:
         """Name and settings of the stages, in order."""
-        both: dict[str, AnyDescent | None] = {"router": self.router, "prompt": self.prompt}
-        return {name: stage for name, stage in both.items() if stage is not None}
+        known: dict[str, AnyDescent | None] = {"router": self.router, "prompt": self.prompt, "model": self.model}
+        return {name: stage for name, stage in known.items() if stage is not None}
 
     @property
     def calls(self) -> int:

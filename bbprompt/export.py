@@ -33,7 +33,7 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.result import read_result
 from bbprompt.run import reopen
 from bbprompt.store.disk import RealDisk
-from bbprompt.store.rundir import MANIFEST, RunDirectory
+from bbprompt.store.rundir import MANIFEST, PROMPT, RunDirectory
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
 from bbprompt.texts.forms import cloze_form
@@ -96,6 +96,11 @@ def export_prompt(run_dir: Path | str, form: ExportFormat, out: Path | str) -> E
         method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
         if method.baseline is not None:
             raise UsageError(f"{run_dir}: the method {method.name} tunes no prompt; there is nothing to export")
+        if method.tunes_model:
+            raise UsageError(
+                f"{run_dir}: the method {method.name} tuned the weights of the model and no prompt, so there is "
+                f"nothing to export; `bbprompt predict` and `bbprompt eval` read what it changed from {PROMPT} there"
+            )
         prompt, point = read_tuned(directory, config)
         if form != "safetensors" and prompt.config.readout != "verbalizer":
             raise UsageError(

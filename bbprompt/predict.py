@@ -300,6 +300,7 @@ def load_prompt(
             backbone=config.backbone,
             max_tokens=config.max_tokens,
             workers=config.workers,
+            weights=_read_tensors(directory) if method.tunes_model else None,
             **use,
         )
         return TunedPrompt(directory, config, oracle, point, read_offsets(directory))

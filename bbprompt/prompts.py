@@ -61,7 +61,7 @@ class PromptConfig(BaseModel):
     backbone_digest: str
     layers: int = Field(ge=1, description="layers that carry a prompt; 1 is the input layer alone")
     hidden: int = Field(ge=1)
-    prompt_length: int = Field(ge=1, description="P, placeholder positions")
+    prompt_length: int = Field(ge=0, description="P, placeholder positions; 0 for a tuned model without a prompt")
     modules: int = Field(ge=1, description="K")
     intrinsic_dim: int = Field(ge=1, description="d")
     gates: Literal["binary", "sigmoid"] = "sigmoid"
@@ -89,7 +89,9 @@ class PromptConfig(BaseModel):
     def _check(self) -> Self:
         if len(self.placeholders) != self.prompt_length:
             raise ValueError(f"{len(self.placeholders)} placeholders for prompt_length {self.prompt_length}")
-        if min(self.placeholders) < 0:
+        if not self.prompt_length and self.kind != "random":
+            raise ValueError(f"prompt_length: 0 for kind {self.kind}, which is a prompt")
+        if min(self.placeholders, default=0) < 0:
             raise ValueError("placeholders: a token id is negative")
         if self.kind == "mp2-shallow" and self.layers != 1:
             raise ValueError(f"layers: {self.layers} for kind mp2-shallow, which has 1")

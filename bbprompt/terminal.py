@@ -236,6 +236,8 @@ def _shape(run: Opened) -> str:
     if not isinstance(artifact, ModularPrompt):
         return ""
     prompt = artifact.config
+    if not prompt.prompt_length:
+        return ""
     sizes = {"K": prompt.modules, "d": prompt.intrinsic_dim, "P": prompt.prompt_length}
     return f" ({', '.join([f'{prompt.layers} layers', *(f'{key} = {size}' for key, size in sizes.items())])})"
 

@@ -67,16 +67,21 @@ def audit(
         AssertionError: A promise is broken; the text says which.
     """
     reserved: dict[str, str] = {}
+    place: dict[str, int] = {}
     values: dict[str, float] = {}
     sent: list[tuple[str, list[str]]] = []
     for record in _records(journal):
         if record["op"] == "reserve":
             assert not reserved.keys() & set(record["ids"]), "a call is charged twice"
             reserved |= dict.fromkeys(record["ids"], record["kind"])
+            place |= {call_id: len(place) + number for number, call_id in enumerate(record["ids"])}
             sent.append((record["kind"], record["ids"]))
         else:
             assert not values.keys() & set(record["ids"]), "a call is settled twice"
             assert set(record["ids"]) <= reserved.keys(), "a call is settled that was never reserved"
+            assert list(record["ids"]) == [i for i in reserved if i in set(record["ids"])], (
+                "values are told out of order"
+            )
             found = [float.fromhex(value["loss"]) for value in record["values"]]
             values |= dict(zip(record["ids"], found, strict=True))
         counted = sum(kind != "test" for kind in reserved.values())

@@ -15,6 +15,8 @@ import oipdouble
 
 from bbprompt import wire
 
+#: Extension of a right answer: the server's answer to the request before this one.
+BEFORE = "before"
 LENGTH = "inference-header-content-length"
 Request, Response = httpx2.Request, httpx2.Response
 
@@ -58,6 +60,11 @@ def breaks(error: type[httpx2.TransportError], message: str, cause: Exception | 
 def body(change: Callable[[bytes], bytes]) -> Callable[[Request, Any], Response]:
     """The right answer with another body."""
     return lambda request, good: Response(200, content=change(good.content), headers=_kept(good))
+
+
+def again(good: Any) -> Response:
+    """The bytes of an answer once more."""
+    return Response(200, content=good.content, headers=_kept(good))
 
 
 def tensors(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request, Any], Response]:
@@ -151,6 +158,7 @@ FAULTS: dict[str, Fault] = {
     "one candidate fewer": Fault("shape", "malformed", _on("logits", lambda a: a[:-1])),
     "one candidate more": Fault("shape", "malformed", _on("logits", lambda a: np.concatenate([a, a[:1]]))),
     "one span fewer": Fault("shape", "malformed", _on("logits", lambda a: a[:, :-1])),
+    "one span more": Fault("shape", "malformed", _on("logits", lambda a: np.concatenate([a, a[:, :1]], axis=1))),
     "one text more": Fault("shape", "malformed", _on("normalizer", lambda a: np.concatenate([a, a[:, :1]], axis=1))),
     "transposed": Fault("shape", "malformed", _on("logits", lambda a: a.transpose(2, 0, 1))),
     "0-d": Fault("shape", "malformed", _on("normalizer", lambda a: a[0, 0, 0].reshape(()))),
@@ -158,6 +166,7 @@ FAULTS: dict[str, Fault] = {
     "nan": Fault("not finite", "malformed", tensors(_number(float("nan")))),
     "inf": Fault("not finite", "malformed", tensors(_number(float("inf")))),
     "-inf": Fault("not finite", "malformed", tensors(_number(-float("inf")))),
+    "swapped": Fault("other call id", "malformed", lambda request, good: again(good.extensions[BEFORE])),
     "another's": Fault("other call id", "malformed", tensors(lambda found: found | {"id": "f" * 64})),
     "twice": Fault("duplicate reply", "malformed", body(lambda data: data * 2)),
     "lie": Fault("same id answered differently", "lie", breaks(httpx2.ReadError, "[Errno 104] Connection reset")),

@@ -250,11 +250,6 @@ def targets() -> dict[str, Target]:
         return values
 
     found["yaml"] = Target(yamls, settings, (UsageError,))
-    found["--set"] = Target(
-        (b"prompt.sigma=0.5", b"router=null", b"a.b=[1, 2]", b"x='y'"),
-        lambda data: parse_set([data.decode("utf-8", "surrogateescape")]),
-        (UsageError,),
-    )
 
     # One layer: the file is parsed some hundred times a second.
     prompt = tiny_prompt.artifact(Path("toy"), "toy", layers=1)
@@ -334,6 +329,11 @@ def targets() -> dict[str, Target]:
     point = save({"point": np.ones((3, 4), np.float32), "router": np.ones((3, 2), np.float32)})
     found["prompt"] = Target((point,), lambda data: _read_point(directory(PROMPT, data), (3, 4)), (DiskError,))
     found["result"] = Target((_result(),), lambda data: read_result(directory(RESULT, data)), (DiskError,))
+    found["--set"] = Target(
+        (b"prompt.sigma=0.5", b"router=null", b"a.b=[1, 2]", b"x='y'"),
+        lambda data: parse_set([data.decode("utf-8", "surrogateescape")]),
+        (UsageError,),
+    )
     return found | wiretargets.targets()
 
 

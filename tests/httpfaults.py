@@ -23,7 +23,7 @@ import oipdouble
 import toyruns
 from audit import Execution, audit, paid, settled
 from faultdisk import FaultDisk
-from faults import FAULTS, Request, Response
+from faults import BEFORE, FAULTS, Request, Response, again
 
 from bbprompt import wire
 from bbprompt.backends.calls import Policy
@@ -92,6 +92,7 @@ class Site:
         self.lock = threading.Lock()  # like a server that remembers, it carries out one request at a time
         self.batches: dict[str, TextBatch] = {}
         self.replies: dict[str, bytes] = {}
+        self.answers: list[tuple[Any, Response]] = []  # to the last two requests that differ, each with its request
         kept = 2**20 if self.remembers else 0
         self.double = oipdouble.Double(self, points=self.points, replies=kept).transport()  # type: ignore[arg-type]
 
@@ -136,7 +137,11 @@ class Site:
 
     def good(self, request: Request, asked: bytes) -> Response:
         with self.lock:
-            return self._good(request, asked)
+            answer = self._good(request, asked)
+            if not self.answers or self.answers[-1][0] != (request.url, asked):  # a repeated request is the same one
+                self.answers = [*self.answers[-1:], ((request.url, asked), again(answer))]
+            answer.extensions[BEFORE] = self.answers[0][1]
+            return answer
 
     def _good(self, request: Request, asked: bytes) -> Response:
         if self.protocol == "kserve":

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import itertools
 import logging
 import os
 import sys
 import tracemalloc
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from depth import deep
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from toytask import RECORDS, fill, jsonl, toy
 
@@ -72,20 +75,48 @@ def test_csv_follows_its_quotes(tmp_path: Path) -> None:
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+NAMED = TEXTS.filter(str.strip)
+TABLES = st.lists(NAMED, min_size=1, max_size=4, unique=True).flatmap(
+    lambda names: st.lists(st.fixed_dictionaries(dict.fromkeys(names, TEXTS)), min_size=1, max_size=5)
+)
 
 
-@given(st.lists(st.dictionaries(TEXTS, TEXTS, min_size=1), min_size=1, max_size=5))
+@settings(max_examples=deep(1000), deadline=None)
+@given(st.lists(st.dictionaries(TEXTS, TEXTS, min_size=1, max_size=4), min_size=1, max_size=4))
 def test_json_lines_round_trip(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]) -> None:
     file = tmp_path_factory.getbasetemp() / "round.jsonl"
     file.write_bytes(jsonl(records))
     assert [record for _, record in read_records(file)] == records
 
 
+@settings(max_examples=deep(1000), deadline=None)
 @given(st.lists(TEXTS.filter(lambda text: not set(text) & set("\t\n\r")), min_size=1, max_size=5))
 def test_tsv_round_trip(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     file = tmp_path_factory.getbasetemp() / "round.tsv"
     file.write_bytes(("text\tlabel\n" + "".join(f"{text}\t0\n" for text in texts)).encode())
     assert [record["text"] for _, record in read_records(file)] == texts
+
+
+@settings(max_examples=deep(500), deadline=None)
+@given(TABLES)
+def test_csv_round_trip(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]) -> None:
+    file = tmp_path_factory.getbasetemp() / "round.csv"
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(records[0]), quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(records)
+    assert [record for _, record in read_records(file)] == records
+
+
+@settings(max_examples=deep(300), deadline=None)
+@given(TABLES)
+def test_parquet_round_trip(tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, Any]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    file = tmp_path_factory.getbasetemp() / "round.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    assert [record for _, record in read_records(file)] == records
 
 
 # Record files that are refused
@@ -143,6 +174,16 @@ def test_over_long_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "x.jsonl").write_text(GOOD + " " + GOOD, encoding="utf-8")
     with pytest.raises(DataError, match=r"x\.jsonl:2: the line is longer"):
         list(read_records(tmp_path / "x.jsonl"))
+
+
+def test_a_file_of_many_lines_streams(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_bytes(b"text\tlabel\n" + b"so it goes\tyes\n" * 100_000)
+    tracemalloc.start()
+    last = deque(read_records(tmp_path / "x.tsv"), maxlen=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert last == deque([(100_001, {"text": "so it goes", "label": "yes"})])
+    assert peak < 500_000
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:

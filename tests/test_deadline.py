@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx2
@@ -10,7 +11,7 @@ import pytest
 import rawserver
 
 from bbprompt.backends.calls import Policy
-from bbprompt.backends.deadline import proxy_for
+from bbprompt.backends.deadline import ENDS, DeadlineTransport, proxy_for
 from bbprompt.backends.http import HttpOracle
 from bbprompt.errors import OracleError
 
@@ -39,6 +40,15 @@ def test_what_is_said_of_a_late_answer() -> None:
     server = rawserver.RawServer(lambda request: httpx2.Response(200), lambda number: "silence")
     with server.running() as url, pytest.raises(OracleError, match=r"no whole answer within 0\.4 s \(tries: 1\)"):
         HttpOracle(url, policy=Policy(attempts=1, deadline=0.4))
+
+
+def test_an_exchange_that_is_over_asks_for_nothing() -> None:
+    server = rawserver.RawServer(lambda request: httpx2.Response(200), lambda number: None)
+    with server.running() as url, httpx2.Client(transport=DeadlineTransport(httpx2.Limits())) as client:
+        late = {ENDS: time.monotonic() - 1}
+        with pytest.raises(httpx2.ConnectTimeout, match="the whole exchange is over"):
+            client.get(url, extensions=late)
+    assert not server.exchanges
 
 
 @pytest.mark.parametrize(

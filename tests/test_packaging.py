@@ -128,6 +128,7 @@ def test_an_installed_wheel_works_away_from_the_sources(built: tuple[Path, Path]
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
 def test_pip_installs_it(kind: str, built: tuple[Path, Path], tmp_path: Path) -> None:
     """Into a new virtual environment, without a network: what it depends on comes from this one."""
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     place = tmp_path / "venv"
     venv.create(place, with_pip=False, symlinks=True)
     site = next(place.glob("lib/python*/site-packages"))
@@ -140,19 +141,19 @@ def test_pip_installs_it(kind: str, built: tuple[Path, Path], tmp_path: Path) ->
     what = {"wheel": [str(built[0])], "sdist": [str(built[1])]}.get(kind) or ["--editable", str(unpacked)]
     pip = [sys.executable, "-m", "pip", "--python", str(place / "bin" / "python"), "--disable-pip-version-check"]
     flags = ["--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed"]
-    done = subprocess.run([*pip, "install", *flags, *what], capture_output=True, text=True, check=False)
+    done = subprocess.run([*pip, "install", *flags, *what], capture_output=True, text=True, check=False, env=bare)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     added = {path.name for path in site.iterdir()} - {"dependencies.pth", "__pycache__"}
     ours = {"bbprompt"} if kind != "editable" else {name for name in added if name.startswith("__editable__")}
     assert added == ours | {name for name in added if name.startswith("bbprompt-") and name.endswith(".dist-info")}
     script = place / "bin" / "bbprompt"
     words = ["tasks", "lcqmc", "--json"]
-    done = subprocess.run([str(script), *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run([str(script), *words], capture_output=True, text=True, check=False, cwd=tmp_path, env=bare)
     assert done.returncode == 0, done.stderr
     assert '"lcqmc"' in done.stdout
     code = "import bbprompt.optimizers, bbprompt.backends, pathlib; print(pathlib.Path(bbprompt.__file__).resolve())"
     python = [str(place / "bin" / "python"), "-c", code]
-    done = subprocess.run(python, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(python, capture_output=True, text=True, check=False, cwd=tmp_path, env=bare)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(unpacked if kind == "editable" else site)
 

@@ -14,15 +14,17 @@ from smallrun import (
     FILES,
     OPERATIONS,
     RUN,
+    SETTINGS,
     Model,
     check_rest,
     finish,
     work,
 )
 
-from bbprompt.errors import DiskError
+from bbprompt.errors import DiskError, UsageError
 from bbprompt.store.disk import RealDisk
-from bbprompt.store.rundir import CURVE, JOURNAL, LOCK, MANIFEST, PROMPT, RESULT
+from bbprompt.store.ledger import Ledger
+from bbprompt.store.rundir import CURVE, JOURNAL, LOCK, MANIFEST, PROMPT, RESULT, RunDirectory
 
 
 def test_the_run_left_alone_is_what_it_should_be() -> None:
@@ -86,3 +88,62 @@ def test_the_real_disk_agrees_with_the_simulated_one(tmp_path: Path) -> None:
     found = {path.name: path.read_bytes() for path in (tmp_path / "runs" / "run").iterdir()}
     assert found.pop(LOCK) == b"%d\n" % os.getpid()
     assert found == {Path(path).name: data for path, data in FILES.items()}
+
+
+# --- a run that came to nothing -----------------------------------------------------------------------------
+
+
+def _withdrawn(disk: FaultDisk, calls: int = 2) -> None:
+    """A run that asked for so many calls and found that it can never end."""
+    with RunDirectory.create(RUN, SETTINGS, disk) as run:
+        if calls:
+            Ledger(run.journal(), 40).reserve([str(number) * 64 for number in range(calls)], "train")
+        run.withdraw()
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_run_that_came_to_nothing_leaves_a_free_directory(calls: int) -> None:
+    disk = FaultDisk()
+    _withdrawn(disk, calls)
+    disk = disk.rebooted("nothing")
+    assert {Path(path).name for path in disk.files()} <= {LOCK}
+    finish(disk, Model(), stops=0)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_crash_while_a_run_is_withdrawn_leaves_a_run_or_a_free_directory(image: Image) -> None:
+    whole = FaultDisk()
+    _withdrawn(whole)
+    for point in range(1, len(whole.operations) + 1):
+        disk = FaultDisk(point)
+        with pytest.raises(Crash):
+            _withdrawn(disk)
+        disk = disk.rebooted(image)
+        try:
+            RunDirectory.open(RUN, disk).close()
+        except UsageError:
+            RunDirectory.create(RUN, SETTINGS, disk).close()
+
+
+@pytest.mark.parametrize("why", ["resumed", "has a curve", "had a curve"])
+def test_a_run_that_may_have_bought_something_is_not_withdrawn(why: str) -> None:
+    disk = FaultDisk()
+    with RunDirectory.create(RUN, SETTINGS, disk) as run:
+        run.journal()
+        if why == "has a curve":
+            run.append_curve(20, "router", 0.25, 0.75, 0.5)
+            run.withdraw()
+        if why == "had a curve":
+            disk.put(RUN / CURVE, b"calls\n", durable=True)
+            run.withdraw()
+    with RunDirectory.open(RUN, disk) as run:
+        run.withdraw()
+    assert {str(RUN / MANIFEST), str(RUN / JOURNAL)} <= set(disk.files())
+
+
+def test_withdrawing_stops_at_a_disk_that_fails() -> None:
+    whole = FaultDisk()
+    _withdrawn(whole)
+    disk = FaultDisk(len(whole.operations), errno.EROFS, persistent=True)
+    with pytest.raises(DiskError):
+        _withdrawn(disk)

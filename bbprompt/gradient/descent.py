@@ -3,7 +3,8 @@
 The rules are those of the papers, where paper and released code differ the paper's (MP2, section 3.4 and appendix A):
 stage I moves the router of each layer by relaxed Bernoulli gates, stage II the prompts that it selected, from the
 router as it stands at the end of stage I. The released deep run has no noise in stage I and moves the answer head
-along in stage II; `router.noise` and `prompt.head` say so. There is no dropout in either.
+along in stage II; `router.noise` and `prompt.head` say so. There is no dropout in either. Model tuning is one stage, in
+which all weights of the model move.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The frozen model with gradients towards its prompt: the very forward and readout that an oracle scores with."""
+"""The model with gradients towards prompt or weights: the very forward and readout that an oracle scores with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Piece:
 
 
 class Forward:
-    """A local model; its weights stay as they are.
+    """A local model.
 
     Args:
         backbone: The stock model with its tokenizer.
@@ -57,6 +57,8 @@ class Forward:
         limit: Longest sequence in tokens.
         support: What probabilities are normalised over.
         batch_tokens: Tokens whose states are held at once for the way back.
+        learns: The model is an encoder whose parameters may change between two calls and may get gradients; else its
+            weights stay as they are.
     """
 
     def __init__(
@@ -70,18 +72,21 @@ class Forward:
         limit: int,
         support: Support,
         batch_tokens: int,
+        learns: bool = False,
     ) -> None:
         causal = backbone.head is not None and backbone.head.causal
         self.device, self._support, self._batch_tokens = torch.device(device), support, batch_tokens
         self.channels = 2 if config.readout == "span" else 1
         self._frame = frame_for(backbone.tokenizer, config.placeholders, limit, open_end=causal)
         self._head = open_head(backbone, config, weights, tokenize_with(backbone.tokenizer), self._frame, self.device)
-        self._backbone, self._dtype = backbone, getattr(torch, dtype)
+        self._backbone, self._dtype, self._learns = backbone, getattr(torch, dtype), learns
 
     @functools.cached_property
     def _bound(self) -> Callable[[Sequence[Encoded], Layout, Any], _Forward]:
         """The model around some texts; read out at the first ones, for checking texts needs none of it."""
         backbone = self._backbone
+        if self._learns:
+            return self._learning
         if backbone.packed:
             encoder = Encoder(
                 backbone.model, self._dtype, self.device, backbone.token_type, linear=DifferentiableLinear
@@ -93,6 +98,14 @@ class Forward:
     def check_texts(self, batch: TextBatch) -> None:
         """See that every text can be read; see `bbprompt.readable.Checker`."""
         self._head.sequences(batch)
+
+    def tokens(self, batch: TextBatch) -> list[tuple[int, ...]]:
+        """The token ids of each sequence that is made of some texts.
+
+        Raises:
+            TextError: A text does not fit the model.
+        """
+        return [item.ids for item in self._head.sequences(batch)]
 
     def pieces(self, data: Labelled) -> list[Piece]:
         """Cut labelled texts into pieces of at most `batch_tokens` tokens, in order; a text is never cut in two.
@@ -149,6 +162,15 @@ class Forward:
             one = np.ones((1, len(prompt), 1), dtype=np.float32)
             runner = Runner(encoder, prompt.flatten(1)[:, None])
             return runner.run(place, Trunk([entering]), one, Unit(0, 1), lambda last: last)
+
+        return states
+
+    def _learning(self, sequences: Sequence[Encoded], layout: Layout, plan: Any) -> _Forward:
+        backbone = self._backbone
+
+        def states(prompt: Tensor) -> Tensor:
+            encoder = Encoder(backbone.model, self._dtype, self.device, backbone.token_type, prepack=False, learns=True)
+            return self._packed(encoder, sequences, layout, plan)(prompt)
 
         return states
 

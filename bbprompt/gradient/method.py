@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.memory import batch_tokens_for, keep_freed_memory
+from bbprompt.backends.overlay import PREFIX, overlaid, rows_read, with_rows
 from bbprompt.backends.stock import StockOracle
 from bbprompt.baselines.report import compare
 from bbprompt.config import MethodConfig, TuneConfig
@@ -28,7 +29,7 @@ from bbprompt.gradient.calls import DescentCalls
 from bbprompt.gradient.checkpoint import Checkpoint
 from bbprompt.gradient.descent import Descended, Descent
 from bbprompt.gradient.forward import Forward
-from bbprompt.gradient.soft import SoftPrompt
+from bbprompt.gradient.soft import SoftModel, SoftPrompt
 from bbprompt.gradient.start import start_of
 from bbprompt.opened import Watcher
 from bbprompt.oracle import Oracle, OracleInfo
@@ -36,7 +37,7 @@ from bbprompt.outcome import outcome
 from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.result import BaselineScore, Calls, Result, Seconds
-from bbprompt.scoring import SplitScore, labelled, score_split
+from bbprompt.scoring import Labelled, SplitScore, labelled, score_split
 from bbprompt.search.tuner import Status
 from bbprompt.store.curve import CurveClock
 from bbprompt.store.ledger import Ledger
@@ -91,7 +92,8 @@ class PreparedGradient:
     @property
     def reader(self) -> Forward:
         """What reads the texts."""
-        return _forward(self, (torch.from_numpy(self.prompt.head_weight), torch.from_numpy(self.prompt.head_bias)))
+        weights = torch.from_numpy(self.prompt.head_weight), torch.from_numpy(self.prompt.head_bias)
+        return _forward(self, self.backbone, weights)
 
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result."""
@@ -158,8 +160,12 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
     ledger = Ledger(directory.journal(), run.config.budget)
     replayed = ledger.reserved - len(ledger.in_doubt)
     checkpoint = Checkpoint(directory)
-    soft = SoftPrompt(run.prompt, run.method.rule, run.config.seed).to(run.device)
-    forward = _forward(run, (soft.head_weight, soft.head_bias))
+    kind = run.prompt.config.readout
+    train = labelled(run.task, run.few.train, for_loss=True, readout=kind)
+    soft = _soft(run, train).to(run.device)
+    learning = replace(run.backbone, model=soft.model) if isinstance(soft, SoftModel) else None
+    weights = soft.head_weight, soft.head_bias
+    forward = _forward(run, learning or run.backbone, weights, learns=learning is not None)
     watcher.prepared(run)
 
     def report(status: Status) -> None:
@@ -168,13 +174,12 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
         )
         watcher.status(status)
 
-    kind = run.prompt.config.readout
     descent = Descent(
         run.method,
         run.task,
         soft,
         forward,
-        labelled(run.task, run.few.train, for_loss=True, readout=kind),
+        train,
         labelled(run.task, run.few.dev, for_loss=True, readout=kind),
         DescentCalls(ledger, checkpoint.calls),
         checkpoint,
@@ -194,7 +199,8 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
     )
     calls = Calls(train=ledger.by_kind["train"], dev=ledger.by_kind["dev"], test=prompts)
     tensors = _tensors(run, found.kept[found.chosen.key])
-    point = b"".join(tensors[name].astype("<f4").tobytes() for name in ("prompt", "head.weight", "head.bias"))
+    names = ("prompt", "head.weight", "head.bias", *sorted(name for name in tensors if name.startswith(PREFIX)))
+    point = b"".join(tensors[name].astype("<f4").tobytes() for name in names)
     cut = found.cut + score.cut
     result = outcome(run, found.before, found.stages, found.chosen, score.values, calls, cut, seconds, point)
     result = result.model_copy(update={"baselines": _baselines(run, found.kept[found.before.key], watcher)})
@@ -204,10 +210,21 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
     return result
 
 
-def _forward(run: PreparedGradient, weights: tuple[torch.Tensor, torch.Tensor]) -> Forward:
+def _soft(run: PreparedGradient, train: Labelled) -> SoftPrompt:
+    """What is moved, where it begins."""
+    start = run.prompt, run.method.rule, run.config.seed
+    if run.gradient.model is None:
+        return SoftPrompt(*start)
+    read = rows_read(run.backbone, run.reader.tokens(train.batch))
+    return SoftModel(*start, with_rows(run.backbone.model, read))
+
+
+def _forward(
+    run: PreparedGradient, backbone: Backbone, weights: tuple[torch.Tensor, torch.Tensor], learns: bool = False
+) -> Forward:
     """The model as it is gone backward through, with a span head of these weights where it has one."""
     return Forward(
-        run.backbone,
+        backbone,
         run.prompt.config,
         weights,
         device=run.device,
@@ -215,6 +232,7 @@ def _forward(run: PreparedGradient, weights: tuple[torch.Tensor, torch.Tensor]) 
         limit=run.model.max_tokens,
         support=run.method.support,
         batch_tokens=run.config.batch_tokens or _BATCH_TOKENS[run.device],
+        learns=learns,
     )
 
 
@@ -245,7 +263,7 @@ def _oracle(run: PreparedGradient, tensors: _Tensors) -> tuple[Oracle, NDArray[n
     hidden = run.backbone.hidden
     kind = LocalOracle if run.backbone.packed else StockOracle
     oracle = kind(
-        run.backbone,
+        overlaid(run.backbone, tensors),
         prompt,
         device=run.device,
         dtype=run.config.dtype,
@@ -271,9 +289,7 @@ def _tensors(run: PreparedGradient, tensors: _Tensors) -> dict[str, NDArray[Any]
     """What was tuned, as `bbprompt.predict` reads it."""
     prompt, point = _written(run, tensors)
     kept: dict[str, NDArray[Any]] = {"point": point, **frozen_tensors(prompt, point)}
-    if "router" in tensors:
-        kept["router"] = tensors["router"]
-    return kept
+    return kept | {name: array for name, array in tensors.items() if name == "router" or name.startswith(PREFIX)}
 
 
 def _baselines(run: PreparedGradient, tensors: _Tensors, watcher: Watcher) -> tuple[BaselineScore, ...]:

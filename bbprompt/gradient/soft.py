@@ -1,18 +1,21 @@
-"""What a descent moves: the routers, the modules written out, and the answer head's weight."""
+"""What a descent moves: the routers, the modules written out and the answer head's weight, or a whole model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from bbprompt.descent_settings import AnyDescent, RouterDescentConfig
+from bbprompt.backends.overlay import weights_of, written_weights
+from bbprompt.descent_settings import AnyDescent, PromptDescentConfig, RouterDescentConfig
 from bbprompt.pretrain.model import relaxed_bernoulli
 from bbprompt.prompts import ModularPrompt
 from bbprompt.router import GateRule
 
-__all__ = ["SoftPrompt"]
+__all__ = ["SoftModel", "SoftPrompt"]
 
 
 class SoftPrompt(nn.Module):
@@ -59,6 +62,8 @@ class SoftPrompt(nn.Module):
         """The parameters that a stage moves, and from now on the only ones that gradients are kept for."""
         if isinstance(stage, RouterDescentConfig):
             names = ["router"]
+        elif not isinstance(stage, PromptDescentConfig):
+            raise TypeError("a prompt has no weights of a model")
         else:
             names = ["bank", "head_weight"] if stage.head and len(self.head_weight) else ["bank"]
         for name, parameter in self.named_parameters():
@@ -96,3 +101,33 @@ class SoftPrompt(nn.Module):
 
     def _mixed(self, weights: Tensor) -> Tensor:
         return torch.einsum("lk,lkph->lph", weights, self.bank)
+
+
+class SoftModel(SoftPrompt):
+    """The weights of an encoder and of its answer head; the prompt, where there is one, stays as it is.
+
+    Args:
+        prompt: Placeholders and answer head.
+        rule: See `SoftPrompt`; nothing is routed.
+        seed: Likewise.
+        model: A copy of the encoder of its own; see `bbprompt.backends.overlay.with_rows`.
+    """
+
+    def __init__(self, prompt: ModularPrompt, rule: GateRule, seed: int, model: Any) -> None:
+        super().__init__(prompt, rule, seed)
+        self.model = model.requires_grad_(False)
+        self._moving = False
+
+    def moved(self, stage: AnyDescent) -> dict[str, nn.Parameter]:
+        """All weights that the scores follow from, which from now on are written too."""
+        moved = {f"model.{name}": weight for name, weight in weights_of(self.model).items()}
+        if len(self.head_weight):
+            moved |= {"head_weight": self.head_weight, "head_bias": self.head_bias}
+        for parameter in moved.values():
+            parameter.requires_grad_(True)
+        self._moving = True
+        return moved
+
+    def written(self) -> dict[str, NDArray[Any]]:
+        """What is kept of it: as of a prompt, and the weights of the model as soon as they move."""
+        return super().written() | (written_weights(self.model) if self._moving else {})

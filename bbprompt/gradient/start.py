@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from bbprompt.backends.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
+from bbprompt.backends.encoder import check_family
 from bbprompt.backends.scale import facts_of
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig
 from bbprompt.connect import named_language_model
@@ -21,6 +22,9 @@ from bbprompt.tasks.task import Task
 from bbprompt.texts.ppt import Pattern, format_of, in_pattern, language_of
 
 __all__ = ["start_of"]
+
+#: Standard deviation of the first weights of an answer head from scratch, as BERT begins one.
+_HEAD_STD = 0.02
 
 
 def start_of(
@@ -43,7 +47,7 @@ def start_of(
                 f"{settings.soft.readout} readout does not fill; add --set gradient.soft.readout=verbalizer and "
                 "--backbone"
             )
-        backbone, prompt = _from_scratch(config, method, settings.soft)
+        backbone, prompt = _from_scratch(config, settings.soft, settings.model is not None)
     else:
         if name in (NAMED_PROMPTS, NO_PROMPTS):
             made = f" (`bbprompt pretrain {settings.start}` makes one)" if settings.start else ""
@@ -101,22 +105,44 @@ def _check_form(name: str, method: MethodConfig, prompt: ModularPrompt, task: Ta
             )
 
 
-def _from_scratch(config: TuneConfig, method: MethodConfig, soft: SoftPromptConfig) -> tuple[Backbone, ModularPrompt]:
-    """The model and a prompt of zeros, with the answer head of another artifact where there is one."""
+def _from_scratch(config: TuneConfig, soft: SoftPromptConfig, whole: bool) -> tuple[Backbone, ModularPrompt]:
+    """The model and a prompt of zeros, with the answer head of another artifact where there is one.
+
+    Args:
+        config: Of the run.
+        soft: The prompt.
+        whole: Whether the model itself will be tuned.
+    """
     spans = soft.readout == "span"
     head = ModularPrompt.load(resolve_prompts(soft.head)) if spans and soft.head is not None else None
     if soft.readout == "verbalizer":
         named_language_model(config.backbone)
     name = config.backbone or (head.config.backbone if head is not None else DEFAULT_BACKBONE)
-    backbone = load_backbone(name, head=soft.readout == "verbalizer")
+    backbone = _encoder(name) if whole else load_backbone(name, head=soft.readout == "verbalizer")
     if head is not None and head.config.backbone_digest != backbone.digest:
+        fix = "; --set gradient.soft.head=null takes a head from scratch" if whole else ""
         raise ArtifactError(
-            f"gradient.soft.head: '{soft.head}' was trained for {head.config.backbone}, not for {backbone.id}"
+            f"gradient.soft.head: '{soft.head}' was trained for {head.config.backbone}, not for {backbone.id}{fix}"
         )
     facts = facts_of(backbone)
     layers = 1 if soft.layers == "input" else backbone.layers
     zeros = np.zeros((layers, soft.prompt_length, backbone.hidden), dtype=np.float32)
-    none = np.zeros((0, backbone.hidden), dtype=np.float32), np.zeros(0, dtype=np.float32)
-    weights = (head.head_weight, head.head_bias) if head is not None else none
+    rows = 2 if spans else 0
+    fresh = np.random.default_rng(config.seed).normal(0, _HEAD_STD, (rows, backbone.hidden)), np.zeros(rows)
+    weights = (head.head_weight, head.head_bias) if head is not None else fresh
     places = placeholders_for(facts.vocabulary, soft.prompt_length, soft.placeholder, soft.repeat)
     return backbone, written_out(zeros, places, weights, (backbone.id, backbone.digest), soft.readout, soft.pooling)[0]
+
+
+def _encoder(name: str) -> Backbone:
+    """A model whose weights can be tuned here."""
+    try:
+        backbone = load_backbone(name)
+        check_family(backbone.model)
+        if backbone.head is not None:
+            raise ArtifactError("a language model")
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"--backbone {name}: only encoders of the BERT family are tuned themselves ({error})"
+        ) from None
+    return backbone
