@@ -122,6 +122,7 @@ class TestRealServer(OracleContract):
 
 def test_the_number_of_workers_changes_nothing() -> None:
     with serving(ToyOracle(), points=2, replies=0) as url:
+        assert connect(url).most_points == 2
         replies = [connect(url, workers=workers).score(BATCH, POINTS) for workers in (1, 2, 5)]
     assert all(same(reply, replies[0]) for reply in replies)
     assert same(replies[0], ToyOracle().score(BATCH, POINTS))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bbprompt.errors import OracleError
-from bbprompt.oracle import Scores, TextBatch, check_points, check_scores
+from bbprompt.oracle import Scores, TextBatch, can_count, check_points, check_scores
 from bbprompt.tasks.example import Answer, Form, Part
-from bbprompt.testing import ToyOracle
+from bbprompt.testing import FaultyOracle, ToyOracle
 
 CHOICES = TextBatch((Form((Part("很好吃", cut=True),), ("好", "差"), -1),) * 3)
 SPANS = TextBatch((Form((Part("谁", cut=False), Part("李白在长安", cut=True)), (), 1),) * 3, (Answer("李白", 0),) * 3)
@@ -77,3 +77,8 @@ def test_points() -> None:
             check_points(sound, info)
     with np.errstate(over="ignore"), pytest.raises(OracleError, match="NaN or infinity"):
         check_points(np.full((1, 3, 4), 1e39), info)  # more than float32 holds
+
+
+def test_a_model_that_is_here_counts_tokens_and_one_elsewhere_does_not() -> None:
+    assert can_count(ToyOracle())
+    assert not can_count(FaultyOracle(ToyOracle(), at=1))
