@@ -205,7 +205,7 @@ def _disk(level: int, seed: int) -> Iterator[Check]:
         if number and not level:
             continue
         yield Check(f"journal cut after every byte, repaired: {scenario}", _on(run, crashes.repairs), CRASHES)
-        chains = (40, 500, 3_000)[level]
+        chains = (40, 100, 3_000)[level]
         yield Check(f"power cuts in a row: {scenario}", _on(run, crashes.crash_chains, chains, seed), CRASHES)
     joint = partial(crashes.small, "joint", 40)
     if level:
