@@ -29,7 +29,7 @@ def files() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, required=True)
+    parser.add_argument("--times", type=float, required=True)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     flags = [
@@ -52,8 +52,9 @@ def main() -> None:
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-1000:])
         sys.exit(1)
-    passing = [int(count) for count in re.findall(r"(\d+) passing examples", done.stdout)]
-    print(json.dumps({"tests": len(passing), "examples": sum(passing)}))
+    tests = re.findall(r"^tests/\S+::.+:$", done.stdout, re.MULTILINE)
+    passing = [int(count) for count in re.findall(r"(\d+) passing", done.stdout)]
+    print(json.dumps({"tests": len(tests), "examples": sum(passing)}))
 
 
 if __name__ == "__main__":

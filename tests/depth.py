@@ -1,4 +1,4 @@
-"""How many examples property tests draw: more of them at night."""
+"""How many examples property tests draw: more of them at night, few where only the lines they reach count."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ VARIABLE = "BBPROMPT_TEST_DEPTH"
 
 
 def deep(count: int) -> int:
-    """So many times `count` as the environment asks for; once where it says nothing."""
-    return count * int(os.environ.get(VARIABLE, "1"))
+    """So many times `count` as the environment asks for, perhaps a part of it; once where it says nothing."""
+    return max(round(count * float(os.environ.get(VARIABLE, "1"))), 1)

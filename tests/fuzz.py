@@ -11,8 +11,9 @@ import argparse
 import importlib.util
 import json
 import logging
+import multiprocessing
+import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -54,12 +55,18 @@ def mutations(name: str, count: int, seed: int) -> dict[str, int]:
     return {"inputs": total, "accepted": accepted, "refused": total - accepted}
 
 
-def guided(name: str, seconds: int, corpus: Path, seed: int) -> None:
-    """Fuzz one target with atheris in this process, which it ends."""
+def instrumented() -> dict[str, fuzztargets.Target]:
+    """The targets, with every branch of the package reporting to atheris."""
     import atheris
 
     with atheris.instrument_imports(include=["bbprompt"]):
-        target = fuzztargets.targets()[name]
+        return fuzztargets.targets()
+
+
+def guided(target: fuzztargets.Target, name: str, seconds: int, corpus: Path, seed: int) -> None:
+    """Fuzz one target with atheris in this process, which it ends."""
+    import atheris
+
     folder = corpus / name.replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(target.seeds):
@@ -78,6 +85,28 @@ def guided(name: str, seconds: int, corpus: Path, seed: int) -> None:
     atheris.Fuzz()
 
 
+def forked(target: fuzztargets.Target, name: str, seconds: int, corpus: Path, seed: int) -> tuple[int, str]:
+    """Fuzz one target in a copy of this process, for libFuzzer ends the one that it runs in.
+
+    Returns:
+        Inputs it read, 0 where it did not end well; and what it said.
+    """
+    with tempfile.TemporaryFile() as said:
+
+        def work() -> None:
+            for stream in (1, 2):
+                os.dup2(said.fileno(), stream)
+            guided(target, name, seconds, corpus, seed)
+
+        child = multiprocessing.get_context("fork").Process(target=work)
+        child.start()
+        child.join()
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    done = [line.split()[1] for line in text.splitlines() if line.startswith("Done ")]
+    return (0 if child.exitcode or not done else int(done[-1])), text
+
+
 def _one(target: fuzztargets.Target, data: bytes) -> None:
     judged(target, data)
 
@@ -91,25 +120,21 @@ def main() -> None:
     given = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.simplefilter("error")
+    corpus = given.corpus or Path(tempfile.mkdtemp())
+    guide = importlib.util.find_spec("atheris") is not None
+    targets = instrumented() if guide else fuzztargets.targets()
     if given.only:
-        guided(given.only, given.seconds, given.corpus or Path(tempfile.mkdtemp()), given.seed)
+        guided(targets[given.only], given.only, given.seconds, corpus, given.seed)
         return
-    names = list(fuzztargets.NAMES)
-    share = max(given.seconds // len(names), 1)
+    share = max(given.seconds // len(targets), 1)
     failed, inputs = False, dict[str, int]()
-    for name in names:
-        if importlib.util.find_spec("atheris"):
-            command = [sys.executable, __file__, f"--only={name}", "--seconds", str(share), "--seed", str(given.seed)]
-            command += ["--corpus", str(given.corpus)] if given.corpus else []
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            said = done.stderr.splitlines()
-            found = [int(runs) for line in said if (runs := line.removeprefix("Done ").partition(" ")[0]).isdigit()]
-            held = not done.returncode and any(found)
-            inputs[name] = found[-1] if found else 0
-            print(f"{name}: {'ok' if held else 'FAILED'}: {inputs[name]} inputs, guided", flush=True)
-            if not held:
+    for name, target in targets.items():
+        if guide:
+            inputs[name], said = forked(target, name, share, corpus, given.seed)
+            print(f"{name}: {'ok' if inputs[name] else 'FAILED'}: {inputs[name]} inputs, guided", flush=True)
+            if not inputs[name]:
                 failed = True
-                print(done.stdout[-3000:], done.stderr[-6000:])
+                print(said[-9000:], flush=True)
         else:
             began, inputs[name] = time.monotonic(), 0
             while time.monotonic() - began < share:
