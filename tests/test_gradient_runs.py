@@ -62,6 +62,27 @@ def go_on(folder: Path) -> Result:
         return tune(prepare(config), directory)
 
 
+def killed_everywhere(config: TuneConfig, folder: Path) -> dict[str, Any]:
+    """What comes out of a run by each plan of kills, which is the same for all of them; see `killeddescent`."""
+    (folder / "config.json").write_text(config.model_dump_json())
+    script = Path(__file__).with_name("killeddescent.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "config.json"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == list(PLANS)
+    for name, found in summary.items():
+        assert found["killed"] == found["planned"], name
+        for key in ("digest", "calls", "prompt", "curve", "files"):
+            assert found[key] == summary["never"][key], (name, key)
+    return summary
+
+
 def single_prompt(folder: Path, backbone: Path, kind: Any) -> Path:
     """An artifact of one module at the input, as `bbprompt pretrain spot` and `ppt` leave it."""
     made = tiny_prompt.artifact(backbone, load_backbone(str(backbone)).digest, kind="mp2-shallow")
@@ -215,23 +236,8 @@ def test_patience(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> N
 
 def test_killed_and_gone_on_with(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     config = settings(tiny_pair_data, "mp2-gradient-deep", STAGES, prompts=str(tiny_prompts))
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    script = Path(__file__).with_name("killeddescent.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == list(PLANS)
+    summary = killed_everywhere(config, tmp_path)
     whole = summary["never"]
-    for name, found in summary.items():
-        assert found["killed"] == found["planned"], name
-        for key in ("digest", "calls", "prompt", "curve", "files"):
-            assert found[key] == whole[key], (name, key)
     assert whole["steps"] == 8
     assert CHECKPOINT not in whole["files"]
     assert summary["never either"]["journal"] == whole["journal"]

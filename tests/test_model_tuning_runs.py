@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,15 @@ import pytest
 import tiny
 import tiny_prompt
 import torch
-from killeddescent import PLANS
 from safetensors.numpy import load_file
-from test_gradient_runs import begin, settings
+from test_gradient_runs import begin, killed_everywhere, settings
 from test_verbalizer import causal_dir
 from typer.testing import CliRunner
 
 from bbprompt.backends.backbone import load_backbone, weights_digest
 from bbprompt.backends.overlay import PREFIX, overlaid, weights_of
 from bbprompt.cli import app
-from bbprompt.config import TuneConfig, load_method
+from bbprompt.config import load_method
 from bbprompt.errors import ArtifactError, DiskError, UsageError
 from bbprompt.export import export_prompt
 from bbprompt.gradient.checkpoint import CHECKPOINT
@@ -162,25 +158,8 @@ def test_the_budget_is_kept(budget: int, tiny_pair_data: Path, tiny_prompts: Pat
 
 def test_killed_and_gone_on_with(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     changes = CHANGES | LOWEST | {"gradient.soft.head": str(tiny_prompts)}
-    config: TuneConfig = settings(tiny_pair_data, "model-tuning", changes)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    script = Path(__file__).with_name("killeddescent.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == list(PLANS)
-    whole = summary["never"]
-    for name, found in summary.items():
-        assert found["killed"] == found["planned"], name
-        for key in ("digest", "calls", "prompt", "curve", "files"):
-            assert found[key] == whole[key], (name, key)
-    assert (whole["steps"], summary["testing"]["steps"]) == (8, 8)
+    summary = killed_everywhere(settings(tiny_pair_data, "model-tuning", changes), tmp_path)
+    assert (summary["never"]["steps"], summary["testing"]["steps"]) == (8, 8)
     assert summary["each part"]["steps"] <= 8 + 4
 
 
