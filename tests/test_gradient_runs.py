@@ -17,6 +17,7 @@ from killeddescent import PLANS
 from safetensors.numpy import load_file
 from test_verbalizer import causal_dir
 
+from bbprompt import cli
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.config import TuneConfig, load_method, method_with
 from bbprompt.errors import ArtifactError, DiskError, Interrupted, OracleError, ResumeMismatch, UsageError
@@ -244,6 +245,23 @@ def test_killed_and_gone_on_with(tiny_pair_data: Path, tiny_prompts: Path, tmp_p
     # From a checkpoint on, and not from the beginning.
     assert summary["testing"]["steps"] == 8
     assert summary["each part"]["steps"] <= 8 + 4
+
+
+def test_a_checkpoint_that_outlived_its_run_goes(
+    tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the result and the removal."""
+    config = settings(tiny_pair_data, "mp2-gradient-deep", STAGES, prompts=str(tiny_prompts))
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "remove", lambda *_: None)
+        whole = begin(config, tmp_path / "run")
+    left = tmp_path / "run" / CHECKPOINT
+    kept = left.read_bytes()
+    assert go_on(tmp_path / "run") == whole
+    assert not left.exists()
+    left.write_bytes(kept)
+    assert cli.run(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert not left.exists()
 
 
 class Stopper(Watcher):
