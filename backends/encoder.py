@@ -149,7 +149,8 @@ class Encoder:
         check_family(model)
         config = model.config
         self.dtype, self.device = dtype, torch.device(device)
-        warn_of_slow(dtype, self.device.type)
+        if not learns:  # such a one is made anew for every forward
+            warn_of_slow(dtype, self.device.type)
         self.hidden: int = config.hidden_size
         self.heads: int = config.num_attention_heads
         self.epsilon: float = config.layer_norm_eps

@@ -144,6 +144,8 @@ class GradientConfig(Settings):
             raise ValueError("model: is tuned alone, from no prompt; give 'soft', and leave out 'prompt'")
         if self.soft.readout == "verbalizer":
             raise ValueError("soft.readout: a model is tuned under 'span' or 'prototype', not under its own words")
+        if self.form is not None:
+            raise ValueError("form: is of words in a gap, which no model tuned itself is read by; leave it out")
 
     @property
     def stages(self) -> dict[str, AnyDescent]:

@@ -36,7 +36,7 @@ from bbprompt.search.tuner import Found, Status, search
 from bbprompt.store.curve import CurveClock
 from bbprompt.store.ledger import Ledger
 from bbprompt.store.manifest import manifest_of
-from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.store.rundir import CHECKPOINT, MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.tasks.data import DataSource, open_data
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.fewshot import FewShot, check_apart, few_shot
@@ -49,6 +49,7 @@ __all__ = [
     "Prepared",
     "Watcher",
     "default_directory",
+    "finished_result",
     "limited",
     "located",
     "prepare",
@@ -268,12 +269,23 @@ def tune(run: Opened, directory: RunDirectory, watcher: Watcher | None = None) -
     """
     if directory.finished:
         directory.check_manifest(run.manifest())
-        return read_result(directory)
+        return finished_result(directory)
     try:
         return run.tune(directory, watcher or Watcher())
     except DataError:
         directory.withdraw()  # other data are another run: this one would never end
         raise
+
+
+def finished_result(directory: RunDirectory) -> Result:
+    """The result of a finished run; a checkpoint that a kill just before the end left there goes.
+
+    Raises:
+        DiskError: The result is damaged, or the checkpoint cannot be removed.
+    """
+    result = read_result(directory)
+    directory.remove(CHECKPOINT)
+    return result
 
 
 def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:

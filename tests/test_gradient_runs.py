@@ -17,6 +17,7 @@ from killeddescent import PLANS
 from safetensors.numpy import load_file
 from test_verbalizer import causal_dir
 
+from bbprompt import cli
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.config import TuneConfig, load_method, method_with
 from bbprompt.errors import ArtifactError, DiskError, Interrupted, OracleError, ResumeMismatch, UsageError
@@ -60,6 +61,27 @@ def go_on(folder: Path) -> Result:
     directory, config = reopen(folder, writable=True)
     with directory:
         return tune(prepare(config), directory)
+
+
+def killed_everywhere(config: TuneConfig, folder: Path) -> dict[str, Any]:
+    """What comes out of a run by each plan of kills, which is the same for all of them; see `killeddescent`."""
+    (folder / "config.json").write_text(config.model_dump_json())
+    script = Path(__file__).with_name("killeddescent.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder / "config.json"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    assert list(summary) == list(PLANS)
+    for name, found in summary.items():
+        assert found["killed"] == found["planned"], name
+        for key in ("digest", "calls", "prompt", "curve", "files"):
+            assert found[key] == summary["never"][key], (name, key)
+    return summary
 
 
 def single_prompt(folder: Path, backbone: Path, kind: Any) -> Path:
@@ -215,29 +237,31 @@ def test_patience(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> N
 
 def test_killed_and_gone_on_with(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     config = settings(tiny_pair_data, "mp2-gradient-deep", STAGES, prompts=str(tiny_prompts))
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    script = Path(__file__).with_name("killeddescent.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == list(PLANS)
+    summary = killed_everywhere(config, tmp_path)
     whole = summary["never"]
-    for name, found in summary.items():
-        assert found["killed"] == found["planned"], name
-        for key in ("digest", "calls", "prompt", "curve", "files"):
-            assert found[key] == whole[key], (name, key)
     assert whole["steps"] == 8
     assert CHECKPOINT not in whole["files"]
     assert summary["never either"]["journal"] == whole["journal"]
     # From a checkpoint on, and not from the beginning.
     assert summary["testing"]["steps"] == 8
     assert summary["each part"]["steps"] <= 8 + 4
+
+
+def test_a_checkpoint_that_outlived_its_run_goes(
+    tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the result and the removal."""
+    config = settings(tiny_pair_data, "mp2-gradient-deep", STAGES, prompts=str(tiny_prompts))
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "remove", lambda *_: None)
+        whole = begin(config, tmp_path / "run")
+    left = tmp_path / "run" / CHECKPOINT
+    kept = left.read_bytes()
+    assert go_on(tmp_path / "run") == whole
+    assert not left.exists()
+    left.write_bytes(kept)
+    assert cli.run(["resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert not left.exists()
 
 
 class Stopper(Watcher):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,16 @@ import pytest
 import tiny
 import tiny_prompt
 import torch
-from killeddescent import PLANS
 from safetensors.numpy import load_file
-from test_gradient_runs import begin, settings
+from test_gradient_runs import begin, killed_everywhere, settings
 from test_verbalizer import causal_dir
 from typer.testing import CliRunner
 
+from bbprompt.backends import precision
 from bbprompt.backends.backbone import load_backbone, weights_digest
 from bbprompt.backends.overlay import PREFIX, overlaid, weights_of
 from bbprompt.cli import app
-from bbprompt.config import TuneConfig, load_method
+from bbprompt.config import load_method
 from bbprompt.errors import ArtifactError, DiskError, UsageError
 from bbprompt.export import export_prompt
 from bbprompt.gradient.checkpoint import CHECKPOINT
@@ -153,6 +150,23 @@ def test_bfloat16_is_of_the_forward_alone(tiny_pair_data: Path, tiny_prompts: Pa
     assert (torch.from_numpy(kept).bfloat16().float().numpy() != kept).any()
 
 
+def test_slow_bfloat16_is_said_once_a_model(
+    tiny_pair_data: Path,
+    tiny_prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: False)
+    said = []
+    for epochs in (2, 8):
+        caplog.clear()
+        changes = LOWEST | {"gradient.model.epochs": epochs}
+        run_of(tiny_pair_data, tiny_prompts, tmp_path / str(epochs), changes, dtype="bfloat16")
+        said.append(sum("no bfloat16 instructions" in record.message for record in caplog.records))
+    assert 1 <= said[0] == said[1], "however many steps there are"
+
+
 @pytest.mark.parametrize("budget", [5, 8])
 def test_the_budget_is_kept(budget: int, tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     result = run_of(tiny_pair_data, tiny_prompts, tmp_path / "run", budget=budget)
@@ -162,25 +176,8 @@ def test_the_budget_is_kept(budget: int, tiny_pair_data: Path, tiny_prompts: Pat
 
 def test_killed_and_gone_on_with(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
     changes = CHANGES | LOWEST | {"gradient.soft.head": str(tiny_prompts)}
-    config: TuneConfig = settings(tiny_pair_data, "model-tuning", changes)
-    (tmp_path / "config.json").write_text(config.model_dump_json())
-    script = Path(__file__).with_name("killeddescent.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "config.json"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert list(summary) == list(PLANS)
-    whole = summary["never"]
-    for name, found in summary.items():
-        assert found["killed"] == found["planned"], name
-        for key in ("digest", "calls", "prompt", "curve", "files"):
-            assert found[key] == whole[key], (name, key)
-    assert (whole["steps"], summary["testing"]["steps"]) == (8, 8)
+    summary = killed_everywhere(settings(tiny_pair_data, "model-tuning", changes), tmp_path)
+    assert (summary["never"]["steps"], summary["testing"]["steps"]) == (8, 8)
     assert summary["each part"]["steps"] <= 8 + 4
 
 
@@ -241,6 +238,11 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"gradient.soft": None}, {}, "give 'soft'"),
     ({"gradient.model": None}, {}, "else nothing is tuned"),
     ({"gradient.soft.readout": "verbalizer"}, {}, "not under its own words"),
+    (
+        {"gradient.form": "plain"},
+        {},
+        "form: is of words in a gap, which no model tuned itself is read by; leave it out",
+    ),
     ({"gradient.model.rate": 0.0}, {}, r"gradient\.model\.rate"),
     ({"gradient.soft.prompt_length": -1}, {}, r"gradient\.soft\.prompt_length"),
     ({}, {"backend": "http://127.0.0.1:1"}, "--backend http://127.0.0.1:1: .* leave --backend out"),
@@ -265,9 +267,25 @@ def test_another_family_is_refused(family: str, tiny_pair_data: Path, tmp_path: 
     made = tmp_path / family
     folder = tiny.t5_dir(made) if family == "t5" else causal_dir(made, family)
     config = settings(tiny_pair_data, "model-tuning", {"gradient.soft.head": None}, backbone=str(folder))
-    with pytest.raises(ArtifactError, match=r"--backbone .*: only encoders of the BERT family are tuned") as error:
+    with pytest.raises(ArtifactError, match=r"model_type .* is no encoder; use an encoder such as BERT") as error:
         prepare(config)
     assert "\n" not in str(error.value)
+
+
+def test_another_encoder_is_refused(tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_bert_dir, tmp_path / "relu")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | {"hidden_act": "relu"}))
+    config = settings(tiny_pair_data, "model-tuning", {"gradient.soft.head": None}, backbone=str(folder))
+    with pytest.raises(ArtifactError, match=r"--backbone .*: only encoders of the BERT family are tuned"):
+        prepare(config)
+
+
+def test_a_backbone_that_is_not_there_is_said_so(tiny_pair_data: Path, tmp_path: Path) -> None:
+    config = settings(tiny_pair_data, "model-tuning", {"gradient.soft.head": None}, backbone=str(tmp_path / "none"))
+    with pytest.raises(ArtifactError, match=r"no such directory.*check the path") as error:
+        prepare(config)
+    assert "BERT family" not in str(error.value)
 
 
 def test_a_head_of_another_model_is_refused(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:

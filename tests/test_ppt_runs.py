@@ -166,6 +166,18 @@ def test_refused(
     assert "\n" not in str(error.value)
 
 
+def test_options_of_examples_count_too(prompts: dict[str, Path], tmp_path: Path) -> None:
+    """A choice has no labels; its examples say how many letters are needed."""
+    records = tiny_prompt.choice_records(140, 3)
+    for record in records:
+        record["choices"] = [*record["choices"], *(f"天{i}" for i in range(6 - len(record["choices"])))]
+    parts = {"train": records[:100], "dev": records[100:], "test": records[100:]}
+    data = tiny_prompt.data_dir(tmp_path / "data", tiny_prompt.CHOICE, parts)
+    with pytest.raises(UsageError, match=r"ppt\.options: \[2, 4\], but .* as with ppt\.options: \[2, 6\]"):
+        prepare(settings(data, "ppt-unified", {}, prompts=str(prompts["few"]), allow_overlap=True))
+    prepare(settings(data, "ppt-unified", {}, prompts=str(prompts["bert-choice"]), allow_overlap=True)).close()
+
+
 def test_prompts_of_another_kind_or_of_nowhere_are_refused(
     tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path: Path
 ) -> None:

@@ -222,8 +222,7 @@ def _run(
     where: Mapping[str, Any] | None = None,
 ) -> None:
     """Begin a run with `config`, or go on with the one in `folder`, with the settings `where` it is computed."""
-    from bbprompt.result import read_result
-    from bbprompt.run import prepare, reopen, tune
+    from bbprompt.run import finished_result, prepare, reopen, tune
     from bbprompt.terminal import Terminal, logging_to, open_console
 
     console = open_console(quiet)
@@ -241,7 +240,7 @@ def _run(
             stop.advice = f"go on with: {command('resume', directory.path)}"
             if directory.finished:
                 _log.info("%s: finished already; this is its result", directory.path)
-                result = read_result(directory)
+                result = finished_result(directory)
             else:
                 if run is None:
                     terminal.loading()

@@ -13,12 +13,10 @@ from torch import nn
 
 from bbprompt.errors import DiskError
 from bbprompt.gradient.soft import SoftPrompt
-from bbprompt.store.rundir import RunDirectory
+from bbprompt.store.rundir import CHECKPOINT, RunDirectory
 from bbprompt.tensorfile import pack, unpack
 
 __all__ = ["CHECKPOINT", "Checkpoint"]
-
-CHECKPOINT = "checkpoint.safetensors"
 
 _Kept = dict[int, dict[str, NDArray[np.float32]]]
 

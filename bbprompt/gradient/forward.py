@@ -16,6 +16,7 @@ from bbprompt.backends.body import body_of
 from bbprompt.backends.encoder import Encoder, Layout, pack
 from bbprompt.backends.local import open_head
 from bbprompt.backends.population import Place, Runner, Trunk
+from bbprompt.backends.precision import warn_of_slow
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.pretrain.linear import DifferentiableLinear
@@ -86,6 +87,7 @@ class Forward:
         """The model around some texts; read out at the first ones, for checking texts needs none of it."""
         backbone = self._backbone
         if self._learns:
+            warn_of_slow(self._dtype, self.device.type)
             return self._learning
         if backbone.packed:
             encoder = Encoder(

@@ -138,7 +138,8 @@ def prepare_gradient(
     keep_freed_memory()
     device = chosen_device(config.device)
     config = config.model_copy(update={"threads": threads, "dtype": single_precision(config.dtype)})
-    backbone, prompt, task = start_of(config, method, settings, task)
+    options = max(len(example.options) for example in (*few.train, *few.dev, *test))
+    backbone, prompt, task = start_of(config, method, settings, task, options)
     check_fit(prompt, backbone)
     if not backbone.packed and prompt.config.readout != "verbalizer":
         raise ArtifactError(f"backbone {backbone.id}: such a language model is read by a verbalizer, not by a head")

@@ -28,9 +28,16 @@ _HEAD_STD = 0.02
 
 
 def start_of(
-    config: TuneConfig, method: MethodConfig, settings: GradientConfig, task: Task
+    config: TuneConfig, method: MethodConfig, settings: GradientConfig, task: Task, options: int
 ) -> tuple[Backbone, ModularPrompt, Task]:
     """The model, where the descent begins, and the task with its texts as the method writes them.
+
+    Args:
+        config: Of the run.
+        method: Its method.
+        settings: The method's descent.
+        task: Whose texts are written.
+        options: Most options that an example has.
 
     Raises:
         UsageError: No prompts are named where some are needed, or the other way round, or they are of another kind or
@@ -59,7 +66,7 @@ def start_of(
                 f"the kind {settings.start}"
             )
         if settings.form is not None:
-            _check_form(name, method, prompt, task, settings.form)
+            _check_form(name, method, prompt, task, settings.form, options)
         model = config.backbone or prompt.config.backbone
         backbone = load_backbone(model, head=prompt.config.readout == "verbalizer")
     if settings.form is not None:
@@ -67,7 +74,9 @@ def start_of(
     return backbone, prompt, task
 
 
-def _check_form(name: str, method: MethodConfig, prompt: ModularPrompt, task: Task, pattern: Pattern) -> None:
+def _check_form(
+    name: str, method: MethodConfig, prompt: ModularPrompt, task: Task, pattern: Pattern, options: int
+) -> None:
     """See that prompts read words in a gap and were pre-trained in the format, the language and the options.
 
     Raises:
@@ -89,7 +98,7 @@ def _check_form(name: str, method: MethodConfig, prompt: ModularPrompt, task: Ta
             "form of its own; name prompts that `bbprompt pretrain ppt` made"
         ) from None
     form, language = format_of(task, pattern), language_of(task)
-    count = len(task.labels) if form == "choice" else 0
+    count = options if form == "choice" else 0
     wrong = {
         "formats": (trained.formats, [form], form not in trained.formats),
         "language": (trained.language, language, trained.language != language),
@@ -136,8 +145,8 @@ def _from_scratch(config: TuneConfig, soft: SoftPromptConfig, whole: bool) -> tu
 
 def _encoder(name: str) -> Backbone:
     """A model whose weights can be tuned here."""
+    backbone = load_backbone(name)
     try:
-        backbone = load_backbone(name)
         check_family(backbone.model)
         if backbone.head is not None:
             raise ArtifactError("a language model")

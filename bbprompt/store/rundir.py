@@ -29,12 +29,13 @@ from bbprompt.errors import DiskError, ResumeMismatch, UsageError
 from bbprompt.store.disk import Disk, File, RealDisk
 from bbprompt.store.journal import Journal, canonical_json
 
-__all__ = ["CURVE", "CURVE_COLUMNS", "JOURNAL", "LOCK", "MANIFEST", "PROMPT", "RESULT", "RunDirectory"]
+__all__ = ["CHECKPOINT", "CURVE", "CURVE_COLUMNS", "JOURNAL", "LOCK", "MANIFEST", "PROMPT", "RESULT", "RunDirectory"]
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal.log"
 CURVE = "curve.csv"
 PROMPT = "prompt.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
 RESULT = "result.json"
 LOCK = "run.lock"
 CURVE_COLUMNS = ("calls", "stage", "train_loss", "best_dev", "seconds")
