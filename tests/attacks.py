@@ -19,6 +19,7 @@ from tiny_prompt import batch_of
 from bbprompt import wire
 from bbprompt.serve.app import routes
 from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.scorer import Scorer
 from bbprompt.serve.settings import ServeSettings
 from bbprompt.testing import ToyOracle
 
@@ -96,7 +97,7 @@ def attacks() -> Iterator[Attack]:
     info, home = ToyOracle().info, "/v1/score"
     known = [
         (method, route.path.replace("{digest}", DIGEST))
-        for route in routes(ToyOracle(), SETTINGS, Metrics()).routes
+        for route in routes(Scorer(ToyOracle(), SETTINGS, Metrics()), SETTINGS, Metrics()).routes
         for method in route.methods  # type: ignore[attr-defined]
     ]
     denied = frozenset({401})

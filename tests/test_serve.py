@@ -23,13 +23,14 @@ from bbprompt.errors import UsageError
 from bbprompt.serve.app import routes
 from bbprompt.serve.batches import Batches
 from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.scorer import Scorer
 from bbprompt.serve.server import listen
 from bbprompt.serve.settings import ServeSettings
 from bbprompt.testing import ToyOracle
 
 ROUTES = [
     (method, route.path.replace("{digest}", DIGEST))
-    for route in routes(ToyOracle(), ServeSettings(), Metrics()).routes
+    for route in routes(Scorer(ToyOracle(), ServeSettings(), Metrics()), ServeSettings(), Metrics()).routes
     for method in route.methods  # type: ignore[attr-defined]
 ]
 

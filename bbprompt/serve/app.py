@@ -38,18 +38,16 @@ __all__ = ["build_app", "routes"]
 _log = logging.getLogger("bbprompt")
 
 
-def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI:
+def routes(scorer: Scorer, settings: ServeSettings, metrics: Metrics) -> FastAPI:
     """The application without its guard.
 
     Args:
-        oracle: The model.
+        scorer: The model.
         settings: What it allows.
         metrics: Where it counts.
     """
-    info = oracle.info
+    info = scorer.info
     kept = Batches(settings.batches, settings.lease, settings.room)
-    together = settings.points if settings.together else 0
-    scorer = Scorer(oracle, metrics, settings.replies, settings.deadline, together)
     app = FastAPI(
         title="bbprompt serve",
         version=str(PROTOCOL),
@@ -58,8 +56,6 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
         openapi_url=None,
         redirect_slashes=False,
     )
-
-    app.state.scorer = scorer  # for whoever ends it
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -154,8 +150,8 @@ def routes(oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> FastAPI
 def build_app(oracle: Oracle, settings: ServeSettings) -> tuple[Guard, Scorer]:
     """An ASGI application that answers for `oracle`, and what is to be closed behind it."""
     metrics = Metrics()
-    inside = routes(oracle, settings, metrics)
-    return Guard(inside, settings, metrics), inside.state.scorer
+    scorer = Scorer(oracle, settings, metrics)
+    return Guard(routes(scorer, settings, metrics), settings, metrics), scorer
 
 
 def _wrong_type(request: Request) -> Response | None:

@@ -101,8 +101,8 @@ class Guard:
 
         try:
             size = self._check(scope)
-            counted = scope["path"] not in _WATCHED
-            self._inside += counted
+            takes_a_place = scope["path"] not in _WATCHED
+            self._inside += takes_a_place
             self._bytes += size
             try:
                 async with self._timed():
@@ -110,7 +110,7 @@ class Guard:
             except TimeoutError:
                 raise self._late() from None
             finally:
-                self._inside -= counted
+                self._inside -= takes_a_place
                 self._bytes -= size
         except _Refused as refused:
             if started:

@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from bbprompt.errors import DataError, OracleError
-from bbprompt.oracle import Oracle, Support, TextBatch, can_count, check_scores
+from bbprompt.oracle import Oracle, OracleInfo, Support, TextBatch, can_count, check_scores
 from bbprompt.serve.metrics import Metrics
+from bbprompt.serve.settings import ServeSettings
 from bbprompt.serve.turns import Turn, shares, take
 from bbprompt.tasks.example import Form, Part
 from bbprompt.wire import ScoreRequest, encode_reply
@@ -41,15 +42,14 @@ class Scorer:
 
     Args:
         oracle: The model.
+        settings: What it may keep and how long a forward may take, before it counts as one that never ends.
         metrics: Where calls are counted.
-        kept: Bytes of replies that are kept.
-        deadline: Seconds after which a forward that has not ended counts as one that never will.
-        together: Most candidates in a forward that answers several requests; 0 for a forward each.
     """
 
-    def __init__(self, oracle: Oracle, metrics: Metrics, kept: int, deadline: float, together: int = 0) -> None:
-        self._oracle, self._metrics, self._most, self._deadline = oracle, metrics, kept, deadline
-        self._together = together
+    def __init__(self, oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> None:
+        self._oracle, self._metrics = oracle, metrics
+        self._most, self._deadline = settings.replies, settings.deadline
+        self._together = settings.points if settings.together else 0
         self._thread = ThreadPoolExecutor(1, "model")
         self._waiting: deque[Turn] = deque()
         self._work: asyncio.Task[None] | None = None
@@ -59,6 +59,11 @@ class Scorer:
         self._size = 0
         self._worked = -float("inf")
         self._began: float | None = None  # when the forward that is running began
+
+    @property
+    def info(self) -> OracleInfo:
+        """What the model is."""
+        return self._oracle.info
 
     async def score(self, request: ScoreRequest, batch: TextBatch) -> bytes:
         """The reply to a request, computed now, computed before, or being computed for somebody who left.
