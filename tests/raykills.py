@@ -188,7 +188,7 @@ def marked(mark: str) -> list[str]:
                 lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")[:80])
         except OSError:
             continue  # ended, or somebody else's
-    return lines
+    return [line for line in lines if line]  # what ends between the two has no command line any more
 
 
 def nodes(stage: Stage, kills: int) -> Counter[str]:

@@ -12,11 +12,14 @@ import yaml
 
 from bbprompt import cli
 from bbprompt.commands import pretrain as command
+from bbprompt.config import load_method, method_with
 from bbprompt.pretrain import run
 from bbprompt.pretrain.lm_recipe import HeadConfig
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.tasks.task import load_task
+from bbprompt.texts.ppt import format_of, language_of
 
 Calls = list[tuple[PretrainConfig, Path, Path | None, dict[str, Any]]]
 
@@ -88,6 +91,35 @@ def test_a_bundled_recipe_by_name(
     assert out_text.endswith(f"Next: {tune}\n")
     speed = "16.0 examples/s, 1000 tokens/s (25% of GEMM)"
     assert f"pretrain: 1/1400 steps, loss 1.250, accuracy 0.50, {speed}, 2 min left" in err
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+@pytest.mark.parametrize("language", ["zh", "en"])
+@pytest.mark.parametrize("formats", [["choice"], ["pair"], ["single"], ["pair", "choice"]])
+def test_what_follows_writes_texts_as_the_prompts_were_trained(formats: list[Any], language: Any, hybrid: bool) -> None:
+    ppt = PptSettings(
+        corpus=["a.txt"],
+        formats=formats,
+        language=language,
+        hybrid=hybrid,
+        annotator="run" if "single" in formats else None,
+    )
+    recipe = command._recipe("ppt", Path())
+    assert isinstance(recipe, PretrainConfig)
+    words = command._following(recipe.model_copy(update={"readout": "verbalizer", "ppt": ppt}))
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    method = load_method(options["--method"])
+    if "--set" in options:
+        method = method_with(method, {options["--set"].split("=")[0]: options["--set"].split("=")[1]})
+    assert method.gradient is not None
+    assert method.gradient.start == "ppt"
+    assert method.gradient.form == ("hybrid" if hybrid else "unified" if "choice" in formats else "plain")
+    if (formats, language, hybrid) == (["choice"], "en", True):
+        assert options["--task"] == "YOUR_TASK.yaml", "no bundled task is an English choice"
+        return
+    task = load_task(options["--task"])
+    assert format_of(task, method.gradient.form) in formats
+    assert language_of(task) == language
 
 
 def test_going_on_takes_the_recipe_of_the_directory(

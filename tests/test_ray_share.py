@@ -1,8 +1,11 @@
-"""What each worker of a Ray cluster is given of its GPUs; no Ray is needed to work that out."""
+"""What each worker of a Ray cluster is given of its GPUs, and how it is greeted; no Ray is needed to work that out."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,9 @@ import tiny_prompt
 from bbprompt.backends import rayoracle
 from bbprompt.backends.cluster import Cluster
 from bbprompt.backends.rayoracle import open_ray, share_of_gpu
-from bbprompt.errors import UsageError
+from bbprompt.backends.rayworker import Greeting, Model
+from bbprompt.errors import OracleError, UsageError
+from bbprompt.testing import ToyOracle
 
 UNITS = 10000  # Ray counts resources in ten-thousandths, cut off
 
@@ -76,3 +81,48 @@ def test_what_workers_are_given(
     open_ray("auto", prompt, workers=workers, device=device)
     assert asked == [given]
     assert Joined.left == before
+
+
+HELLO = Greeting(ToyOracle().info, ("bbprompt 0.1.0", "torch 2.13.0"), "AVX512", "10.0.0.1", 11)
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            replace(HELLO, versions=("bbprompt 0.1.0", "torch 2.12.0"), node="10.0.0.2"),
+            "the workers on 10.0.0.1 and 10.0.0.2 differ: torch 2.13.0 and torch 2.12.0",
+        ),
+        (
+            replace(HELLO, info=replace(HELLO.info, prompts_digest="1" * 64), node="10.0.0.3"),
+            "the workers on 10.0.0.1 and 10.0.0.3 differ: "
+            f"prompts_digest is {HELLO.info.prompts_digest} and {'1' * 64}",
+        ),
+    ],
+)
+def test_a_worker_with_other_versions_or_weights_is_refused_by_what_differs(other: Greeting, said: str) -> None:
+    carrier = carrying()
+    carrier.greet("one", HELLO)
+    carrier.greet("two", replace(HELLO, process=12))
+    with pytest.raises(OracleError, match=f"^{re.escape(said)}; install the same versions"):
+        carrier.greet("three", other)
+
+
+def test_another_processor_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    carrier = carrying()
+    carrier.greet("one", HELLO)
+    assert not caplog.records
+    carrier.greet("two", replace(HELLO, processor="AVX2", node="10.0.0.2"))
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "workers run on different processors (10.0.0.1: AVX512; 10.0.0.2: AVX2): scores may differ in their last "
+            "digits, and a run need not repeat exactly",
+        )
+    ]
+
+
+def carrying() -> rayoracle._RayCarrier:
+    """What carries tasks to actors, of a Ray that starts none."""
+    idle = SimpleNamespace(put=lambda value: value, remote=lambda kind: SimpleNamespace(options=lambda **_: None))
+    return rayoracle._RayCarrier(idle, Model(None, "cpu", "float32", None, None, 1), None, 0.0)  # type: ignore[arg-type]

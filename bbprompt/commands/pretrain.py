@@ -17,14 +17,21 @@ from bbprompt.errors import UsageError
 if TYPE_CHECKING:
     from bbprompt.pretrain.lm_recipe import HeadConfig
     from bbprompt.pretrain.mp2 import Progress
-    from bbprompt.pretrain.recipe import PretrainConfig
+    from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 
     Recipe = PretrainConfig | HeadConfig
 
 __all__ = ["lm_head", "mp2", "ppt", "spot"]
 
 _RECIPES = Path(__file__).parent.parent / "configs" / "pretrain"
-
+#: A bundled task that PPT's patterns bring into a form, by form and language.
+_TASKS = {
+    ("pair", "zh"): "lcqmc",
+    ("single", "zh"): "chnsenticorp",
+    ("choice", "zh"): "c3",
+    ("pair", "en"): "rte",
+    ("single", "en"): "sst2",
+}
 
 _Config = Annotated[
     str | None,
@@ -154,7 +161,7 @@ def _pretrain(
         write_json({"artifact": str(artifact), "validation": scores, "mean": mean})
         return
     lines = [f"{name:24} {score:.3f}" for name, score in scores.items()]
-    following = command("tune", "--task", "lcqmc", *_method(recipe), "--prompts", artifact)
+    following = command("tune", *_following(recipe), "--prompts", artifact)
     write("\n".join([*lines, f"{'mean':24} {mean:.3f}", "", f"Written: {artifact}", f"Next: {following}"]))
 
 
@@ -204,11 +211,23 @@ def _command(recipe: Recipe) -> str:
     return recipe.kind if recipe.kind == "lm-head" else recipe.kind.partition("-")[0]
 
 
-def _method(recipe: PretrainConfig) -> tuple[str, ...]:
-    """Flags of `tune` that fit the prompts."""
+def _following(recipe: PretrainConfig) -> tuple[str, ...]:
+    """Flags of a `tune` that fits the prompts."""
+    if recipe.ppt is not None and recipe.readout == "verbalizer":
+        return _filling_gaps(recipe.ppt)
     if recipe.routed:
-        return () if recipe.deep else ("--method", "mp2-shallow")
-    return ("--method", "mp2-deep" if recipe.deep else "mp2-shallow", "--set", "router=null")
+        return ("--task", "lcqmc", *(() if recipe.deep else ("--method", "mp2-shallow")))
+    return ("--task", "lcqmc", "--method", "mp2-deep" if recipe.deep else "mp2-shallow", "--set", "router=null")
+
+
+def _filling_gaps(trained: PptSettings) -> tuple[str, ...]:
+    """For prompts beside texts with a gap: a method that writes a task so, and a task that has such a form."""
+    if "choice" in trained.formats and not trained.hybrid:
+        return ("--task", "lcqmc" if trained.language == "zh" else "rte", "--method", "ppt-unified")
+    task = _TASKS.get((trained.formats[0], trained.language), "YOUR_TASK.yaml")
+    if trained.hybrid:
+        return ("--task", task, "--method", "ppt-hybrid")
+    return ("--task", task, "--method", "ppt", "--set", "gradient.form=plain")
 
 
 def _recipe(config: str | None, folder: Path) -> Recipe:
