@@ -64,19 +64,13 @@ def notes(result: Result) -> list[str]:
     if any(stage.name == "calibration" for stage in result.stages):
         lines.append("The last dev score is of texts that the labels' offsets were fitted to: go by the test score.")
     if result.dev <= before.dev:
-        lines.append(
-            f"On dev the tuned prompt is not better than the untuned one "
-            f"({metric} {result.dev:.3f}, before {before.dev:.3f})."
-        )
+        lines.append(f"On dev tuning gained nothing ({metric} {result.dev:.3f}, before {before.dev:.3f}).")
     if after.value <= before.test:
-        lines.append(
-            f"On test the tuned prompt is not better than the untuned one "
-            f"({metric} {after.value:.3f}, before {before.test:.3f})."
-        )
+        lines.append(f"On test tuning gained nothing ({metric} {after.value:.3f}, before {before.test:.3f}).")
     elif after.value - before.test < 2 * after.stderr:
         lines.append("On test the gain is smaller than two standard errors of the score; another seed may undo it.")
     if before.majority and after.value <= before.majority:
-        lines.append("On test the tuned prompt does not beat the most frequent label.")
+        lines.append("On test the result does not beat the most frequent label.")
     return lines + _cut(result)
 
 
@@ -104,8 +98,8 @@ def _rivals(result: Result) -> list[str]:
         return []
     metric = result.test.metric
     return [
-        f"Without any tuning, {best.name} on the same model gives {metric} {best.test:.3f} on test, more than this "
-        f"prompt with {result.test.value:.3f}: `--method {best.name}` is the better choice here."
+        f"Without any tuning, {best.name} on the same model gives {metric} {best.test:.3f} on test, more than "
+        f"the {result.test.value:.3f} here: `--method {best.name}` is the better choice."
     ]
 
 
