@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bbprompt.config import NAMED_PROMPTS, load_method, method_names
 from bbprompt.errors import UsageError
 from bbprompt.sweep.experiment import experiment_from, experiment_names
+from bbprompt.tasks.task import load_task
 
+TASKS = Path(__file__).parent.parent / "configs" / "tasks"
 GRID = {"tasks": ["lcqmc"], "methods": ["mp2-deep"], "seeds": [10, 20]}
 
 
@@ -26,6 +29,43 @@ def test_bundled_experiments_are_right(name: str) -> None:
 def test_the_main_table_is_the_papers() -> None:
     assert "main-table" in experiment_names()
     assert len(experiment_from("main-table", {}, {}).tasks) == 14
+
+
+def test_the_main_table_has_every_method_that_needs_nothing_else() -> None:
+    methods = {name: load_method(name) for name in method_names()}
+    other_models = {name for name, method in methods.items() if "--backbone" in method.summary}
+    other_prompts = {name for name, method in methods.items() if method.prompts == NAMED_PROMPTS}
+    # Pairs of two labels alone; and a random subspace of the prototypes, which is no method of the papers.
+    left_out = other_models | other_prompts | {"threshold", "proto-deep"}
+    assert set(experiment_from("main-table", {}, {}).methods) == methods.keys() - left_out
+
+
+def test_the_pilot_differs_in_hard_prompts_and_words() -> None:
+    tasks = [load_task(name) for name in experiment_from("ppt-pilot", {}, {}).tasks]
+    assert all(task.hub == load_task("sst2").hub for task in tasks)
+    assert {task.data for task in tasks} == {"en_sst2"}
+    asked = {(task.cloze, task.words["negative"], task.words["positive"]) for task in tasks}
+    assert len(asked) == len(tasks) == 8
+    assert ("{text} It was {gap}.", "terrible", "great") in asked
+    swapped = load_task(next(name for name in experiment_from("ppt-pilot", {}, {}).tasks if "bad-good" in name))
+    assert (swapped.words["negative"], swapped.words["positive"]) == ("good", "bad")
+
+
+def test_a_file_names_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "of").mkdir()
+    (tmp_path / "here").mkdir()
+    task = (TASKS / "lcqmc.yaml").read_text(encoding="utf-8")
+    (tmp_path / "of" / "beside.yaml").write_text(task.replace('"lcqmc"', '"beside"', 1), encoding="utf-8")
+    (tmp_path / "here" / "below.yaml").write_text(task.replace('"lcqmc"', '"below"', 1), encoding="utf-8")
+    file = tmp_path / "of" / "mine.yaml"
+    file.write_text(yaml.safe_dump(GRID | {"tasks": ["beside.yaml", "below.yaml", "lcqmc"]}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "here")
+    cells = experiment_from(str(file), {"seeds": [1]}, {}).cells()
+    assert [cell.config.task for cell in cells] == [
+        str(tmp_path / "of" / "beside.yaml"),
+        str(tmp_path / "here" / "below.yaml"),
+        "lcqmc",
+    ]
 
 
 def test_the_english_table_shows_what_needs_no_vectors_too() -> None:

@@ -39,8 +39,8 @@ class Experiment(BaseModel):
     Attributes:
         summary: One line.
         source: What it repeats, such as a table of a paper.
-        tasks: Names, or paths of task YAMLs.
-        methods: Names, or paths of method YAMLs.
+        tasks: Names, or paths of task YAMLs, in a file as seen from there.
+        methods: Names, or paths of method YAMLs, likewise.
         seeds: Of few-shot split and search.
         variants: Name -> settings of `tune` that differ; empty for the plain methods alone. The name of the
             variant without changes, if there is one, is up to the file.
@@ -179,7 +179,17 @@ def _read(name: str) -> tuple[str, dict[str, Any]]:
             known = [*_GRID, *TuneConfig.model_fields]
             raise UsageError(f"{path}: unknown key '{key}'{closest(plain, known)}")
         target[plain] = value
+    for key in ("tasks", "methods"):
+        if isinstance(values.get(key), list):
+            values[key] = [_beside(path, name) for name in values[key]]
     return str(path), values
+
+
+def _beside(file: Path, name: Any) -> Any:
+    """A relative path as seen from the file that says it; names, and paths that lead nowhere from there, stay."""
+    if isinstance(name, str) and name.endswith((".yaml", ".yml")) and (file.parent / name).is_file():
+        return str(file.parent / name)
+    return name
 
 
 def _mappings(variants: Any) -> Sequence[Mapping[str, Any]]:
