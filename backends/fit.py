@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
+
 import torch
 
+from bbprompt import __version__
 from bbprompt.backends.backbone import Backbone
 from bbprompt.errors import ArtifactError
 from bbprompt.oracle import OracleInfo
@@ -47,6 +51,12 @@ def _describe(device: str) -> str:
     return torch.cuda.get_device_name(torch.device(device))
 
 
+def _versions() -> str:
+    """What decides the last bits of scores, besides the processor."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "transformers"))
+    return f"bbprompt {__version__}, python {platform.python_version()}, torch {torch.__version__}, {libraries}"
+
+
 def info_of(backbone: Backbone, device: str, dtype: str, limit: int, prompt: ModularPrompt | None = None) -> OracleInfo:
     """What a local model says of itself; without prompts it has no layers that carry one.
 
@@ -68,4 +78,5 @@ def info_of(backbone: Backbone, device: str, dtype: str, limit: int, prompt: Mod
         device=_describe(device),
         max_tokens=limit,
         readout=config.readout if config is not None else "span" if backbone.head is None else "verbalizer",
+        versions=_versions(),
     )

@@ -156,12 +156,11 @@ class _RayCarrier:
     def greet(self, worker: Any, greeting: Greeting) -> None:
         self.greetings.append(greeting)
         first = self.first
-        ours = (first.info, first.versions)
-        if (greeting.info, greeting.versions) != ours:
-            theirs = (greeting.info, greeting.versions)
+        if greeting.info != first.info:
+            differs = _difference(first.info, greeting.info)
             raise OracleError(
-                f"the workers on {first.node} and {greeting.node} differ: {_difference(ours, theirs)}; install "
-                "the same versions and the same weights on all machines"
+                f"the workers on {first.node} and {greeting.node} differ: {differs}; install the same versions and the "
+                "same weights on all machines"
             )
         _log.info("worker %d: process %d on %s", len(self.greetings), greeting.process, greeting.node)
         if greeting.processor != first.processor:
@@ -232,17 +231,13 @@ def _ray() -> Any:
     return ray
 
 
-def _difference(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> str:
+def _difference(ours: OracleInfo, theirs: OracleInfo) -> str:
     """The first thing in which two workers differ, in words."""
-    info, versions = ours
-    other_info, other_versions = theirs
-    for one, other in zip(versions, other_versions, strict=True):
-        if one != other:
-            return f"{one} and {other}"
-    for name in OracleInfo.__slots__:
-        if getattr(info, name) != getattr(other_info, name):
-            return f"{name} is {getattr(info, name)} and {getattr(other_info, name)}"
-    return "nothing"
+    return next(
+        f"{name} is {getattr(ours, name)} and {getattr(theirs, name)}"
+        for name in OracleInfo.__slots__
+        if getattr(ours, name) != getattr(theirs, name)
+    )
 
 
 def share_of_gpu(workers: int, gpus: int) -> float:

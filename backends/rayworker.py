@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt import __version__
 from bbprompt.errors import BBPromptError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch
 from bbprompt.prompts import ModularPrompt
@@ -40,14 +39,12 @@ class Greeting:
 
     Attributes:
         info: Of its oracle.
-        versions: Of what decides its last bits.
         processor: Instruction set that torch uses, or the GPU's name.
         node: Address of its machine.
         process: Its process id there.
     """
 
     info: OracleInfo
-    versions: tuple[str, ...]
     processor: str
     node: str
     process: int
@@ -118,11 +115,9 @@ class Worker:
             # The arrays are shared by all workers of a machine and read only; so is what torch does with them.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
             self._oracle = open_oracle("local", artifact, **asdict(model))
-        info = self._oracle.info
         gpu = torch.cuda.get_device_name() if model.device == "cuda" else ""
         return Greeting(
-            info,
-            (f"bbprompt {__version__}", f"python {platform.python_version()}", f"torch {torch.__version__}"),
+            self._oracle.info,
             gpu or f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             node,
             os.getpid(),

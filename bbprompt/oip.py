@@ -70,8 +70,7 @@ def ask_scores(request: ScoreRequest, batch: TextBatch | None) -> dict[str, NDAr
         "ask": "score",
         "call_id": request.call_id,
         "batch": request.batch,
-        "backbone": request.backbone,
-        "prompts": request.prompts,
+        "model": request.model,
         "support": request.support,
         "longest_answer": request.longest_answer,
     }
@@ -86,7 +85,7 @@ def read_question(tensors: Tensors, info: OracleInfo, most: int) -> ScoreRequest
 
     Args:
         tensors: The inputs; `texts` are not looked at.
-        info: The model that answers. Its digests are not compared with the request's.
+        info: The model that answers. Its digest is not compared with the request's.
         most: Most candidates.
 
     Raises:
@@ -104,7 +103,7 @@ def read_question(tensors: Tensors, info: OracleInfo, most: int) -> ScoreRequest
         )
     if asked.get("support") not in get_args(Support) or not (longest is None or type(longest) is int):
         raise WireError("support or longest_answer are none that there are")
-    texts = {name: asked.get(name) for name in ("call_id", "batch", "backbone", "prompts")}
+    texts = {name: asked.get(name) for name in ("call_id", "batch", "model")}
     if not all(isinstance(text, str) and len(text) <= 200 for text in texts.values()):
         raise WireError("an id or a digest is missing")
     given = ScoreRequest(
@@ -113,7 +112,7 @@ def read_question(tensors: Tensors, info: OracleInfo, most: int) -> ScoreRequest
         longest_answer=longest,
         points=np.ascontiguousarray(points, dtype=np.float32),
     )
-    if (given.backbone, given.prompts) == (info.backbone_digest, info.prompts_digest):
+    if given.model == info.digest():
         same = request_for(info, given.batch, given.points, given.support, longest)
         if same.call_id != given.call_id:
             raise WireError("the call_id is not that of the request: something changed it on the way")

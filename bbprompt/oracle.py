@@ -84,6 +84,7 @@ class OracleInfo:
         device: Where it runs, in words.
         max_tokens: Longest sequence in tokens.
         readout: How it scores options.
+        versions: Of the libraries that decide its last bits; empty where they are not known.
     """
 
     backbone: str
@@ -95,6 +96,11 @@ class OracleInfo:
     device: str
     max_tokens: int
     readout: ReadoutKind = "span"
+    versions: str = ""
+
+    def digest(self) -> str:
+        """SHA-256 of all of it: where anything differs, answers may."""
+        return hashlib.sha256(repr(self).encode("utf-8")).hexdigest()
 
     @property
     def channels(self) -> int:

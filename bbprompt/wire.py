@@ -31,9 +31,12 @@ from bbprompt.tasks.example import Answer, Form, Part
 
 __all__ = [
     "CONTENT_TYPE",
+    "MOST_BATCH",
     "PROTOCOL",
+    "OtherModel",
     "ScoreRequest",
     "WireError",
+    "check_model",
     "decode_batch",
     "decode_reply",
     "decode_request",
@@ -49,6 +52,10 @@ PROTOCOL = 1
 CONTENT_TYPE = "application/vnd.bbprompt.safetensors"
 
 _HEADER = 65536  # bytes; ours are below one kB
+#: Most bytes of a batch; ours have 64 texts and are far below. Of these bytes, most that are no text; most strings, and
+#: characters of one.
+MOST_BATCH = 8 * 2**20
+_MOST_STRUCTURE, _MOST_STRINGS, _MOST_CHARACTERS = 2**20, 2**17, 2**17
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I64": np.dtype("<i8"), "U8": np.dtype("u1")}
 _ID = re.compile(r"[0-9a-f]{64}")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")
@@ -58,6 +65,10 @@ class WireError(OracleError):
     """A message is not what was agreed on."""
 
 
+class OtherModel(OracleError):
+    """A request is for another model than the one that it has reached."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
     """Candidates to be scored on a registered batch.
@@ -65,8 +76,7 @@ class ScoreRequest:
     Attributes:
         call_id: 64 hex digits, the same whenever the same is asked: an answer that is known is not computed again.
         batch: Digest of the texts.
-        backbone: Digest of the weights that are meant to answer.
-        prompts: Digest of the prompts that are meant to answer.
+        model: Digest of what is meant to answer, settings and versions included (`OracleInfo.digest`).
         support: What probabilities are normalised over.
         longest_answer: See `bbprompt.oracle.Oracle.score`.
         points: `(n, L, d)` float32.
@@ -74,8 +84,7 @@ class ScoreRequest:
 
     call_id: str
     batch: str
-    backbone: str
-    prompts: str
+    model: str
     support: Support
     longest_answer: int | None
     points: NDArray[np.float32]
@@ -85,12 +94,24 @@ def request_for(
     info: OracleInfo, batch: str, points: NDArray[np.float32], support: Support, longest_answer: int | None
 ) -> ScoreRequest:
     """A request whose id is a digest of all that decides the answer, the model included."""
-    head = [PROTOCOL, batch, info.backbone_digest, info.prompts_digest, support, longest_answer, points.shape]
+    model = info.digest()
+    head = [PROTOCOL, batch, model, support, longest_answer, points.shape]
     sha = hashlib.sha256(json.dumps(head).encode("ascii"))
     sha.update(points.astype("<f4").tobytes())
-    return ScoreRequest(
-        sha.hexdigest(), batch, info.backbone_digest, info.prompts_digest, support, longest_answer, points
-    )
+    return ScoreRequest(sha.hexdigest(), batch, model, support, longest_answer, points)
+
+
+def check_model(request: ScoreRequest, info: OracleInfo) -> None:
+    """See that a request has reached the model that it is for.
+
+    Raises:
+        OtherModel: It has not; says what this one is.
+    """
+    if request.model != info.digest():
+        raise OtherModel(
+            "this server holds another model or other prompts, or the same with other settings or versions "
+            f"({info.backbone}; {info.precision}; {info.device}; at most {info.max_tokens} tokens; {info.versions})"
+        )
 
 
 def encode_request(request: ScoreRequest) -> bytes:
@@ -100,8 +121,7 @@ def encode_request(request: ScoreRequest) -> bytes:
     meta = {
         "call_id": request.call_id,
         "batch": request.batch,
-        "backbone": request.backbone,
-        "prompts": request.prompts,
+        "model": request.model,
         "support": request.support,
         "longest_answer": "" if request.longest_answer is None else str(request.longest_answer),
         "points": str(len(points)),
@@ -141,8 +161,7 @@ def decode_request(body: bytes, *, layers: int, dim: int, most: int) -> ScoreReq
     return ScoreRequest(
         _digest(meta, "call_id"),
         _digest(meta, "batch"),
-        _digest(meta, "backbone"),
-        _digest(meta, "prompts"),
+        _digest(meta, "model"),
         cast(Support, support),
         _number(meta, "longest_answer") if longest else None,
         points,
@@ -190,9 +209,13 @@ def decode_batch(body: bytes, *, most: int) -> TextBatch:
     Raises:
         WireError: Anything is not as agreed on.
     """
+    if len(body) > MOST_BATCH:
+        raise WireError(f"a batch of {len(body)} bytes, at most {MOST_BATCH} are taken")
     _, tensors = _read(body, "batch", {"texts": ("U8", 1)})
+    text = tensors["texts"].tobytes()
+    _check_extent(text)
     try:
-        value = json.loads(tensors["texts"].tobytes(), parse_float=_no_number, parse_constant=_no_number)
+        value = json.loads(text, parse_float=_no_number, parse_constant=_no_number)
         forms, answers = value
         if not 1 <= len(forms) <= most:
             raise WireError(f"{len(forms)} texts in a batch, this server takes 1 to {most}")
@@ -208,11 +231,20 @@ def decode_batch(body: bytes, *, most: int) -> TextBatch:
     return batch
 
 
+def _check_extent(text: bytes) -> None:
+    """Refuse JSON that would become many times as large in memory, before it does; in one pass over its bytes."""
+    unescaped = text.replace(rb"\\", b"").replace(rb"\"", b"")  # so that each quote begins or ends a string
+    if unescaped.count(b'"') > 2 * _MOST_STRINGS:
+        raise WireError(f"more than {_MOST_STRINGS} parts and options in a batch")
+    if sum(map(len, unescaped.split(b'"')[::2])) > _MOST_STRUCTURE:
+        raise WireError(f"a batch with more than {_MOST_STRUCTURE} bytes around its texts")
+
+
 def _form(value: Any) -> Form:
     parts, options, context, second, same, gap = value
     form = Form(
-        tuple(Part(_is(str, text), _is(bool, cut)) for text, cut in parts),
-        tuple(_is(str, option) for option in options),
+        tuple(Part(_text(text), _is(bool, cut)) for text, cut in parts),
+        tuple(map(_text, options)),
         *(_is(int, number) for number in (context, second, same, gap)),
     )
     if not (-1 <= form.second < len(form.parts) and -1 <= form.same < len(form.options)):
@@ -228,10 +260,17 @@ def _answer(value: Any) -> Answer | None:
     if value is None:
         return None
     text, start = value
-    answer = Answer(_is(str, text), _is(int, start))
+    answer = Answer(_text(text), _is(int, start))
     if answer.start < 0:
         raise WireError("an answer starts before its context")
     return answer
+
+
+def _text(value: Any) -> str:
+    text: str = _is(str, value)
+    if len(text) > _MOST_CHARACTERS:
+        raise WireError(f"a text of {len(text)} characters, at most {_MOST_CHARACTERS} are taken; shorten it")
+    return text
 
 
 def _is(kind: type[Any], value: Any) -> Any:

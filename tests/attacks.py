@@ -243,7 +243,7 @@ def bodies(info: Any) -> Iterator[tuple[str, bytes]]:
     for points in (np.full((2, 3, 4), np.nan), np.full((2, 3, 4), np.inf), np.ones((2, 4, 4)), np.ones((2, 3, 5))):
         asked = wire.request_for(info, DIGEST, points.astype(np.float32), "candidates", None)
         yield f"points {points.shape} {points[0, 0, 0]}", wire.encode_request(asked)
-    unknown = replace(ASKED, batch="0" * 64, backbone="0" * 64)
+    unknown = replace(ASKED, batch="0" * 64, model="0" * 64)
     yield "another model", wire.encode_request(unknown)
 
 

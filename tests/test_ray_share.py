@@ -83,15 +83,15 @@ def test_what_workers_are_given(
     assert Joined.left == before
 
 
-HELLO = Greeting(ToyOracle().info, ("bbprompt 0.1.0", "torch 2.13.0"), "AVX512", "10.0.0.1", 11)
+HELLO = Greeting(replace(ToyOracle().info, versions="torch 2.13.0"), "AVX512", "10.0.0.1", 11)
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
         (
-            replace(HELLO, versions=("bbprompt 0.1.0", "torch 2.12.0"), node="10.0.0.2"),
-            "the workers on 10.0.0.1 and 10.0.0.2 differ: torch 2.13.0 and torch 2.12.0",
+            replace(HELLO, info=replace(HELLO.info, versions="torch 2.12.0"), node="10.0.0.2"),
+            "the workers on 10.0.0.1 and 10.0.0.2 differ: versions is torch 2.13.0 and torch 2.12.0",
         ),
         (
             replace(HELLO, info=replace(HELLO.info, prompts_digest="1" * 64), node="10.0.0.3"),

@@ -137,6 +137,14 @@ def newer(path: str, body: bytes) -> bytes:
     return json.dumps(json.loads(body) | {"protocol": 2}).encode() if path == "/v1/info" else body
 
 
+def upgraded(path: str, body: bytes) -> bytes:
+    """Of a server with another torch."""
+    if path != "/v1/info":
+        return body
+    said = json.loads(body)
+    return json.dumps(said | {"model": said["model"] | {"versions": "torch 99.0"}}).encode()
+
+
 #: Where requests go, what becomes of the answers, and what is said: while the run is on, and when it is to begin.
 FAULTS: dict[str, tuple[str | None, Callable[[str, bytes], bytes] | None, str, str]] = {
     "wrong token": ("token", None, "BBPROMPT_TOKEN", "BBPROMPT_TOKEN"),
@@ -202,14 +210,16 @@ def test_a_newer_server_is_refused_by_resume_too(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["digest"] == place.digest
 
 
-def test_a_server_with_other_settings_does_not_match_the_run(
+def test_a_server_that_came_back_with_other_settings_is_not_gone_on_with(
     place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place.road.bad, place.road.left = place.others["token"], GOOD_SCORES
-    assert place.tune(tmp_path / "run") == 69
-    capsys.readouterr()
-    place.road.bad, place.road.left = place.others["tokens"], 0
+    place.road.bad, place.road.left = place.others["tokens"], GOOD_SCORES
+    failed(place.tune(tmp_path / "run"), 69, "the same with other settings or versions", capsys)
+    place.road.left = 0
     failed(place.resume(tmp_path / "run"), 78, "max_tokens", capsys)
+    mend(place.road)
+    place.road.spoil, place.road.left = upgraded, 0
+    failed(place.resume(tmp_path / "run"), 78, "torch 99.0", capsys)
     mend(place.road)
     assert place.resume(tmp_path / "run") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["digest"] == place.digest

@@ -177,10 +177,15 @@ def test_texts_are_kept_up_to_a_number_of_bytes() -> None:
     assert len(kept) == 2
 
 
+def test_texts_have_a_limit_of_their_own_before_they_are_read() -> None:
+    large = bytes(wire.MOST_BATCH + 1)
+    (answer,) = Client(ToyOracle()).send(("PUT", f"/v1/batches/{DIGEST}", large, TYPE))
+    assert (answer.status_code, answer.json()["message"]) == (413, "texts of at most 8388608 bytes are taken at once")
+
+
 NAN = np.where(np.arange(5)[:, None, None] == 2, np.float32("nan"), POINTS)
 BAD: dict[str, tuple[tuple[Any, ...], int]] = {
-    "another model": (("POST", "/v1/score", request(backbone="0" * 64)), 409),
-    "other prompts": (("POST", "/v1/score", request(prompts="0" * 64)), 409),
+    "another model": (("POST", "/v1/score", request(model="0" * 64)), 409),
     "nan": (("POST", "/v1/score", request(NAN)), 422),
     "many points": (("POST", "/v1/score", request(np.repeat(POINTS, 3, axis=0))), 400),
     "other shape": (("POST", "/v1/score", request(POINTS[:, :2])), 400),

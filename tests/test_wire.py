@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -68,15 +70,26 @@ def test_what_candidates_share_travels_once() -> None:
 
 def test_the_call_id_is_that_of_all_that_decides_the_answer() -> None:
     points = normal(2, 3, 4)
+    others = {
+        "backbone_digest": "c" * 64,
+        "prompts_digest": "c" * 64,
+        "precision": "bfloat16",
+        "device": "cuda",
+        "max_tokens": 32,
+        "versions": "torch 99.0",
+    }
     ids = {
         request(points).call_id,
         request(points[::-1]).call_id,
         request(points, 5).call_id,
         wire.request_for(INFO, CHOICES.digest(), points, "sequence", None).call_id,
         wire.request_for(INFO, SPANS.digest(), points, "candidates", None).call_id,
-        wire.request_for(replace(INFO, prompts_digest="c" * 64), CHOICES.digest(), points, "candidates", None).call_id,
+        *(
+            wire.request_for(replace(INFO, **{key: value}), CHOICES.digest(), points, "candidates", None).call_id  # type: ignore[arg-type]
+            for key, value in others.items()
+        ),
     }
-    assert len(ids) == 6
+    assert len(ids) == 5 + len(others)
     assert request(points).call_id == request(points.copy()).call_id
 
 
@@ -198,6 +211,29 @@ ODD: dict[str, tuple[list[Any], list[Any], str]] = {
     "none": ([], [], "0 texts in a batch"),
     "short form": ([FORM[:3]], [], "not written as agreed on"),
 }
+
+
+BOMBS = {
+    "lists": (b"[[" + b"[]," * 2**19 + b"[]],[]]", "more than 1048576 bytes around its texts"),
+    "numbers": (b"[[" + b"1," * 2**20 + b"1],[]]", "more than 1048576 bytes around its texts"),
+    "quotes": (b'[["' + rb"\"[" * 2**19 + b'"],[]]', "not written as agreed on"),  # a text, and no form
+    "strings": (b"[[" + b'"",' * 2**17 + b'""],[]]', "more than 131072 parts and options"),
+    "text": (json.dumps([[[[["a" * (2**17 + 1), True]], ["b"], -1, -1, -1, -1]], []]).encode(), "a text of 131073"),
+    "bytes": (b'[["' + b"a" * wire.MOST_BATCH + b'"],[]]', "at most 8388608 are taken"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_would_grow_in_memory_is_refused_before_it_does(bomb: str) -> None:
+    text, said = BOMBS[bomb]
+    body = texts(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(wire.WireError, match=re.escape(said)):
+            wire.decode_batch(body, most=4096)
+        assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("odd", ODD)

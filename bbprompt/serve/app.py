@@ -31,7 +31,16 @@ from bbprompt.serve.metrics import Metrics
 from bbprompt.serve.openapi import DIGEST, MESSAGE, Description, Health, Limits, body, document, refusals
 from bbprompt.serve.scorer import OtherRequest, Scorer
 from bbprompt.serve.settings import ServeSettings
-from bbprompt.wire import CONTENT_TYPE, PROTOCOL, WireError, decode_batch, decode_request
+from bbprompt.wire import (
+    CONTENT_TYPE,
+    MOST_BATCH,
+    PROTOCOL,
+    OtherModel,
+    WireError,
+    check_model,
+    decode_batch,
+    decode_request,
+)
 
 __all__ = ["build_app", "routes"]
 
@@ -79,6 +88,8 @@ def routes(scorer: Scorer, settings: ServeSettings, metrics: Metrics) -> FastAPI
             return refused
         if kept.get(digest) is not None:
             return Response(status_code=204)
+        if int(request.headers["content-length"]) > MOST_BATCH:  # a number, or the guard had refused it
+            return _refusal(413, "body", f"texts of at most {MOST_BATCH} bytes are taken at once")
         sent = await request.body()
         try:
             batch = decode_batch(sent, most=settings.texts)
@@ -101,10 +112,11 @@ def routes(scorer: Scorer, settings: ServeSettings, metrics: Metrics) -> FastAPI
             return refused
         try:
             asked = decode_request(await request.body(), layers=info.layers, dim=info.dim, most=settings.points)
+            check_model(asked, info)
         except WireError as error:
             return _refusal(400, "message", str(error))
-        if (asked.backbone, asked.prompts) != (info.backbone_digest, info.prompts_digest):
-            return _refusal(409, "model", f"this server holds another model or other prompts (of {info.backbone})")
+        except OtherModel as error:
+            return _refusal(409, "model", str(error))
         batch = kept.get(asked.batch)
         metrics.batches.set(len(kept))
         if batch is None:

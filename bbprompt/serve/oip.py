@@ -13,7 +13,7 @@ from bbprompt.oip import Tensors, read_question, reply_description, reply_refusa
 from bbprompt.oracle import Oracle, TextBatch, check_scores
 from bbprompt.serve.batches import Batches
 from bbprompt.serve.settings import ServeSettings
-from bbprompt.wire import ScoreRequest, WireError, decode_batch
+from bbprompt.wire import OtherModel, ScoreRequest, WireError, check_model, decode_batch
 
 __all__ = ["Responder"]
 
@@ -53,6 +53,8 @@ class Responder:
             return reply_refusal(*refused.args)
         except WireError as error:
             return reply_refusal("message", str(error))
+        except OtherModel as error:
+            return reply_refusal("model", str(error))
         except DataError as error:
             return reply_refusal("data", str(error))
         except OracleError as error:
@@ -67,8 +69,7 @@ class Responder:
         asked = read_question(tensors, info, limits.points)
         if asked is None:
             return reply_description(info, limits.points, limits.texts)
-        if (asked.backbone, asked.prompts) != (info.backbone_digest, info.prompts_digest):
-            raise _Refused("model", f"this server holds another model or other prompts (of {info.backbone})")
+        check_model(asked, info)
         if asked.call_id in self._replies:
             self._replies.move_to_end(asked.call_id)
             return dict(self._replies[asked.call_id])

@@ -28,7 +28,7 @@ _SAYS = {
     404: "Nothing is there, or the texts are not kept (any longer).",
     405: "The route has no such method.",
     408: "The request did not arrive in time.",
-    409: "The server holds another model or other prompts.",
+    409: "The server holds another model, other prompts, or the same with other settings or versions.",
     413: "The body is too large.",
     415: "The body is of another type, compressed or chunked.",
     422: "The message is sound, and what it asks for cannot be done.",

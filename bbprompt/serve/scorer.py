@@ -213,5 +213,5 @@ class Scorer:
 
 def _fingerprint(request: ScoreRequest) -> bytes:
     """SHA-256 of all of a request but its id."""
-    head = (request.batch, request.backbone, request.prompts, request.support, request.longest_answer)
+    head = (request.batch, request.model, request.support, request.longest_answer)
     return hashlib.sha256(repr((head, request.points.shape)).encode() + request.points.tobytes()).digest()

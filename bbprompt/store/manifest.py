@@ -38,6 +38,7 @@ def manifest_of(run: Opened) -> dict[str, Any]:
             "precision": info.precision,
             "device": info.device,
             "max_tokens": info.max_tokens,
+            "versions": info.versions,
         },
         "threads": run.threads,
         "versions": {
