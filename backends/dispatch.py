@@ -60,7 +60,8 @@ class Limits:
     """When to give up.
 
     Attributes:
-        answer: Seconds that a worker may take for one task.
+        answer: Seconds that a worker may take for one task; twice as long each time that it is sent again, for a worker
+            that was given up may have been healthy and slow.
         start: Seconds until a worker must have started, where no other works.
         tries: How often one task is sent before it is held to be what kills the workers.
         ahead: Messages that a worker holds, so that it need not wait for the next.
@@ -197,7 +198,7 @@ class Dispatcher(Generic[Task_, Reply]):
                 until.append(worker.since + self._limits.start)
             elif worker.held:
                 tickets.update((ticket, worker) for ticket, _ in worker.held)
-                until.append(worker.since + self._limits.answer)
+                until.append(worker.since + self._patience(worker, tries))
         settled = self._carrier.wait(list(tickets), max(min(until, default=now) - now, 0.0))
         for ticket in settled:
             worker = tickets[ticket]
@@ -225,8 +226,8 @@ class Dispatcher(Generic[Task_, Reply]):
     def _overdue(self, todo: deque[int], tries: list[int]) -> None:
         now = self._clock()
         for worker in list(self._workers):
-            if worker.held and now - worker.since >= self._limits.answer:
-                self._lose(worker, f"no answer within {self._limits.answer:g} s", todo, tries)
+            if worker.held and now - worker.since >= (patience := self._patience(worker, tries)):
+                self._lose(worker, f"no answer within {patience:g} s", todo, tries)
             elif worker.greeting is not None and now - worker.since >= self._limits.start:
                 if not self.ready:
                     more = f" (last loss: {self._last_loss})" if self._last_loss else ""
@@ -236,6 +237,11 @@ class Dispatcher(Generic[Task_, Reply]):
                     )
                 # Others work, so this is no hurry: the cluster may have become smaller, or grow later.
                 worker.since = now
+
+    def _patience(self, worker: _Worker, tries: list[int]) -> float:
+        """Seconds for the oldest message that a worker holds."""
+        seconds: float = self._limits.answer * 2 ** max(tries[number] for number in worker.held[0][1])
+        return seconds
 
     def _lose(self, worker: _Worker, reason: str, todo: deque[int], tries: list[int]) -> None:
         """Give a worker up and its tasks back, those of its oldest message counted as tried."""
@@ -250,7 +256,10 @@ class Dispatcher(Generic[Task_, Reply]):
         for number in first:
             tries[number] += 1
             if tries[number] >= self._limits.tries:
-                raise OracleError(f"{tries[number]} workers in a row were lost over the same work: {reason}")
+                raise OracleError(
+                    f"{tries[number]} workers in a row were lost over the same work: {reason}; if they are only slow, "
+                    "a smaller --batch-tokens makes smaller pieces of it"
+                )
         todo.extendleft(reversed(numbers))
 
     def _end(self, worker: _Worker) -> None:

@@ -219,11 +219,11 @@ class TuneConfig(Settings):
     def resends(self) -> bool:
         """Whether a call whose answer is not known is made again.
 
-        By default where that charges nothing twice: a local model, or `bbprompt serve`, which knows repeated calls. A
-        server behind any other protocol may charge, and the budget is a promise.
+        By default where that charges nothing twice: a local model, or one of ours on a server, `bbprompt serve` or
+        KServe, which knows repeated calls. vLLM may charge for each, and the budget is a promise.
         """
         if self.on_doubt is None:
-            return self.backend.partition("://")[0] in ("local", "http", "https")
+            return not self.backend.startswith("vllm")
         return self.on_doubt == "resend"
 
     def deciding(self) -> dict[str, Any]:

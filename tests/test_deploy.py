@@ -77,6 +77,7 @@ def test_the_entrypoint_fits_the_cluster(spec: dict[str, Any]) -> None:
     head, workers = spec["rayClusterSpec"]["headGroupSpec"], spec["rayClusterSpec"]["workerGroupSpecs"][0]
     cpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
     assert flags["workers"] * flags["threads"] <= workers["replicas"] * cpus
+    assert f"router.batch={flags['workers']}" in flags["changes"], "else half of them wait in the first stage"
     mounts = head["template"]["spec"]["containers"][0]["volumeMounts"]
     assert any(str(flags["run_dir"]).startswith(f"{mount['mountPath']}/") for mount in mounts)
 

@@ -203,6 +203,16 @@ def test_slow_is_not_late() -> None:
     assert dispatcher.lost == 0
 
 
+def test_what_was_given_up_gets_twice_the_time_when_it_is_sent_again() -> None:
+    carrier = FakeCarrier(seconds=15.0)
+    dispatcher = opened(carrier, 1, Limits(answer=5.0))
+    assert dispatcher.run(range(1)) == [0]
+    assert dispatcher.lost == 2, "5 and 10 seconds were too few, 20 are not"
+    carrier = FakeCarrier(seconds=50.0)
+    with pytest.raises(OracleError, match=r"4 workers in a row .*: no answer within 40 s; .* a smaller --batch-tokens"):
+        opened(carrier, 1, Limits(answer=5.0)).run(range(1))
+
+
 def test_work_that_kills_its_workers_is_given_up() -> None:
     carrier = FakeCarrier(poison=5)
     dispatcher = opened(carrier, 2)
