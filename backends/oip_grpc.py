@@ -174,6 +174,11 @@ class GrpcTransport:
             return OracleError(f"{self._url}: no model {plain(self._model)!r} there; correct --backend ({said})")
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return OracleError(f"{self._url}: no server of the Open Inference Protocol there; correct --backend")
+        if "handshake" in said.lower():  # as a status it is "unavailable", and does not pass
+            return OracleError(
+                f"{self._url}: no secure connection ({said}); name the certificate of its authority in "
+                "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH, or correct --backend"
+            )
         if code in _PASSES:
             return Transient(f"{code.name}: {said}", done=code is not grpc.StatusCode.RESOURCE_EXHAUSTED)
         return OracleError(f"{self._url}: refused ({code.name}): {said}")

@@ -143,8 +143,17 @@ def over_http(double: Double) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def over_grpc(double: Double, *, raw: bool = True, script: Callable[[], Any] = lambda: None) -> Iterator[str]:
-    """URL of a gRPC server in a thread; `script` may give a status that a request is aborted with."""
+def over_grpc(
+    double: Double,
+    *,
+    raw: bool = True,
+    script: Callable[[], Any] = lambda: None,
+    key: tuple[bytes, bytes] | None = None,
+) -> Iterator[str]:
+    """URL of a gRPC server in a thread; `script` may give a status that a request is aborted with.
+
+    With `key`, a private key and its certificate, it answers over TLS alone.
+    """
 
     def metadata(request: Any, context: grpc.ServicerContext) -> Any:
         if request.name != MODEL:
@@ -188,9 +197,12 @@ def over_grpc(double: Double, *, raw: bool = True, script: Callable[[], Any] = l
         server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("inference.GRPCInferenceService", methods),)
         )
-        port = server.add_insecure_port("127.0.0.1:0")
+        if key is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([key]))
         server.start()
         try:
-            yield f"kserve+grpc://127.0.0.1:{port}/{MODEL}"
+            yield f"kserve+grpc{'' if key is None else 's'}://127.0.0.1:{port}/{MODEL}"
         finally:
             server.stop(0).wait(30)

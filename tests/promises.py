@@ -76,7 +76,12 @@ SCENARIOS = (
     (("joint", 40), ("all-time", 60), ("both", 24), ("layerwise", 120), ("joint", 120), ("upstream", 16)),
 )
 #: Kills of each kind on Ray, tier by tier.
-RAY_KILLS: dict[str, tuple[int, int, int]] = {"workers": (0, 30, 80), "drivers": (0, 5, 10), "nodes": (0, 5, 10)}
+RAY_KILLS: dict[str, tuple[int, int, int]] = {
+    "workers": (0, 30, 80),
+    "drivers": (0, 5, 10),
+    "nodes": (0, 5, 10),
+    "heads": (0, 1, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,7 @@ def _ray(level: int, seed: int) -> Check:
     """Deaths on Ray; other kills in place of a node's, where no machine can be made for it, are not what is wanted."""
     wanted = {kind: counts[level] for kind, counts in RAY_KILLS.items()}
     work = _script("raykills.py", *(f"--{kind}={count}" for kind, count in wanted.items()), f"--seed={seed}")
-    least = {"kills": sum(wanted.values()), "drivers": wanted["drivers"], "nodes": wanted["nodes"]}
+    least = {"kills": sum(wanted.values()), **{kind: wanted[kind] for kind in ("drivers", "nodes", "heads")}}
     return Check("SIGKILL on Ray", work, RAY, "kills", least, needs="ray")
 
 

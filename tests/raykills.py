@@ -107,7 +107,8 @@ class Stage:
 
     def serial(self, budget: int) -> tuple[Any, ...]:
         """What a run in this process finds."""
-        bbprompt.tune(run_dir=self.root / f"serial-{budget}", **self.settings(budget))
+        if not (self.root / f"serial-{budget}").exists():
+            bbprompt.tune(run_dir=self.root / f"serial-{budget}", **self.settings(budget))
         return found(self.root / f"serial-{budget}")
 
 
@@ -208,11 +209,29 @@ def nodes(stage: Stage, kills: int) -> Counter[str]:
     return counts
 
 
+def heads(stage: Stage, kills: int) -> Counter[str]:
+    """Runs whose cluster loses its head, resumed without one; the counts. Needs network namespaces."""
+    expected, counts = stage.serial(1200), Counter[str]()
+    for number in range(kills):
+        folder, log = stage.root / f"head-{number}", stage.root / f"head-{number}.log"
+        with two_machines() as (head, other), ray_on(head, other, stage.root) as address:
+            driver = other.start(*stage.words(folder, 1200, address), log=log)
+            wait_for(folder / "curve.csv", "\n", 5 + number, seconds=600, still=driver)
+            head.kill()
+            assert not (folder / "result.json").exists(), "finished before anything happened"
+            assert driver.wait(300) != 0, "Ray ends whoever has lost its head"
+        subprocess.run([sys.executable, "-m", "bbprompt", "resume", str(folder)], check=True, capture_output=True)
+        assert found(folder) == expected, f"head {number}: differs from the run in one process"
+        counts["heads"] += 1
+    return counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=int, default=30)
     parser.add_argument("--drivers", type=int, default=5)
     parser.add_argument("--nodes", type=int, default=5)
+    parser.add_argument("--heads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     # Ray starts its workers at a low priority, which on a busy machine keeps them from ever starting.
@@ -222,11 +241,12 @@ def main() -> None:
         counts = Counter[str]()
         counts += drivers(stage, given.drivers, given.seed) if given.drivers else Counter()
         reason = why_not() if given.nodes else "none wanted"
-        counts += nodes(stage, given.nodes) if reason is None else Counter()
+        if reason is None:
+            counts += nodes(stage, given.nodes) + heads(stage, given.heads)
         missing = 0 if reason is None else given.nodes
         if given.workers + missing:
             counts += workers(stage, given.workers + missing, given.seed)
-    kinds = ("before", "during", "after", "drivers", "nodes")
+    kinds = ("before", "during", "after", "drivers", "nodes", "heads")
     note = {"no nodes": reason} if missing else {}
     print(json.dumps({"seed": given.seed, **counts, "kills": sum(counts[kind] for kind in kinds), **note}))
 
