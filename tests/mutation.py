@@ -181,7 +181,8 @@ def _tested(mutant: Mutant | None, words: tuple[str, ...]) -> int:
             name = f"bbprompt.store.{mutant.module}"
             module = sys.modules[name] = types.ModuleType(name)
             exec(mutant.code, module.__dict__)
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain"]
+        # What `conftest` gives takes seconds to load, and no test of these modules wants it.
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--assert=plain", "--noconftest"]
         return int(pytest.main([*options, *TESTS, *words]))
     except BaseException:  # a module that cannot even be run
         return 1

@@ -24,6 +24,7 @@ from tiny_prompt import batch_of
 from bbprompt import wire
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.calls import Policy
+from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.local import LocalOracle
 from bbprompt.connect import open_oracle
 from bbprompt.errors import DataError, OracleError, UsageError
@@ -138,6 +139,31 @@ def test_clients_at_once_get_what_they_would_get_alone() -> None:
                 threads.submit(c.score, b, POINTS + n) for n, (c, b) in enumerate(zip(clients, batches, strict=True))
             ]
             assert all(same(work.result(), reply) for work, reply in zip(works, alone, strict=True))
+
+
+def test_layers_below_the_one_that_changes_are_computed_once_behind_a_server(
+    tiny_prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[tuple[int, int]] = []
+    layer = Encoder.layer
+
+    def counted(self: Encoder, index: int, states: Any, *more: Any, **named: Any) -> Any:
+        computed.append((index, len(states)))
+        return layer(self, index, states, *more, **named)
+
+    monkeypatch.setattr(Encoder, "layer", counted)
+    prompt = ModularPrompt.load(tiny_prompts)
+    local = LocalOracle(load_backbone(prompt.config.backbone), prompt)
+    points = np.repeat(np.random.default_rng(0).normal(size=(1, *prompt.space.shape)), 9, axis=0)
+    points[:, 2] = np.random.default_rng(1).normal(size=(9, prompt.space.shape[-1]))
+    with serving(local) as url:
+        remote, batch = connect(url), batch_of("pair", 3)
+        remote.score(batch, points)
+        first, computed[:] = list(computed), []
+        points[:, 2] += 1
+        remote.score(batch, points)
+    assert [rows for index, rows in first if index < 2] == [1, 1], "of one candidate, for all of them"
+    assert {index for index, _ in computed} == {2}, "and kept for the next generation"
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
