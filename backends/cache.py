@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bbprompt.errors import ArtifactError, DiskError
+from bbprompt.jsontext import parse_json
 
 __all__ = ["cache_root", "check_sealed", "file_digest", "memoised_digest", "publish"]
 
@@ -94,7 +95,7 @@ def check_sealed(folder: Path, *, full: bool = False) -> None:
     """
     advice = f"delete {folder} and it will be built again"
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        listed = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in listed.items():
             path = folder / name
             if path.stat().st_size != entry["size"]:

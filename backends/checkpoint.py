@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bbprompt.errors import ArtifactError
+from bbprompt.jsontext import parse_json
 
 __all__ = ["read_config", "read_tensors", "tensor_names", "tensors_by_name", "weight_files"]
 
@@ -113,7 +113,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file; give a directory in transformers' format") from error
     except (OSError, ValueError) as error:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bbprompt import tensorfile
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.errors import ArtifactError
+from bbprompt.jsontext import parse_json
 
 __all__ = ["HeadCard", "TrainedHead", "Transform", "bundled_head", "is_head"]
 
@@ -73,9 +74,9 @@ class HeadCard(BaseModel):
     kind: Literal["lm-head"] = "lm-head"
     backbone: str
     backbone_digest: str
-    hidden: int = Field(ge=1)
-    width: int = Field(ge=1)
-    tokens: int = Field(ge=1)
+    hidden: int = Field(ge=1, le=2**20)
+    width: int = Field(ge=1, le=2**20)
+    tokens: int = Field(ge=1, le=2**24)
     training: dict[str, Any] = Field(default_factory=dict)
     sources: tuple[str, ...] = ()
     license: str = ""
@@ -99,7 +100,8 @@ class TrainedHead:
         tokens = self._tensors.get(_TOKENS)
         if tokens is None or tokens.shape != (card.tokens,) or (np.diff(tokens) <= 0).any() or tokens[0] < 0:
             raise ArtifactError(f"{where}damaged head: not the {card.tokens} token ids that config.json promises")
-        transform = Transform(card.hidden, card.width).state_dict()
+        with torch.device("meta"):  # shapes alone: what the card says has not been found in the file yet
+            transform = Transform(card.hidden, card.width).state_dict()
         shapes = {name: tuple(value.shape) for name, value in transform.items()} | {_BIAS: (card.tokens,)}
         for name, shape in shapes.items():
             held = self._tensors.get(name)
@@ -169,7 +171,7 @@ class TrainedHead:
 def is_head(folder: Path) -> bool:
     """Whether a directory holds a trained head rather than a checkpoint."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("kind") == "lm-head"

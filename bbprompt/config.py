@@ -251,7 +251,7 @@ def load_method(name_or_path: str, asked: str = "--method") -> MethodConfig:
         path = _METHODS / f"{name_or_path}.yaml"
         if name_or_path not in method_names():
             hint = closest(name_or_path, method_names()) or "; `bbprompt methods` lists them"
-            raise UsageError(f"{asked}: there is no method '{name_or_path}'{hint}")
+            raise UsageError(f"{asked}: there is no method {name_or_path!r}{hint}")
     return validate(MethodConfig, read_yaml(path), str(path))
 
 

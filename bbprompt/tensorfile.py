@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from bbprompt.jsontext import parse_json
+
 __all__ = ["checksum", "pack", "unpack"]
 
 _KEY = "sha256"
@@ -33,7 +35,7 @@ def unpack(data: bytes) -> dict[str, NDArray[Any]]:
         SafetensorError, ValueError: It is damaged.
     """
     tensors: dict[str, NDArray[Any]] = dict(load(data))
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if "__metadata__" in header and header["__metadata__"] != {_KEY: checksum(tensors)}:
         raise ValueError("it does not match its checksum")
     return tensors

@@ -25,8 +25,10 @@ from bbprompt.backends.http import HttpOracle
 from bbprompt.backends.oip import OipOracle
 from bbprompt.backends.oip_grpc import MESSAGES, _parse, read_outputs
 from bbprompt.errors import DataError, OracleError
-from bbprompt.oip import ask_description, read_reply, reply_scores
+from bbprompt.oip import ask_description, ask_scores, read_reply, reply_scores
+from bbprompt.oracle import TextBatch
 from bbprompt.scoring import labelled
+from bbprompt.serve.oip import Responder
 from bbprompt.tasks.task import Task
 from bbprompt.testing import ToyOracle
 
@@ -101,7 +103,27 @@ def _messages() -> dict[str, Target]:
             (wire.WireError,),
         ),
         "wire batch": Target(tuple(map(wire.encode_batch, batches)), texts, (wire.WireError,)),
+        "KServe request": Target(tuple(map(_json_of, (asked, same))), _answered(asked, batches), (wire.WireError,)),
     }
+
+
+def _json_of(asked: wire.ScoreRequest) -> bytes:
+    return ask_scores(asked, None)["request"].tobytes()
+
+
+def _answered(asked: wire.ScoreRequest, batches: tuple[TextBatch, ...]) -> Callable[[bytes], object]:
+    """What the model at a KServe server says to any JSON: an answer, or a refusal with its word and line."""
+    texts = np.frombuffer(wire.encode_batch(batches[0]), dtype=np.uint8)
+    responder = Responder(ToyOracle())
+
+    def answer(data: bytes) -> object:
+        request = np.frombuffer(data, dtype=np.uint8)
+        said, scores = read_reply(responder.answer({"request": request, "points": asked.points, "texts": texts}))
+        if "error" in said:
+            raise wire.WireError(f"{said['error']}: {said['message']}")
+        return said if scores is None else scores.logits
+
+    return answer
 
 
 def _http() -> dict[str, Target]:

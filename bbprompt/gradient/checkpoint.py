@@ -38,7 +38,9 @@ class Checkpoint:
         if directory.holds(CHECKPOINT):
             try:
                 self._tensors = unpack(directory.read_bytes(CHECKPOINT))
-            except (SafetensorError, ValueError) as error:
+                if self._tensors["calls"].shape or self._tensors["calls"].dtype != np.int64:
+                    raise ValueError("calls is no whole number")
+            except (SafetensorError, ValueError, KeyError) as error:
                 raise self._damaged(error) from None
 
     @property
@@ -90,12 +92,12 @@ class Checkpoint:
                     moment: torch.from_numpy(value.copy()).to("cpu" if moment == "step" else parameter.device)
                     for moment, value in state.items()
                 }
-        except (KeyError, RuntimeError) as error:
+            for name, array in self._tensors.items():
+                if name.startswith("kept."):
+                    _, key, part = name.split(".", 2)
+                    kept.setdefault(int(key), {})[part] = array
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise self._damaged(error) from None
-        for name, array in self._tensors.items():
-            if name.startswith("kept."):
-                _, key, part = name.split(".", 2)
-                kept.setdefault(int(key), {})[part] = array
         return kept
 
     def remove(self) -> None:

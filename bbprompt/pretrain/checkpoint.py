@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from bbprompt.errors import ArtifactError, DiskError, UsageError
+from bbprompt.jsontext import parse_json
 from bbprompt.store.disk import Disk, disk_error
 
 __all__ = [
@@ -84,7 +85,9 @@ def load_checkpoint(file: Path, device: torch.device) -> tuple[dict[str, Tensor]
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = dict(opened.metadata() or {})
-        words = json.loads(metadata["words"]) if "words" in metadata else metadata  # as version 0.1 wrote it
+        words = parse_json(metadata["words"]) if "words" in metadata else metadata  # as version 0.1 wrote it
+        if not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
+            raise ValueError("its words are none")
         return load_file(file, device=str(device)), words
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from bbprompt.errors import ResumeMismatch, UsageError
+from bbprompt.errors import DiskError, ResumeMismatch, UsageError
+from bbprompt.jsontext import parse_json
 from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
 from bbprompt.store.disk import Disk
 from bbprompt.yamlfile import read_yaml, validate
@@ -63,11 +64,13 @@ def cut_log(disk: Disk, directory: Path, step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_bytes().split(b"\n"):  # a text may hold what str.splitlines takes for an end of line
         try:
-            record = json.loads(line)
-        except ValueError:  # torn by a kill
+            record = parse_json(line)
+        except ValueError:  # torn by a kill, or the end
             continue
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise DiskError(f"{file}: holds a line that no training wrote; remove it, or the file, and resume")
         if record["step"] <= step > 0 and "speed" not in record:
-            kept.append(line + "\n")
-    write_atomic(disk, file, "".join(kept).encode())
+            kept.append(line + b"\n")
+    write_atomic(disk, file, b"".join(kept))

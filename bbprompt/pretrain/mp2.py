@@ -21,6 +21,7 @@ from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
+from bbprompt.jsontext import parse_json
 from bbprompt.pretrain.ahead import Ahead
 from bbprompt.pretrain.checkpoint import check_finite, load_checkpoint, restore_state, save_checkpoint, training_state
 from bbprompt.pretrain.cloze import ClozeBatch, StockModel, cloze_loss
@@ -284,8 +285,8 @@ class Trainer:
                 raise ResumeMismatch(f"{file}: was made with {what} {words[what]}, this is {now}")
         try:
             step = int(words["step"])
-            data, best = json.loads(words.get("data", "null")), json.loads(words.get("best", "null"))
-            untrained = json.loads(words.get("untrained", "{}"))
+            data, best = parse_json(words.get("data", "null")), parse_json(words.get("best", "null"))
+            untrained = parse_json(words.get("untrained", "{}"))
             restore_state(tensors, self.prompts, self.optimizer)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save
 
 from bbprompt.backends.cache import check_sealed, publish
 from bbprompt.errors import ArtifactError
+from bbprompt.jsontext import parse_json
 from bbprompt.texts.mrc import Encoded
 
 __all__ = ["FORMAT", "TokenStore", "stored"]
@@ -38,7 +39,7 @@ class TokenStore:
         try:
             tables = load_file(folder / "index.safetensors")
             with safe_open(folder / "index.safetensors", framework="numpy") as opened:
-                self.notes: dict[str, int] = json.loads((opened.metadata() or {})["notes"])
+                self.notes: dict[str, int] = parse_json((opened.metadata() or {})["notes"])
             self._bounds, self._span_bounds = tables["bounds"], tables["span_bounds"]
             self._spans, self._context, self._gold = tables["spans"], tables["context"], tables["gold"]
             self.keys: NDArray[np.int64] = tables["keys"]

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bbprompt.errors import DiskError, UsageError
+from bbprompt.jsontext import parse_json
 from bbprompt.store.disk import RealDisk, disk_error
 from bbprompt.sweep.experiment import Cell, Experiment
 from bbprompt.sweep.job import Job, finished, locked, put, start_local
@@ -193,9 +194,11 @@ def read_sweep(out: Path) -> Experiment | None:
     if not file.is_file():
         return None
     try:
-        data = json.loads(RealDisk().read(file))
+        data = parse_json(RealDisk().read(file))
         if data["format"] != FORMAT:
-            raise UsageError(f"{file}: format {data['format']} is not {FORMAT}; use a matching version of bbprompt")
+            raise UsageError(
+                f"{file}: format {data['format']!r:.40} is not {FORMAT}; use a matching version of bbprompt"
+            )
         return Experiment.model_validate(data["experiment"])
     except (ValueError, LookupError, TypeError, ValidationError):
         raise DiskError(f"{file}: damaged or edited; restore it or choose another --out") from None
