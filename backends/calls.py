@@ -49,7 +49,7 @@ class Policy:
         quota: How many more repetitions than answers there may be, over all requests of a client.
         resend: Whether a request that the server may have carried out is made again. A server that charges for every
             request must not see it: the run ends, and counts the calls as spent when it is resumed.
-        sleep: How to pause.
+        sleep: How to pause; None for a pause that ends when the client is closed.
         clock: Seconds, never going back.
     """
 
@@ -62,7 +62,7 @@ class Policy:
     obey: float = 60.0
     quota: int = 50
     resend: bool = True
-    sleep: Callable[[float], None] = time.sleep
+    sleep: Callable[[float], None] | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -126,6 +126,11 @@ class Retries:
         self._url, self._policy = url, policy
         self._random = random.Random()  # not the global one, which a search may have seeded
         self._quota = _Quota(policy.quota)
+        self._ended = threading.Event()
+
+    def end(self) -> None:
+        """Send no more and pause no longer: whoever is in `run` leaves it, once nothing is under way."""
+        self._ended.set()
 
     def run(self, send: Callable[[], _A], read: Callable[[_A], _T]) -> _T:
         """What `read` makes of the answer to `send`.
@@ -142,7 +147,14 @@ class Retries:
 
         def once() -> _T:
             nonlocal malformed
-            answer = send()
+            try:
+                if self._ended.is_set():
+                    raise Transient("not sent")
+                answer = send()
+            except Transient as error:
+                if self._ended.is_set():
+                    raise OracleError(f"{self._url}: closed, while there was no answer yet") from error
+                raise
             try:
                 found = read(answer)
                 self._quota.give()
@@ -162,7 +174,7 @@ class Retries:
             ),
             stop=lambda state: state.attempt_number >= self._policy.attempts or late(state) or not self._quota.take(),
             wait=self._pause,
-            sleep=self._policy.sleep,
+            sleep=self._policy.sleep or self._wait,
             reraise=True,
         )
         try:
@@ -172,6 +184,9 @@ class Retries:
             raise OracleError(
                 f"{self._url}: {error} (tries: {tried}); check that the server runs, then go on with `bbprompt resume`"
             ) from error
+
+    def _wait(self, seconds: float) -> None:
+        self._ended.wait(seconds)
 
     def _pause(self, state: tenacity.RetryCallState) -> float:
         """Full jitter: anything up to a bound that doubles; or what the server asked for."""
@@ -247,7 +262,8 @@ class Caller:
         return self._retries.run(lambda: self._send(method, path, body, kind, most, headers or {}), read)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; requests that are under way end with an error."""
+        self._retries.end()
         self._client.close()
 
     def _send(

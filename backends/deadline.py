@@ -6,9 +6,12 @@ operation on the socket gets what is left of the whole exchange.
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import ssl
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
@@ -38,12 +41,17 @@ class DeadlineTransport(httpx2.HTTPTransport):
         super().__init__(limits=limits, proxy=proxy)
         self._exchange = threading.local()
         # The one way in: httpx2 builds its pool itself and offers no argument for what the pool reads through.
-        self._pool._network_backend = _Network(self._pool._network_backend, self._exchange)
+        self._network = self._pool._network_backend = _Network(self._pool._network_backend, self._exchange)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send a request; its answer ends in time or with a `TimeoutException`."""
         self._exchange.ends = request.extensions[ENDS]
         return super().handle_request(request)
+
+    def close(self) -> None:
+        """Close all connections; a thread that waits for an answer on one of them gets a `TransportError`."""
+        self._network.end()
+        super().close()
 
 
 def proxy_for(url: httpx2.URL) -> str | None:
@@ -60,6 +68,22 @@ class _Network(httpcore2.NetworkBackend):
 
     def __init__(self, inner: httpcore2.NetworkBackend, exchange: threading.local) -> None:
         self._inner, self._exchange = inner, exchange
+        self._lock, self._streams, self._ended = threading.Lock(), weakref.WeakSet[_Stream](), False
+
+    def end(self) -> None:
+        """Let nobody wait on a connection any longer, nor on one that is opened from now on."""
+        with self._lock:
+            self._ended = True
+            for stream in self._streams:
+                stream.end()
+
+    def hold(self, stream: _Stream) -> _Stream:
+        """Know a connection that is open, and return it."""
+        with self._lock:
+            self._streams.add(stream)
+            if self._ended:
+                stream.end()
+        return stream
 
     def connect_tcp(
         self,
@@ -70,14 +94,15 @@ class _Network(httpcore2.NetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore2.NetworkStream:
         left = _left(self._exchange, timeout, httpcore2.ConnectTimeout)
-        return _Stream(self._inner.connect_tcp(host, port, left, local_address, socket_options), self._exchange)
+        inner = self._inner.connect_tcp(host, port, left, local_address, socket_options)
+        return self.hold(_Stream(inner, self._exchange, self))
 
 
 class _Stream(httpcore2.NetworkStream):
     """A connection whose every operation gets what is left of the exchange at hand."""
 
-    def __init__(self, inner: httpcore2.NetworkStream, exchange: threading.local) -> None:
-        self._inner, self._exchange = inner, exchange
+    def __init__(self, inner: httpcore2.NetworkStream, exchange: threading.local, network: _Network) -> None:
+        self._inner, self._exchange, self._network = inner, exchange, network
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         return self._inner.read(max_bytes, _left(self._exchange, timeout, httpcore2.ReadTimeout))
@@ -90,11 +115,17 @@ class _Stream(httpcore2.NetworkStream):
     def close(self) -> None:
         self._inner.close()
 
+    def end(self) -> None:
+        """Wake who waits on it: closing a socket alone wakes no thread that reads from it."""
+        with contextlib.suppress(OSError):  # it is closed already
+            self.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore2.NetworkStream:
         left = _left(self._exchange, timeout, httpcore2.ConnectTimeout)
-        return _Stream(self._inner.start_tls(ssl_context, server_hostname, left), self._exchange)
+        inner = self._inner.start_tls(ssl_context, server_hostname, left)
+        return self._network.hold(_Stream(inner, self._exchange, self._network))
 
     def get_extra_info(self, info: str) -> Any:
         return self._inner.get_extra_info(info)

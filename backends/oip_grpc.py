@@ -153,7 +153,8 @@ class GrpcTransport:
         )
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection; requests that are under way end with an error."""
+        self._retries.end()
         self._channel.close()
 
     def _send(self, method: str, request: Any, most: int) -> bytes:

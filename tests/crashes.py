@@ -21,7 +21,7 @@ from audit import Execution, audit, doubtful, paid, settled
 from faultdisk import IMAGES, Crash, FaultDisk, Image
 from safetensors import SafetensorError
 
-from bbprompt.errors import DiskError, ResumeMismatch
+from bbprompt.errors import DiskError, JournalCorrupt, ResumeMismatch
 from bbprompt.oracle import OracleInfo, Scores, TextBatch
 from bbprompt.run import Prepared
 from bbprompt.scoring import labelled
@@ -246,6 +246,43 @@ def flips(run: Prepared, singles: int, doubles: int, seed: int) -> dict[str, int
         except (DiskError, ValueError, SafetensorError, ResumeMismatch):
             noticed += 1
     return {"files": singles + doubles, "noticed": noticed}
+
+
+def shuffles(run: Prepared, count: int, seed: int) -> dict[str, int]:
+    """Lines of a journal swapped, doubled, taken out or brought in from another run: named, or a torn end at most."""
+    expected, _ = alone(run)
+    run_id = json.loads(expected[MANIFEST])["run_id"]
+    records = _records(expected[JOURNAL], run_id)
+    lines = expected[JOURNAL].splitlines(keepends=True)
+    disk = FaultDisk()
+    disk.put(RUN / JOURNAL, b"", durable=True)
+    other_run = Journal(RUN / JOURNAL, "f" * len(run_id), disk)
+    for record in records:
+        other_run.append(record)
+    foreign = disk.files()[str(RUN / JOURNAL)].splitlines(keepends=True)
+    random_, noticed = random.Random(seed), 0
+    for number in range(count):
+        changed, (one, other) = list(lines), random_.sample(range(len(lines)), 2)
+        kind = random_.choice(("swapped", "doubled", "taken out", "foreign"))
+        match kind:
+            case "swapped":
+                changed[one], changed[other] = changed[other], changed[one]
+            case "doubled":
+                changed.insert(other, changed[one])
+            case "taken out":
+                del changed[one]
+            case "foreign":
+                changed[one] = foreign[one]
+        where = f"seed {seed}, number {number}: {kind} {one}, {other}"
+        try:
+            found = _records(b"".join(changed), run_id)
+        except (JournalCorrupt, ResumeMismatch) as error:
+            noticed += 1
+            said = str(error)
+            assert "journal.log:" in said, where
+        else:
+            assert found == records or (kind, one, found) == ("taken out", len(lines) - 1, records[:-1]), where
+    return {"files": count, "noticed": noticed}
 
 
 def _records(data: bytes, run_id: str) -> list[Any]:

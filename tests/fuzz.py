@@ -141,7 +141,7 @@ def main() -> None:
                 inputs[name] += mutations(name, 500, given.seed + inputs[name])["inputs"]
             print(f"{name}: ok: {inputs[name]} mutants (install atheris for coverage as a guide)", flush=True)
     counts = {"targets": len(inputs), "seconds of each": share, "inputs": sum(inputs.values())}
-    print(json.dumps({**counts, "fewest": min(inputs.values())}))
+    print(json.dumps({"seed": given.seed, "guided": guide, **counts, "fewest": min(inputs.values())}))
     sys.exit(failed)
 
 

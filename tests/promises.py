@@ -124,7 +124,8 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
     level = TIERS.index(tier)
     if level:
         yield _ray(level, seed)
-        guided, targets = _script("fuzz.py", "--seconds", str((0, 600, 3_600)[level])), len(fuzztargets.NAMES)
+        seconds, targets = str((0, 600, 3_600)[level]), len(fuzztargets.NAMES)
+        guided = _script("fuzz.py", "--seconds", seconds, "--seed", str(seed))
         package = "atheris" if _brought("atheris", "fuzz") else ""
         yield Check("fuzz with coverage", guided, least={"targets": targets}, needs=package)
         yield Check("mutants of journal and ledger", _script("mutation.py"))
@@ -220,6 +221,7 @@ def _disk(level: int, seed: int) -> Iterator[Check]:
         yield Check("journal cut after every byte, resumed: joint 40", _on(joint, crashes.byte_cuts), CRASHES)
     flips = (5_000, 1_000) if not level else (100_000, 20_000)
     yield Check("flipped bits", _on(joint, crashes.flips, *flips, seed), FILES, "files")
+    yield Check("lines moved", _on(joint, crashes.shuffles, (500, 5_000, 20_000)[level], seed), FILES, "files")
     mutants = (350, 5_000, 5_000)[level]
     for name in fuzztargets.NAMES:
         work = partial(fuzz.mutations, name, mutants, seed)

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 import rawserver
 
-from bbprompt.backends.calls import Policy
+from bbprompt.backends.calls import Caller, Policy
 from bbprompt.backends.deadline import ENDS, DeadlineTransport, proxy_for
 from bbprompt.backends.http import HttpOracle
 from bbprompt.errors import OracleError
@@ -27,8 +27,8 @@ def _no_thread_is_left() -> Iterator[None]:
 
 @pytest.mark.parametrize("trick", rawserver.TRICKS)
 def test_whatever_a_socket_does_ends_in_time(trick: str) -> None:
-    for at, times in ((3, 1), (3, 99)):
-        assert rawserver.exchange(trick, at, times)["tricks"]
+    assert rawserver.exchange(trick, 3)["tricks"] == 1
+    assert rawserver.exchange(trick, 3, 99)["tricks"] == rawserver.SENDS.get(trick, 3)
 
 
 @pytest.mark.parametrize("trick", [name for name, trick in rawserver.TRICKS.items() if trick.slow])
@@ -72,3 +72,59 @@ def test_proxies_of_the_environment(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert proxy_for(httpx2.URL(url)) == proxy
+
+
+@pytest.mark.parametrize("trick", ["silence", "silence in the body"])
+def test_closing_ends_what_is_under_way(trick: str) -> None:
+    server = rawserver.RawServer(lambda request: httpx2.Response(200, content=b"x" * 99), lambda number: trick)
+    said: list[str] = []
+
+    def ask() -> None:
+        try:
+            caller.call("GET", "/", lambda answer: None, most=100)
+        except OracleError as error:
+            said.append(str(error))
+
+    with server.running() as url:
+        caller = Caller(url, None, Policy(deadline=60.0), 1)
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not server.exchanges:
+            time.sleep(0.01)
+        began = time.monotonic()
+        caller.close()
+        thread.join(20)
+        assert time.monotonic() - began < 5
+    assert said == [f"{url}: closed, while there was no answer yet"]
+
+
+def test_closing_ends_a_pause() -> None:
+    refused = httpx2.MockTransport(lambda request: httpx2.Response(503, headers={"retry-after": "50"}))
+    caller = Caller("http://a", None, Policy(), 1, refused)
+    ended: list[OracleError] = []
+
+    def ask() -> None:
+        try:
+            caller.call("GET", "/", lambda answer: None, most=100)
+        except OracleError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.2)
+    caller.close()
+    thread.join(5)
+    assert [str(error) for error in ended] == ["http://a: closed, while there was no answer yet"]
+
+
+def test_nobody_waits_on_a_connection_that_is_opened_after_the_end() -> None:
+    server = rawserver.RawServer(lambda request: httpx2.Response(200), lambda number: "silence")
+    transport = DeadlineTransport(httpx2.Limits())
+    with server.running() as url:
+        transport.close()
+        transport._exchange.ends = time.monotonic() + 60
+        stream = transport._network.connect_tcp("127.0.0.1", httpx2.URL(url).port or 0)
+        began = time.monotonic()
+        assert stream.read(1) == b""
+        assert time.monotonic() - began < 5
+        stream.close()

@@ -7,14 +7,21 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_prompt
 from processes import rows, start, until
+from servers import serving
 from tiny_run import finished
 
 from bbprompt import cli
+from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.local import LocalOracle
+from bbprompt.oracle import Scores
+from bbprompt.prompts import ModularPrompt
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +91,48 @@ def test_two_signals_from_outside_while_tune_loads(tiny_pair_data: Path, tiny_pr
     assert err.splitlines()[-1].endswith("; no half-written file is left: start again")
 
 
-@pytest.mark.parametrize("signals", [(INT,), (TERM,), (INT, INT)])
+class Held(LocalOracle):
+    """A model that lets a caller wait, from some call on."""
+
+    free = 5
+
+    def __init__(self, prompts: Path) -> None:
+        prompt = ModularPrompt.load(prompts)
+        super().__init__(load_backbone(prompt.config.backbone), prompt)
+        self.waits, self.gate = threading.Event(), threading.Event()
+
+    def score(self, *request: Any) -> Scores:
+        self.free -= 1
+        if self.free < 0:
+            self.waits.set()
+            self.gate.wait(60)
+        return super().score(*request)
+
+
+@pytest.mark.parametrize("signals", [(INT, INT), (TERM, INT), (INT, TERM)])
+def test_a_second_signal_does_not_wait_for_a_call_that_is_under_way(
+    signals: tuple[signal.Signals, ...], tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path
+) -> None:
+    oracle, run = Held(tiny_prompts), tmp_path / "run"
+    with serving(oracle) as url:
+        process = start([*flags(tiny_pair_data, tiny_prompts, run), "--backend", url])
+        try:
+            assert oracle.waits.wait(60)
+            process.send_signal(signals[0])
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5)  # the call is waited for; and what comes within a second is the same wish
+            process.send_signal(signals[1])
+            out, err = process.communicate(timeout=30)
+            assert not oracle.gate.is_set(), "it ended before the call did"
+        finally:
+            oracle.gate.set()
+            process.kill()
+    assert (process.returncode, out) == (75, ""), err
+    assert err.splitlines()[-1] == f"stopped by {signals[1].name}; go on with: bbprompt resume {run}"
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("signals", [(INT,), (TERM,)])
 def test_a_run_that_is_stopped_and_resumed_ends_as_if_undisturbed(
     signals: tuple[signal.Signals, ...],
     tiny_pair_data: Path,
