@@ -154,8 +154,8 @@ TRICKS: dict[str, Trick] = {
     "length too great": Trick(lambda peer, reply: (peer.sendall(_lengthy(reply, 9)), peer.close())),
     "length too small": Trick(lambda peer, reply: (peer.sendall(_lengthy(reply, -1)), peer.close())),
 }
-#: How often a request that meets a trick for ever is sent, where it is not the policy's number of tries: what is malformed
-#: twice, what is too long once; an answer that is whole before the trick ends it lets the run go on.
+#: How often a request that meets a trick for ever is sent, where it is not the policy's number of tries: what is
+#: malformed twice, what is too long once; an answer that is whole before the trick ends it lets the run go on.
 SENDS = {
     "length too small": 2,
     "endless body": 1,

@@ -177,6 +177,12 @@ def test_texts_are_kept_up_to_a_number_of_bytes() -> None:
     assert len(kept) == 2
 
 
+def test_what_is_promised_of_times_and_places_is_the_default() -> None:
+    settings = ServeSettings()
+    assert (settings.receive, settings.deadline, settings.together) == (10.0, 600.0, False)
+    assert "token" not in repr(ServeSettings(token="a-secret"))
+
+
 def test_texts_have_a_limit_of_their_own_before_they_are_read() -> None:
     large = bytes(wire.MOST_BATCH + 1)
     (answer,) = Client(ToyOracle()).send(("PUT", f"/v1/batches/{DIGEST}", large, TYPE))

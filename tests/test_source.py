@@ -115,3 +115,13 @@ def test_the_scan_sees(line: str) -> None:
 )
 def test_the_scan_leaves_alone(line: str) -> None:
     assert not list(offences(line))
+
+
+def test_the_token_is_compared_in_constant_time_and_in_one_place() -> None:
+    source = (ROOT / "bbprompt" / "serve" / "guard.py").read_text(encoding="utf-8")
+    compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
+    plain = [ast.unparse(node) for node in compared if "_token" in ast.unparse(node)]
+    assert plain == ["self._token is not None"], "anything else tells by its time how much was right"
+    assert source.count("hmac.compare_digest(") == 1
+    others = [path for path in (ROOT / "bbprompt" / "serve").glob("*.py") if path.name != "guard.py"]
+    assert not [path for path in others if "settings.token" in path.read_text(encoding="utf-8")]
