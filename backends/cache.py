@@ -102,7 +102,7 @@ def check_sealed(folder: Path, *, full: bool = False) -> None:
             quick = path.suffix == _TENSORS and not full
             if (_header_digest(path) if quick else file_digest(path)) != entry["header" if quick else "sha256"]:
                 raise ArtifactError(f"{path}: was altered after it was written; {advice}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{folder}: damaged cache ({error!r}); {advice}") from error
 
 

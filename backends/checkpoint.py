@@ -116,6 +116,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: no such file; give a directory in transformers' format") from error
+    except RecursionError:
+        raise ArtifactError(f"{path}: unreadable (nested too deep); download the checkpoint again") from None
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: unreadable ({error}); download the checkpoint again") from error
     if not isinstance(value, dict):

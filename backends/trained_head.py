@@ -170,7 +170,7 @@ def is_head(folder: Path) -> bool:
     """Whether a directory holds a trained head rather than a checkpoint."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and config.get("kind") == "lm-head"
 

@@ -62,12 +62,16 @@ def cut_log(disk: Disk, directory: Path, step: int) -> None:
     file = directory / _LOG
     if not file.is_file():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # torn by a kill
-            continue
-        if record["step"] <= step > 0 and "speed" not in record:
-            kept.append(line + "\n")
-    write_atomic(disk, file, "".join(kept).encode())
+    kept = [line for line in disk.read(file).split(b"\n") if _before(line, step)]
+    write_atomic(disk, file, b"".join(line + b"\n" for line in kept))
+
+
+def _before(line: bytes, step: int) -> bool:
+    """Whether a line of the log is a record of a step up to this one; not one of speed, nor what a kill left torn."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    return bool(record["step"] <= step > 0 and "speed" not in record)

@@ -197,7 +197,7 @@ def read_sweep(out: Path) -> Experiment | None:
         if data["format"] != FORMAT:
             raise UsageError(f"{file}: format {data['format']} is not {FORMAT}; use a matching version of bbprompt")
         return Experiment.model_validate(data["experiment"])
-    except (ValueError, LookupError, TypeError, ValidationError):
+    except (ValueError, LookupError, TypeError, RecursionError, ValidationError):
         raise DiskError(f"{file}: damaged or edited; restore it or choose another --out") from None
 
 
