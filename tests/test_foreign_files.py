@@ -4,65 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-import tiny_prompt
 import torch
+from filetargets import Stage, trainer
 
 from bbprompt.backends.cache import MANIFEST, check_sealed
 from bbprompt.backends.checkpoint import read_config
 from bbprompt.backends.trained_head import is_head
-from bbprompt.config import TuneConfig
-from bbprompt.descent_settings import PromptDescentConfig
 from bbprompt.errors import ArtifactError, DiskError
-from bbprompt.gradient.checkpoint import CHECKPOINT, Checkpoint
-from bbprompt.gradient.soft import SoftPrompt
 from bbprompt.pretrain.checkpoint import load_checkpoint, restore_state, save_checkpoint, training_state
 from bbprompt.pretrain.directory import append_log, cut_log
-from bbprompt.pretrain.mp2 import Trainer
-from bbprompt.router import PAPER
 from bbprompt.store.disk import RealDisk
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.sweep.runner import SWEEP, read_sweep
 from bbprompt.tensorfile import pack, unpack
 
 DEEP = "[" * 100_000 + "]" * 100_000
-Tensors = dict[str, np.ndarray]
-
-
-class Stage:
-    """A descent's parameters and Adam after one step, in a run directory that keeps its checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self.soft = SoftPrompt(tiny_prompt.artifact(Path("toy"), "toy", layers=1), PAPER, 0)
-        self.moved = self.soft.moved(PromptDescentConfig(rate=0.1, epochs=1))
-        self.adam = torch.optim.Adam(self.moved.values())
-        self.soft.current().sum().backward()  # type: ignore[no-untyped-call]
-        self.adam.step()
-        self.directory = RunDirectory.create(folder, {"config": TuneConfig(task="lcqmc").model_dump(mode="json")})
-        kept = {4: self.soft.written()}
-        Checkpoint(self.directory).save(9, self.soft, self.moved, self.adam, kept)
-        self.tensors: Tensors = unpack(self.directory.read_bytes(CHECKPOINT))
-
-    def reopened(self, tensors: Tensors) -> Checkpoint:
-        self.directory.write_bytes(CHECKPOINT, pack(tensors))
-        return Checkpoint(self.directory)
-
-    def restored(self, tensors: Tensors) -> dict[int, dict[str, Any]]:
-        return self.reopened(tensors).restore(self.soft, self.moved, self.adam)
 
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Stage:
-    return Stage(tmp_path / "run")
+    return Stage(RunDirectory.create(tmp_path / "run", {"config": {"task": "t"}}))
 
 
 def test_a_sound_checkpoint_of_a_descent(stage: Stage) -> None:
-    assert stage.reopened(stage.tensors).calls == 9
-    kept = stage.restored(stage.tensors)
+    assert stage.reopened(pack(stage.tensors)).calls == 9
+    kept = stage.restored(pack(stage.tensors))
     assert list(kept) == [4]
     assert kept[4].keys() == stage.soft.written().keys()
 
@@ -88,12 +57,12 @@ def test_names_and_calls_of_a_descents_checkpoint_are_checked_when_it_is_opened(
 ) -> None:
     tensors = {name: array for name, array in (stage.tensors | changes).items() if array is not None}
     with pytest.raises(DiskError, match=r"checkpoint\.safetensors: damaged .*remove it, and the run goes on"):
-        stage.reopened(tensors)
+        stage.reopened(pack(tensors))
 
 
 def test_a_descents_checkpoint_of_nothing_is_no_checkpoint(stage: Stage) -> None:
     with pytest.raises(DiskError, match=r"checkpoint\.safetensors: damaged"):
-        stage.reopened({})
+        stage.reopened(pack({}))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +84,7 @@ def test_a_descents_checkpoint_of_nothing_is_no_checkpoint(stage: Stage) -> None
 def test_a_descents_checkpoint_that_fits_something_else(stage: Stage, changes: dict[str, np.ndarray | None]) -> None:
     tensors = {name: array for name, array in (stage.tensors | changes).items() if array is not None}
     with pytest.raises(DiskError, match=r"checkpoint\.safetensors: damaged .*remove it, and the run goes on"):
-        stage.restored(tensors)
+        stage.restored(pack(tensors))
 
 
 def test_a_type_of_number_that_numpy_lacks_is_a_damaged_file() -> None:
@@ -151,22 +120,15 @@ def test_the_words_of_a_training_checkpoint(tmp_path: Path, words: str) -> None:
     ids=lambda words: str(words)[:20],
 )
 def test_a_training_checkpoint_with_other_words_in_it(tmp_path: Path, words: dict[str, str]) -> None:
-    trainer = Trainer.__new__(Trainer)
-    trainer.prompts = torch.nn.Linear(1, 1)  # type: ignore[assignment]
-    trainer.optimizer = torch.optim.Adam(trainer.prompts.parameters())
-    trainer.directory, trainer._identity = tmp_path, {}
-    trainer.encoder = SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
-    trainer.batches = SimpleNamespace(digests={})
-    trainer.prompts(torch.ones(1)).sum().backward()
-    trainer.optimizer.step()
-    tensors = training_state(trainer.prompts, trainer.optimizer)
+    made = trainer(tmp_path)
+    tensors = training_state(made.prompts, made.optimizer)
     file = tmp_path / "checkpoint.safetensors"
     save_checkpoint(RealDisk(), file, tensors, {"step": "1", "best": "[0.5, 1]"})
-    trainer.load()
-    assert (trainer.step, trainer.best) == (1, (0.5, 1))
+    made.load()
+    assert (made.step, made.best) == (1, (0.5, 1))
     save_checkpoint(RealDisk(), file, tensors, {"step": "1"} | words)
     with pytest.raises(ArtifactError, match=r"checkpoint\.safetensors: damaged"):
-        trainer.load()
+        made.load()
 
 
 @pytest.mark.parametrize("name", ["weight", "adam.exp_avg.weight", "adam.step.weight"])

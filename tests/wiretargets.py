@@ -17,6 +17,8 @@ import oipdouble
 import tiny_prompt
 import torch
 from fuzztargets import Target
+from safetensors import SafetensorError
+from safetensors.numpy import save
 
 from bbprompt import wire
 from bbprompt.backends.calls import Answer, Policy
@@ -25,9 +27,10 @@ from bbprompt.backends.http import HttpOracle
 from bbprompt.backends.oip import OipOracle
 from bbprompt.backends.oip_grpc import MESSAGES, _parse, read_outputs
 from bbprompt.errors import DataError, OracleError
-from bbprompt.oip import ask_description, read_reply, reply_scores
+from bbprompt.oip import ask_description, ask_scores, read_question, read_reply, reply_scores
 from bbprompt.scoring import labelled
 from bbprompt.tasks.task import Task
+from bbprompt.tensorfile import unpack
 from bbprompt.testing import ToyOracle
 
 __all__ = ["targets"]
@@ -94,6 +97,13 @@ def _messages() -> dict[str, Target]:
         assert wire.decode_batch(wire.encode_batch(batch), most=8) == batch
         return batch.digest()
 
+    def question(data: bytes) -> object:
+        try:
+            tensors = unpack(data)
+        except (SafetensorError, ValueError):  # the server's own affair, for there is no such file on the wire
+            raise wire.WireError("no tensors") from None
+        return read_question(tensors, info, 4)
+
     return {
         "wire request": Target(
             (wire.encode_request(asked), wire.encode_request(same)),
@@ -101,6 +111,11 @@ def _messages() -> dict[str, Target]:
             (wire.WireError,),
         ),
         "wire batch": Target(tuple(map(wire.encode_batch, batches)), texts, (wire.WireError,)),
+        "KServe request": Target(
+            tuple(bytes(save(dict(tensors))) for tensors in (ask_description(), ask_scores(asked, batches[0]))),
+            question,
+            (wire.WireError,),
+        ),
     }
 
 
