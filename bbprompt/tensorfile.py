@@ -34,7 +34,10 @@ def unpack(data: bytes) -> dict[str, NDArray[Any]]:
     Raises:
         SafetensorError, ValueError: It is damaged.
     """
-    tensors: dict[str, NDArray[Any]] = dict(load(data))
+    try:
+        tensors: dict[str, NDArray[Any]] = dict(load(data))
+    except KeyError as error:
+        raise ValueError(f"numbers of the type {error.args[0]}, which numpy lacks") from None
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if "__metadata__" in header and header["__metadata__"] != {_KEY: checksum(tensors)}:
         raise ValueError("it does not match its checksum")

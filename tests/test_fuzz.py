@@ -24,7 +24,7 @@ from bbprompt.backends.oip_grpc import MESSAGES
 
 MUTANTS = 200
 #: What reads anything: a damaged curve is begun anew, and a refusal in no known form is one all the same.
-NEVER_REFUSED = ("curve", "server refusal", "vLLM refusal")
+NEVER_REFUSED = ("curve", "training log", "server refusal", "vLLM refusal")
 
 
 def test_every_target_is_named() -> None:

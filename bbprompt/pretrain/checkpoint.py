@@ -22,6 +22,7 @@ __all__ = [
     "pretrain_disk_error",
     "restore_state",
     "save_checkpoint",
+    "shaped",
     "training_state",
     "write_atomic",
 ]
@@ -87,7 +88,7 @@ def load_checkpoint(file: Path, device: torch.device) -> tuple[dict[str, Tensor]
             metadata = dict(opened.metadata() or {})
         words = parse_json(metadata["words"]) if "words" in metadata else metadata  # as version 0.1 wrote it
         if not isinstance(words, dict) or not all(isinstance(word, str) for word in words.values()):
-            raise ValueError("its words are none")
+            raise ValueError("its words are no texts by name")
         return load_file(file, device=str(device)), words
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
@@ -125,6 +126,20 @@ def restore_state(tensors: Mapping[str, Tensor], module: nn.Module, optimizer: t
     """
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(tensors[name])
+            parameter.copy_(shaped(tensors, name, parameter.shape))
             if parameter.requires_grad:
-                optimizer.state[parameter] = {key: tensors[f"adam.{key}.{name}"] for key in _MOMENTS}
+                shapes = dict.fromkeys(_MOMENTS, parameter.shape) | {"step": torch.Size()}
+                optimizer.state[parameter] = {
+                    key: shaped(tensors, f"adam.{key}.{name}", shape) for key, shape in shapes.items()
+                }
+
+
+def shaped(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """A tensor of this shape: of another, it could be spread over it unseen.
+
+    Raises:
+        KeyError, RuntimeError: It is missing or has another shape.
+    """
+    if tensors[name].shape != shape:
+        raise RuntimeError(f"{name} has the shape {tuple(tensors[name].shape)} and should have {tuple(shape)}")
+    return tensors[name]

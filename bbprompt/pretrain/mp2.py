@@ -23,7 +23,14 @@ from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.jsontext import parse_json
 from bbprompt.pretrain.ahead import Ahead
-from bbprompt.pretrain.checkpoint import check_finite, load_checkpoint, restore_state, save_checkpoint, training_state
+from bbprompt.pretrain.checkpoint import (
+    check_finite,
+    load_checkpoint,
+    restore_state,
+    save_checkpoint,
+    shaped,
+    training_state,
+)
 from bbprompt.pretrain.cloze import ClozeBatch, StockModel, cloze_loss
 from bbprompt.pretrain.directory import append_log, cut_log
 from bbprompt.pretrain.mixture import Batches
@@ -287,6 +294,9 @@ class Trainer:
             step = int(words["step"])
             data, best = parse_json(words.get("data", "null")), parse_json(words.get("best", "null"))
             untrained = parse_json(words.get("untrained", "{}"))
+            best = None if best is None else (float(best[0]), int(best[1]))
+            if step < 0 or not isinstance(untrained, dict) or not isinstance(data, dict | None):
+                raise ValueError("its words are not those of a training")
             restore_state(tensors, self.prompts, self.optimizer)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
@@ -294,7 +304,7 @@ class Trainer:
         if data is not None and data != present:
             other = sorted(name for name in {*data, *present} if data.get(name) != present.get(name))
             raise ResumeMismatch(f"{file}: was made with other data of {', '.join(other)}; give the same --data")
-        self.step, self.best = step, None if best is None else (float(best[0]), int(best[1]))
+        self.step, self.best = step, best
         self.untrained = untrained
 
     def restore_best(self) -> None:
@@ -311,7 +321,7 @@ class Trainer:
         try:
             with torch.no_grad():
                 for name, parameter in self.prompts.named_parameters():
-                    parameter.copy_(tensors[name])
+                    parameter.copy_(shaped(tensors, name, parameter.shape))
         except (LookupError, RuntimeError) as error:
             raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
         log.info("took the prompts of step %d (validation %.4f)", self.best[1], self.best[0])

@@ -47,7 +47,7 @@ class TokenStore:
             self._ids: NDArray[np.int32] = (
                 np.memmap(folder / "ids.bin", dtype="<i4", mode="r", shape=(total,)) if total else np.zeros(0, "<i4")
             )
-        except (SafetensorError, OSError, LookupError, ValueError) as error:
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
             raise ArtifactError(f"{folder}: damaged token store ({error}); delete it to have it built again") from error
         self.lengths: NDArray[np.int64] = np.diff(self._bounds)
 
