@@ -2,7 +2,8 @@
 
 ``python tests/covered.py`` runs the tests of the modules that promises rest on: what is not reached of these, line or
 branch, is a failure. ``python tests/covered.py --rest [--jobs N]`` runs the whole suite, and of all other modules
-together `LEAST` per cent must be reached. The last line is a JSON object with the counts.
+together `LEAST` per cent must be reached; `promises.py` does so in its release tier. The last line is a JSON object
+with the counts.
 """
 
 from __future__ import annotations

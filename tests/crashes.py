@@ -278,8 +278,9 @@ def shuffles(run: Prepared, count: int, seed: int) -> dict[str, int]:
             found = _records(b"".join(changed), run_id)
         except (JournalCorrupt, ResumeMismatch) as error:
             noticed += 1
+            first = next(at for at, pair in enumerate(zip(changed, lines, strict=False), 1) if pair[0] != pair[1])
             said = str(error)
-            assert "journal.log:" in said, where
+            assert f"journal.log:{first}: " in said, where
         else:
             assert found == records or (kind, one, found) == ("taken out", len(lines) - 1, records[:-1]), where
     return {"files": count, "noticed": noticed}

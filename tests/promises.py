@@ -136,6 +136,9 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
         work = _script("serverkills.py", f"--kills={servers}", f"--seed={seed}")
         yield Check("SIGKILL of servers and clients", work, KILLS, "killed", {"servers": servers})
     yield Check("lines and branches reached", _script("covered.py"), least={"modules": 8})
+    if tier == "release":  # half an hour by itself
+        rest = _script("covered.py", "--rest", "--jobs", "1")
+        yield Check("lines and branches reached of all other modules", rest, least={"modules": 220})
     kills = DEMANDED[KILLS][level]
     work = _script("kills.py", f"--kills={kills}", f"--seed={seed}")
     yield Check("SIGKILL at random", work, KILLS, "kills", {"kills": kills})

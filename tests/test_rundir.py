@@ -324,23 +324,31 @@ def test_a_reader_takes_no_lock_and_cannot_write(tmp_path: Path) -> None:
 HOLD = """
 import sys, time
 from bbprompt.store.rundir import RunDirectory
-run = RunDirectory.open(sys.argv[1])
+run = RunDirectory.open(sys.argv[1]) if sys.argv[2] == "open" else RunDirectory.create(sys.argv[1], {"config": {}})
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def test_a_second_process_is_locked_out_until_the_first_is_gone(tmp_path: Path) -> None:
-    path = made(tmp_path / "run")
+@pytest.mark.parametrize("begun", ["open", "create"])
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, None])
+def test_a_second_process_is_locked_out_until_the_first_is_gone(
+    ending: signal.Signals | None, begun: str, tmp_path: Path
+) -> None:
+    path = made(tmp_path / "run") if begun == "open" else tmp_path / "run"
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLD, str(path), begun], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(RunLocked, match=rf"{path}: another process \(pid {holder.pid}\)") as caught:
             RunDirectory.open(path)
         assert caught.value.exit_code == 75
-        holder.send_signal(signal.SIGKILL)
+        if ending is not None:
+            holder.send_signal(ending)
+        else:
+            assert holder.stdin is not None
+            holder.stdin.close()
         holder.wait()
         RunDirectory.open(path).close()
 

@@ -71,6 +71,41 @@ def test_while_tune_loads(
 
 
 @pytest.mark.parametrize("number", [INT, TERM])
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (["eval", "run"], "bbprompt.predict"),
+        (["predict", "run", "--input", "in.jsonl", "--output", "-"], "bbprompt.predict"),
+        (["export", "run", "--format", "safetensors", "--out", "out"], "bbprompt.export"),
+        (["report", ".", "--out", "out.html"], "bbprompt.report"),
+        (["compare", "run", "--out", "out"], "bbprompt.compare"),
+        (["pretrain", "mp2", "--config", "mp2-shallow"], "bbprompt.pretrain.run"),
+        (
+            ["sweep", "--tasks", "lcqmc", "--methods", "majority", "--seeds", "1", "--out", "out"],
+            "bbprompt.sweep.runner",
+        ),
+        (["serve"], "bbprompt.serve.server"),
+        (["doctor"], "bbprompt.doctor"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_while_any_command_begins(words: list[str], module: str, number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", AT_IMPORT, module, str(int(number)), *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert process.returncode == 75, process.stderr
+    assert "Traceback" not in process.stderr
+    assert re.match(rf"stopped by {number.name}; ", process.stderr.splitlines()[-1])
+    assert process.stdout == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("number", [INT, TERM])
 def test_a_signal_when_all_is_said_changes_nothing(number: signal.Signals) -> None:
     # What is registered first is called last: as late as can be, just before Python gives up its handlers.
     late = f"import atexit, os; atexit.register(lambda: os.kill(os.getpid(), {int(number)}))\n"
