@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from bbprompt.errors import ArtifactError
 from bbprompt.oracle import ReadoutKind
@@ -87,8 +88,11 @@ def frozen_prompt(
         placeholders: Sequence[int] = tensors["placeholders"].tolist()
         rows = 2 if readout == "span" else 0
         fits = weight.shape == (rows, hidden) and bias.shape == (rows,) and len(placeholders) == length
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"the tuned prompt is damaged ({error}); tune again") from None
     if not fits or not all(np.isfinite(array).all() for array in (prompt, weight, bias)):
         raise ArtifactError("the tuned prompt is damaged: its parts do not fit each other; tune again")
-    return written_out(prompt, placeholders, (weight, bias), backbone, readout, pooling)
+    try:
+        return written_out(prompt, placeholders, (weight, bias), backbone, readout, pooling)
+    except ValidationError as error:
+        raise ArtifactError(f"the tuned prompt is damaged ({error.errors()[0]['msg'][:200]}); tune again") from None

@@ -12,7 +12,7 @@ from filetargets import Stage, trainer
 
 from bbprompt.backends.cache import MANIFEST, check_sealed
 from bbprompt.backends.checkpoint import read_config
-from bbprompt.backends.trained_head import is_head
+from bbprompt.backends.trained_head import TrainedHead, Transform, is_head
 from bbprompt.errors import ArtifactError, DiskError
 from bbprompt.pretrain.checkpoint import load_checkpoint, restore_state, save_checkpoint, training_state
 from bbprompt.pretrain.directory import append_log, cut_log
@@ -163,3 +163,46 @@ def test_a_log_of_a_training_that_is_not_utf_8(tmp_path: Path) -> None:
     log.write_bytes(b'{"step": 1, "\xff": 2}\n' + log.read_bytes())
     cut_log(RealDisk(), tmp_path, 1)
     assert log.read_text(encoding="utf-8") == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
+    "placeholders",
+    [np.array([-1, 3]), np.array([0.5, 3]), np.array(3), np.array([[1, 2]]), np.array([1, 2, 3])],
+    ids=lambda array: str(array.tolist()),
+)
+def test_a_tuned_prompt_with_other_placeholders(placeholders: np.ndarray) -> None:
+    tensors = {
+        "prompt": np.zeros((1, 2, 4), np.float32),
+        "head.weight": np.zeros((2, 4), np.float32),
+        "head.bias": np.zeros(2, np.float32),
+    }
+    frozen_prompt(tensors | {"placeholders": np.array([1, 3])}, ("toy", "d"), "span", None)
+    with pytest.raises(ArtifactError, match="^the tuned prompt is damaged.* tune again$"):
+        frozen_prompt(tensors | {"placeholders": placeholders}, ("toy", "d"), "span", None)
+
+
+def head(folder: Path, tokens: np.ndarray, **changes: int) -> Path:
+    """Write a trained head of zeros."""
+    card = {"backbone": "toy", "backbone_digest": "d", "hidden": 2, "width": 3, "tokens": len(tokens)}
+    tensors = {name: np.zeros_like(value.numpy()) for name, value in Transform(2, 3).state_dict().items()}
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(pack(tensors | {"bias": np.zeros(len(tokens)), "tokens": tokens}))
+    (folder / "config.json").write_text(json.dumps(card | changes))
+    return folder
+
+
+def test_a_head_for_tokens_that_the_encoder_lacks(tmp_path: Path) -> None:
+    TrainedHead.load(head(tmp_path / "sound", np.array([0, 4]))).open(torch.zeros(5, 2), "toy", "d")
+    beyond = TrainedHead.load(head(tmp_path / "beyond", np.array([0, 5])))
+    with pytest.raises(ArtifactError, match="damaged head: names token 5, and toy has 5"):
+        beyond.open(torch.zeros(5, 2), "toy", "d")
+    with pytest.raises(ArtifactError, match="damaged head: not the 2 token ids"):
+        TrainedHead.load(head(tmp_path / "half", np.array([0.5, 1.5])))
+
+
+@pytest.mark.parametrize("size", [10**30, 2**63, 2**40, 10**6])
+@pytest.mark.parametrize("name", ["hidden", "width"])
+def test_a_head_of_a_vast_size_is_refused_before_memory_is_asked_for(tmp_path: Path, name: str, size: int) -> None:
+    folder = head(tmp_path / "head", np.array([0, 4]), **{name: size})
+    with pytest.raises(ArtifactError, match="damaged"):
+        TrainedHead.load(folder)
