@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bbprompt import tensorfile
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.errors import ArtifactError
+from bbprompt.oneline import one_line
 
 __all__ = ["HeadCard", "TrainedHead", "Transform", "bundled_head", "is_head"]
 
@@ -150,10 +151,10 @@ class TrainedHead:
             ArtifactError: It was trained for another encoder, or names tokens that this one lacks.
         """
         if digest != self.card.backbone_digest:
+            trained = one_line(f"{self.card.backbone[:200]} (weights {self.card.backbone_digest[:12]})")
             raise ArtifactError(
-                f"{self.folder or self.name}: this head was trained for {self.card.backbone} (weights "
-                f"{self.card.backbone_digest[:12]}), not for {backbone} (weights {digest[:12]}); train one with "
-                "`bbprompt pretrain lm-head`"
+                f"{self.folder or self.name}: this head was trained for {trained}, not for {backbone} (weights "
+                f"{digest[:12]}); train one with `bbprompt pretrain lm-head`"
             )
         if (last := int(self._tensors[_TOKENS][-1])) >= len(embedding):
             raise ArtifactError(

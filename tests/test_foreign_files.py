@@ -14,6 +14,7 @@ from bbprompt.backends.cache import MANIFEST, check_sealed
 from bbprompt.backends.checkpoint import read_config
 from bbprompt.backends.trained_head import TrainedHead, Transform, is_head
 from bbprompt.errors import ArtifactError, DiskError
+from bbprompt.frozen import frozen_prompt
 from bbprompt.pretrain.checkpoint import load_checkpoint, restore_state, save_checkpoint, training_state
 from bbprompt.pretrain.directory import append_log, cut_log
 from bbprompt.store.disk import RealDisk
@@ -177,11 +178,11 @@ def test_a_tuned_prompt_with_other_placeholders(placeholders: np.ndarray) -> Non
         "head.bias": np.zeros(2, np.float32),
     }
     frozen_prompt(tensors | {"placeholders": np.array([1, 3])}, ("toy", "d"), "span", None)
-    with pytest.raises(ArtifactError, match="^the tuned prompt is damaged.* tune again$"):
+    with pytest.raises(ArtifactError, match=r"^the tuned prompt is damaged.* tune again$"):
         frozen_prompt(tensors | {"placeholders": placeholders}, ("toy", "d"), "span", None)
 
 
-def head(folder: Path, tokens: np.ndarray, **changes: int) -> Path:
+def head(folder: Path, tokens: np.ndarray, **changes: int | str) -> Path:
     """Write a trained head of zeros."""
     card = {"backbone": "toy", "backbone_digest": "d", "hidden": 2, "width": 3, "tokens": len(tokens)}
     tensors = {name: np.zeros_like(value.numpy()) for name, value in Transform(2, 3).state_dict().items()}
@@ -206,3 +207,9 @@ def test_a_head_of_a_vast_size_is_refused_before_memory_is_asked_for(tmp_path: P
     folder = head(tmp_path / "head", np.array([0, 4]), **{name: size})
     with pytest.raises(ArtifactError, match="damaged"):
         TrainedHead.load(folder)
+
+
+def test_what_a_head_says_of_its_encoder_is_shown_in_one_line(tmp_path: Path) -> None:
+    folder = head(tmp_path / "head", np.array([0, 4]), backbone="a\nb", backbone_digest="c\nd")
+    with pytest.raises(ArtifactError, match=r"was trained for a b \(weights c d\), not for toy \(weights d\)"):
+        TrainedHead.load(folder).open(torch.zeros(5, 2), "toy", "d")

@@ -203,12 +203,12 @@ def test_the_last_line_of_the_fuzz(
         return 5, ""
 
     one = {"json": fuzztargets.Target((b"{}",), json.loads, (ValueError, RecursionError))}
-    monkeypatch.setattr(fuzz.importlib.util, "find_spec", lambda name: object() if guided else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if guided else None)
     monkeypatch.setattr(fuzz, "instrumented", lambda: one)
-    monkeypatch.setattr(fuzz.fuzztargets, "targets", lambda: one)
+    monkeypatch.setattr(fuzztargets, "targets", lambda: one)
     monkeypatch.setattr(fuzz, "forked", forked)
-    monkeypatch.setattr(fuzz.logging, "disable", lambda level: None)
-    monkeypatch.setattr(fuzz.warnings, "simplefilter", lambda action: None)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    monkeypatch.setattr("warnings.simplefilter", lambda action: None)
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "--seconds", "1", "--seed", "17"])
     with pytest.raises(SystemExit) as ended:
         fuzz.main()
