@@ -140,6 +140,11 @@ FOUND = {
         b'{"n":1,"record":{"ids":[],"kind":"a\\nb","op":"a\\nb"},"run":"r"} 0\n',
     ],
     "curve": [b"header\n1,a,0,,nan\n", b"header\n1,a,0,,1e999\n", b"header\n1,a,0,,5\n2,a,0,,-5\n"],
+    "sweep": [b'{"format":"a\\nb","experiment":{}}'],
+    "head config": [
+        b'{"backbone":"toy","backbone_digest":"a\\nb","hidden":2,"width":3,"tokens":4}',
+        b'{"backbone":"toy","backbone_digest":"d","hidden":2,"width":1000000000000000000000000000000,"tokens":4}',
+    ],
     "--set": [b"a\nb", b"x='\n'y", b"x=[\n1]"],
     "prompt": [
         (78).to_bytes(8, "little")

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bbprompt.errors import DiskError, UsageError
+from bbprompt.oneline import one_line
 from bbprompt.store.disk import RealDisk, disk_error
 from bbprompt.sweep.experiment import Cell, Experiment
 from bbprompt.sweep.job import Job, finished, locked, put, start_local
@@ -195,7 +196,9 @@ def read_sweep(out: Path) -> Experiment | None:
     try:
         data = json.loads(RealDisk().read(file))
         if data["format"] != FORMAT:
-            raise UsageError(f"{file}: format {data['format']} is not {FORMAT}; use a matching version of bbprompt")
+            raise UsageError(
+                f"{file}: format {one_line(str(data['format']))[:80]} is not {FORMAT}; use a matching version of bbprompt"
+            )
         return Experiment.model_validate(data["experiment"])
     except (ValueError, LookupError, TypeError, RecursionError, ValidationError):
         raise DiskError(f"{file}: damaged or edited; restore it or choose another --out") from None
