@@ -82,8 +82,9 @@ def frozen_prompt(
         ArtifactError: A tensor is missing or does not fit the others.
     """
     try:
-        prompt = np.asarray(tensors["prompt"], dtype=np.float32)
-        weight, bias = (np.asarray(tensors[f"head.{name}"], dtype=np.float32) for name in ("weight", "bias"))
+        with np.errstate(over="ignore"):  # what float32 does not hold is refused as infinite
+            prompt = np.asarray(tensors["prompt"], dtype=np.float32)
+            weight, bias = (np.asarray(tensors[f"head.{name}"], dtype=np.float32) for name in ("weight", "bias"))
         _, length, hidden = prompt.shape
         placeholders: Sequence[int] = tensors["placeholders"].tolist()
         rows = 2 if readout == "span" else 0

@@ -196,9 +196,8 @@ def read_sweep(out: Path) -> Experiment | None:
     try:
         data = json.loads(RealDisk().read(file))
         if data["format"] != FORMAT:
-            raise UsageError(
-                f"{file}: format {one_line(str(data['format']))[:80]} is not {FORMAT}; use a matching version of bbprompt"
-            )
+            found = one_line(str(data["format"]))[:80]
+            raise UsageError(f"{file}: format {found} is not {FORMAT}; use a matching version of bbprompt")
         return Experiment.model_validate(data["experiment"])
     except (ValueError, LookupError, TypeError, RecursionError, ValidationError):
         raise DiskError(f"{file}: damaged or edited; restore it or choose another --out") from None
