@@ -27,10 +27,12 @@ from bbprompt import tensorfile
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.errors import ArtifactError
 from bbprompt.jsontext import parse_json
+from bbprompt.oneline import one_line
 
 __all__ = ["HeadCard", "TrainedHead", "Transform", "bundled_head", "is_head"]
 
 _TOKENS, _BIAS = "tokens", "bias"
+_WIDEST = 2**20
 _BUNDLED = Path(__file__).parent.parent / "bundled" / "heads"
 
 
@@ -74,9 +76,9 @@ class HeadCard(BaseModel):
     kind: Literal["lm-head"] = "lm-head"
     backbone: str
     backbone_digest: str
-    hidden: int = Field(ge=1, le=2**20)
-    width: int = Field(ge=1, le=2**20)
-    tokens: int = Field(ge=1, le=2**24)
+    hidden: int = Field(ge=1, le=_WIDEST)
+    width: int = Field(ge=1, le=_WIDEST)
+    tokens: int = Field(ge=1)
     training: dict[str, Any] = Field(default_factory=dict)
     sources: tuple[str, ...] = ()
     license: str = ""
@@ -98,9 +100,10 @@ class TrainedHead:
         self.card, self._tensors, self.folder = card, dict(tensors), folder
         where = f"{folder}: " if folder else ""
         tokens = self._tensors.get(_TOKENS)
-        if tokens is None or tokens.shape != (card.tokens,) or (np.diff(tokens) <= 0).any() or tokens[0] < 0:
+        whole = tokens is not None and tokens.shape == (card.tokens,) and np.issubdtype(tokens.dtype, np.integer)
+        if tokens is None or not whole or tokens[0] < 0 or (tokens[1:] <= tokens[:-1]).any():
             raise ArtifactError(f"{where}damaged head: not the {card.tokens} token ids that config.json promises")
-        with torch.device("meta"):  # shapes alone: what the card says has not been found in the file yet
+        with torch.device("meta"):  # sizes alone: nobody has looked yet whether there is so much of it
             transform = Transform(card.hidden, card.width).state_dict()
         shapes = {name: tuple(value.shape) for name, value in transform.items()} | {_BIAS: (card.tokens,)}
         for name, shape in shapes.items():
@@ -146,13 +149,18 @@ class TrainedHead:
             digest: Of its weights.
 
         Raises:
-            ArtifactError: It was trained for another encoder.
+            ArtifactError: It was trained for another encoder, or names tokens that this one lacks.
         """
         if digest != self.card.backbone_digest:
+            trained = one_line(f"{self.card.backbone[:200]} (weights {self.card.backbone_digest[:12]})")
             raise ArtifactError(
-                f"{self.folder or self.name}: this head was trained for {self.card.backbone} (weights "
-                f"{self.card.backbone_digest[:12]}), not for {backbone} (weights {digest[:12]}); train one with "
-                "`bbprompt pretrain lm-head`"
+                f"{self.folder or self.name}: this head was trained for {trained}, not for {backbone} (weights "
+                f"{digest[:12]}); train one with `bbprompt pretrain lm-head`"
+            )
+        if (last := int(self._tensors[_TOKENS][-1])) >= len(embedding):
+            raise ArtifactError(
+                f"{self.folder or self.name}: damaged head: names token {last}, and {backbone} has {len(embedding)}; "
+                "get it again"
             )
         transform = Transform(self.card.hidden, self.card.width)
         names = transform.state_dict()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from bbprompt.errors import ArtifactError
 from bbprompt.oracle import ReadoutKind
@@ -81,14 +82,18 @@ def frozen_prompt(
         ArtifactError: A tensor is missing or does not fit the others.
     """
     try:
-        prompt = np.asarray(tensors["prompt"], dtype=np.float32)
-        weight, bias = (np.asarray(tensors[f"head.{name}"], dtype=np.float32) for name in ("weight", "bias"))
+        with np.errstate(over="ignore"):  # what float32 does not hold is refused as infinite
+            prompt = np.asarray(tensors["prompt"], dtype=np.float32)
+            weight, bias = (np.asarray(tensors[f"head.{name}"], dtype=np.float32) for name in ("weight", "bias"))
         _, length, hidden = prompt.shape
         placeholders: Sequence[int] = tensors["placeholders"].tolist()
         rows = 2 if readout == "span" else 0
         fits = weight.shape == (rows, hidden) and bias.shape == (rows,) and len(placeholders) == length
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"the tuned prompt is damaged ({error}); tune again") from None
     if not fits or not all(np.isfinite(array).all() for array in (prompt, weight, bias)):
         raise ArtifactError("the tuned prompt is damaged: its parts do not fit each other; tune again")
-    return written_out(prompt, placeholders, (weight, bias), backbone, readout, pooling)
+    try:
+        return written_out(prompt, placeholders, (weight, bias), backbone, readout, pooling)
+    except ValidationError as error:
+        raise ArtifactError(f"the tuned prompt is damaged ({error.errors()[0]['msg'][:200]}); tune again") from None

@@ -124,10 +124,7 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
     level = TIERS.index(tier)
     if level:
         yield _ray(level, seed)
-        seconds, targets = str((0, 600, 3_600)[level]), len(fuzztargets.NAMES)
-        guided = _script("fuzz.py", "--seconds", seconds, "--seed", str(seed))
-        package = "atheris" if _brought("atheris", "fuzz") else ""
-        yield Check("fuzz with coverage", guided, least={"targets": targets}, needs=package)
+        yield _fuzz(level, seed)
         yield Check("mutants of journal and ledger", _script("mutation.py"))
         times = (0, 5, 50)[level]
         deep = _script("deepproperties.py", f"--times={times}", f"--seed={seed}")
@@ -162,6 +159,15 @@ def checks(tier: str, seed: int) -> Iterator[Check]:
     yield Check("CMA-ES beside cma", partial(references.evolution, seeds, functions, 0.2 if level else 0.35))
     boxes = ("three wells",) if not level else tuple(references.BOX_FUNCTIONS)
     yield Check("UCB beside random search", partial(references.bayesian, (1, 5, 15)[level], boxes))
+
+
+def _fuzz(level: int, seed: int) -> Check:
+    """Every target, guided by coverage where there is an atheris for the machine; the name says which it is."""
+    work = _script("fuzz.py", "--seconds", str((0, 600, 3_600)[level]), f"--seed={seed}")
+    least = {"targets": len(fuzztargets.NAMES)}
+    if not _brought("atheris", "fuzz"):
+        return Check("fuzz without coverage, which needs atheris", work, least=least)
+    return Check("fuzz with coverage", work, least=least | {"guided": 1}, needs="atheris")
 
 
 def _ray(level: int, seed: int) -> Check:

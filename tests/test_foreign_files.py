@@ -12,8 +12,9 @@ from filetargets import Stage, trainer
 
 from bbprompt.backends.cache import MANIFEST, check_sealed
 from bbprompt.backends.checkpoint import read_config
-from bbprompt.backends.trained_head import HeadCard, TrainedHead, is_head
+from bbprompt.backends.trained_head import TrainedHead, Transform, is_head
 from bbprompt.errors import ArtifactError, DiskError
+from bbprompt.frozen import frozen_prompt
 from bbprompt.pretrain.checkpoint import load_checkpoint, restore_state, save_checkpoint, training_state
 from bbprompt.pretrain.directory import append_log, cut_log
 from bbprompt.store.disk import RealDisk
@@ -158,12 +159,50 @@ def test_a_line_of_a_log_ends_where_it_ends(tmp_path: Path) -> None:
         assert (tmp_path / "train.jsonl").read_bytes() == other
 
 
-def test_a_head_takes_no_memory_for_what_its_card_alone_says(tmp_path: Path) -> None:
-    card = HeadCard(backbone="toy", backbone_digest="0" * 64, hidden=2**20, width=2**20, tokens=2)
-    (tmp_path / "config.json").write_text(card.model_dump_json(), encoding="utf-8")
-    (tmp_path / "model.safetensors").write_bytes(pack({"tokens": np.array([1, 2])}))
-    with pytest.raises(ArtifactError, match=r"no usable dense\.weight of shape \(1048576, 1048576\)"):
-        TrainedHead.load(tmp_path)
-    (tmp_path / "config.json").write_text(card.model_dump_json().replace("1048576", "9" * 400), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="damaged language model head"):
-        TrainedHead.load(tmp_path)
+@pytest.mark.parametrize(
+    "placeholders",
+    [np.array([-1, 3]), np.array([0.5, 3]), np.array(3), np.array([[1, 2]]), np.array([1, 2, 3])],
+    ids=lambda array: str(array.tolist()),
+)
+def test_a_tuned_prompt_with_other_placeholders(placeholders: np.ndarray) -> None:
+    tensors = {
+        "prompt": np.zeros((1, 2, 4), np.float32),
+        "head.weight": np.zeros((2, 4), np.float32),
+        "head.bias": np.zeros(2, np.float32),
+    }
+    frozen_prompt(tensors | {"placeholders": np.array([1, 3])}, ("toy", "d"), "span", None)
+    with pytest.raises(ArtifactError, match=r"^the tuned prompt is damaged.* tune again$"):
+        frozen_prompt(tensors | {"placeholders": placeholders}, ("toy", "d"), "span", None)
+
+
+def head(folder: Path, tokens: np.ndarray, **changes: int | str) -> Path:
+    """Write a trained head of zeros."""
+    card = {"backbone": "toy", "backbone_digest": "d", "hidden": 2, "width": 3, "tokens": len(tokens)}
+    tensors = {name: np.zeros_like(value.numpy()) for name, value in Transform(2, 3).state_dict().items()}
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(pack(tensors | {"bias": np.zeros(len(tokens)), "tokens": tokens}))
+    (folder / "config.json").write_text(json.dumps(card | changes))
+    return folder
+
+
+def test_a_head_for_tokens_that_the_encoder_lacks(tmp_path: Path) -> None:
+    TrainedHead.load(head(tmp_path / "sound", np.array([0, 4]))).open(torch.zeros(5, 2), "toy", "d")
+    beyond = TrainedHead.load(head(tmp_path / "beyond", np.array([0, 5])))
+    with pytest.raises(ArtifactError, match="damaged head: names token 5, and toy has 5"):
+        beyond.open(torch.zeros(5, 2), "toy", "d")
+    with pytest.raises(ArtifactError, match="damaged head: not the 2 token ids"):
+        TrainedHead.load(head(tmp_path / "half", np.array([0.5, 1.5])))
+
+
+@pytest.mark.parametrize("size", [10**30, 2**63, 2**40, 10**6])
+@pytest.mark.parametrize("name", ["hidden", "width"])
+def test_a_head_of_a_vast_size_is_refused_before_memory_is_asked_for(tmp_path: Path, name: str, size: int) -> None:
+    folder = head(tmp_path / "head", np.array([0, 4]), **{name: size})
+    with pytest.raises(ArtifactError, match="damaged"):
+        TrainedHead.load(folder)
+
+
+def test_what_a_head_says_of_its_encoder_is_shown_in_one_line(tmp_path: Path) -> None:
+    folder = head(tmp_path / "head", np.array([0, 4]), backbone="a\nb", backbone_digest="c\nd")
+    with pytest.raises(ArtifactError, match=r"was trained for a b \(weights c d\), not for toy \(weights d\)"):
+        TrainedHead.load(folder).open(torch.zeros(5, 2), "toy", "d")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import fuzztargets
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save
 
 from bbprompt import wire
 from bbprompt.backends.cache import memoised_digest
@@ -140,6 +142,18 @@ FOUND = {
         b'{"n":1,"record":{"ids":[],"kind":"a\\nb","op":"a\\nb"},"run":"r"} 0\n',
     ],
     "curve": [b"header\n1,a,0,,nan\n", b"header\n1,a,0,,1e999\n", b"header\n1,a,0,,5\n2,a,0,,-5\n"],
+    "training checkpoint": [tensor_file("a", {}, {"weight": ("a\nb", [0])})],
+    "frozen prompt": [
+        save(
+            {"prompt": np.full((1, 2, 32), 1e300), "head.weight": np.zeros((2, 32)), "head.bias": np.zeros(2)}
+            | {"placeholders": np.arange(2)}
+        )
+    ],
+    "sweep": [b'{"format":"a\\nb","experiment":{}}'],
+    "head config": [
+        b'{"backbone":"toy","backbone_digest":"a\\nb","hidden":2,"width":3,"tokens":4}',
+        b'{"backbone":"toy","backbone_digest":"d","hidden":2,"width":1000000000000000000000000000000,"tokens":4}',
+    ],
     "--set": [b"a\nb", b"x='\n'y", b"x=[\n1]"],
     "prompt": [
         (78).to_bytes(8, "little")
@@ -171,6 +185,7 @@ FOUND = {
 @pytest.mark.parametrize("name", FOUND)
 def test_what_was_found_stays_found(name: str) -> None:
     target = fuzztargets.targets()[name]
+    warnings.simplefilter("error")
     for data in FOUND[name]:
         assert fuzz.judged(target, data) == (name == "curve")
 

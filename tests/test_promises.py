@@ -17,6 +17,8 @@ from typing import Any
 import crashes
 import deepproperties
 import faults
+import fuzz
+import fuzztargets
 import httpfaults
 import ledgerwalk
 import promises
@@ -168,6 +170,54 @@ def test_an_extra_brings_what_its_markers_say(system: str, processor: str, pytho
     assert promises._brought("atheris", "fuzz", machine) == expected
     assert promises._brought("ray", "ray", machine)
     assert not promises._brought("atheris", "ray", machine)
+
+
+@pytest.mark.parametrize("brought", [True, False])
+def test_the_fuzz_has_the_tiers_seed_and_says_whether_it_is_guided(
+    brought: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(promises, "_script", lambda *words: asked.append(words))
+    monkeypatch.setattr(promises, "_brought", lambda package, extra: brought)
+    (check,) = (check for check in promises.checks("nightly", 17) if check.name.startswith("fuzz "))
+    (words,) = (words for words in asked if words[0] == "fuzz.py")
+    assert "--seed=17" in words
+    unguided = {"targets": 99, "guided": False}
+    if brought:
+        assert (check.name, check.needs) == ("fuzz with coverage", "atheris")
+        assert check.short(unguided) == "guided: False of 1"
+        assert not check.short(unguided | {"guided": True})
+    else:
+        assert (check.name, check.needs) == ("fuzz without coverage, which needs atheris", "")
+        assert not check.short(unguided)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_last_line_of_the_fuzz(
+    guided: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seeds: list[int] = []
+
+    def forked(target: object, name: str, seconds: int, corpus: Path, seed: int) -> tuple[int, str]:
+        seeds.append(seed)
+        return 5, ""
+
+    one = {"json": fuzztargets.Target((b"{}",), json.loads, (ValueError, RecursionError))}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if guided else None)
+    monkeypatch.setattr(fuzz, "instrumented", lambda: one)
+    monkeypatch.setattr(fuzztargets, "targets", lambda: one)
+    monkeypatch.setattr(fuzz, "forked", forked)
+    monkeypatch.setattr("logging.disable", lambda level: None)
+    monkeypatch.setattr("warnings.simplefilter", lambda action: None)
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--seconds", "1", "--seed", "17"])
+    with pytest.raises(SystemExit) as ended:
+        fuzz.main()
+    assert not ended.value.code
+    *lines, last = capsys.readouterr().out.splitlines()
+    said = json.loads(last)
+    assert (said["seed"], said["guided"], said["targets"]) == (17, guided, 1)
+    assert seeds == ([17] if guided else [])
+    assert [line.endswith(", guided") for line in lines] == [guided]
 
 
 # ------------------------------------------------------------------------------------------- the checker

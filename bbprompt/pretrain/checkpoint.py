@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bbprompt.errors import ArtifactError, DiskError, UsageError
 from bbprompt.jsontext import parse_json
+from bbprompt.oneline import one_line
 from bbprompt.store.disk import Disk, disk_error
 
 __all__ = [
@@ -91,7 +92,7 @@ def load_checkpoint(file: Path, device: torch.device) -> tuple[dict[str, Tensor]
             raise ValueError("its words are no texts by name")
         return load_file(file, device=str(device)), words
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{file}: damaged ({error}); start the training again") from error
+        raise ArtifactError(f"{file}: damaged ({one_line(str(error))[:200]}); start the training again") from error
 
 
 def check_finite(step: int, module: nn.Module) -> None:

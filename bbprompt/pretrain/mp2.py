@@ -22,6 +22,7 @@ from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.jsontext import parse_json
+from bbprompt.oneline import one_line
 from bbprompt.pretrain.ahead import Ahead
 from bbprompt.pretrain.checkpoint import (
     check_finite,
@@ -289,7 +290,7 @@ class Trainer:
         for what, now in self._identity.items():
             # A checkpoint of an older version says nothing of them.
             if words.get(what, now) != now:
-                raise ResumeMismatch(f"{file}: was made with {what} {words[what]}, this is {now}")
+                raise ResumeMismatch(f"{file}: was made with {what} {one_line(words[what])[:200]}, this is {now}")
         try:
             step = int(words["step"])
             data, best = parse_json(words.get("data", "null")), parse_json(words.get("best", "null"))

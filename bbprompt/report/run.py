@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from bbprompt.compare.runs import read_curve
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.errors import DiskError, UsageError
+from bbprompt.oneline import one_line
 from bbprompt.report.examples import Judged, confusion, worst
 from bbprompt.report.figures import run_curves
 from bbprompt.report.page import Html, bullets, code, details, heat, page, paragraph, section, table
@@ -160,7 +161,7 @@ def _router(directory: RunDirectory) -> NDArray[np.float32] | None:
     try:
         router = unpack(directory.read_bytes(PROMPT)).get("router")
     except (SafetensorError, ValueError) as error:
-        raise DiskError(f"{directory.path / PROMPT}: damaged ({error}); tune again") from None
+        raise DiskError(f"{directory.path / PROMPT}: damaged ({one_line(str(error))[:200]}); tune again") from None
     if router is None or router.ndim != 2 or not np.isfinite(router).all():
         return None
     return np.asarray(router, dtype=np.float32)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from bbprompt.errors import DiskError, UsageError
 from bbprompt.jsontext import parse_json
+from bbprompt.oneline import one_line
 from bbprompt.store.disk import RealDisk, disk_error
 from bbprompt.sweep.experiment import Cell, Experiment
 from bbprompt.sweep.job import Job, finished, locked, put, start_local
@@ -196,9 +197,8 @@ def read_sweep(out: Path) -> Experiment | None:
     try:
         data = parse_json(RealDisk().read(file))
         if data["format"] != FORMAT:
-            raise UsageError(
-                f"{file}: format {data['format']!r:.40} is not {FORMAT}; use a matching version of bbprompt"
-            )
+            found = one_line(str(data["format"]))[:80]
+            raise UsageError(f"{file}: format {found} is not {FORMAT}; use a matching version of bbprompt")
         return Experiment.model_validate(data["experiment"])
     except (ValueError, LookupError, TypeError, ValidationError):
         raise DiskError(f"{file}: damaged or edited; restore it or choose another --out") from None
