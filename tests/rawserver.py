@@ -14,13 +14,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
+from unittest import mock
 
 import httpfaults
 import httpx2
 
-from bbprompt.backends.calls import Policy
+from bbprompt.backends.calls import Caller, Policy
 from bbprompt.backends.http import HttpOracle
 from bbprompt.errors import OracleError
 
@@ -155,16 +155,11 @@ TRICKS: dict[str, Trick] = {
     "length too great": Trick(lambda peer, reply: (peer.sendall(_lengthy(reply, 9)), peer.close())),
     "length too small": Trick(lambda peer, reply: (peer.sendall(_lengthy(reply, -1)), peer.close())),
 }
-#: How often a request that meets a trick for ever is sent, where it is not the policy's number of tries: what is
-#: malformed twice, what is too long once; an answer that is whole before the trick ends it lets the run go on.
+#: Answers that are whole before the trick ends them.
 WHOLE = ("reset after the body", "half-closed after the body")
-SENDS = {
-    "length too small": 2,
-    "endless body": 1,
-    "10 GB announced": 1,
-    "reset after the body": 5,
-    "half-closed after the body": 5,
-}
+#: How often a request that meets a trick for ever is sent at least, where it is not the policy's number of tries: what is
+#: malformed twice, what is too long once. On a busy machine an answer may be late as well, which counts as a try.
+SENDS = {"length too small": 2, "endless body": 1, "10 GB announced": 1}
 MOST_TAKEN = 16 * 2**20  # bytes of an endless reply that a client may take, what the kernel holds included
 
 
@@ -256,15 +251,18 @@ class RawServer:
 PLACES = ((1, 1), (2, 1), (3, 1), (5, 1), (3, 99))
 
 
-@cache
-def _undisturbed() -> int:
-    """Exchanges of a run that nothing is played to."""
-    run = httpfaults.crashes.small("joint", 12)
-    site = httpfaults.Site(run, run.oracle, "http", httpfaults.FaultDisk())
-    server = RawServer(site, lambda number: None)
-    with server.running() as url, contextlib.closing(HttpOracle(url)) as oracle:
-        httpfaults.toyruns.tuned(httpfaults.replace(run, oracle=oracle), httpfaults.RUN, site.disk)
-    return server.exchanges
+@contextlib.contextmanager
+def _sends() -> Iterator[list[str]]:
+    """The requests that our own loop sends while the block runs."""
+    begun: list[str] = []
+    send = Caller._send
+
+    def counted(self: Caller, method: str, path: str, *more: Any) -> Any:
+        begun.append(path)
+        return send(self, method, path, *more)
+
+    with mock.patch.object(Caller, "_send", counted):
+        yield begun
 
 
 def exchange(name: str, at: int, times: int = 1) -> Counter[str]:
@@ -275,7 +273,7 @@ def exchange(name: str, at: int, times: int = 1) -> Counter[str]:
     server = RawServer(site, lambda number: name if at <= number < at + times else None)
     policy = Policy(attempts=3, deadline=DEADLINE, connect=DEADLINE, pause=0.0, total=10.0)
     ended: OracleError | None = None
-    with Lag() as lag, server.running() as url:
+    with Lag() as lag, server.running() as url, _sends() as sent:
         oracle = None
         try:
             oracle = HttpOracle(url, policy=policy)
@@ -290,12 +288,10 @@ def exchange(name: str, at: int, times: int = 1) -> Counter[str]:
     # What comes whole before the connection breaks is an answer.
     passes = (trick.passes and times == 1) or name in WHOLE
     assert passes == (ended is None), f"{where}: {ended}"
-    # Not one more: neither the HTTP library nor anything else repeats beneath us. What breaks off is asked for again,
-    # but not where the answer was whole.
-    if times == 1 and ended is None:
-        assert server.exchanges == _undisturbed() + (name not in WHOLE), where
-    elif times > 1:
-        assert len(server.seconds) == SENDS.get(name, policy.attempts), where
+    # Not one more than our loop sends: neither the HTTP library nor anything else repeats beneath it.
+    assert server.exchanges <= len(sent), where
+    if times > 1 and name not in WHOLE:
+        assert SENDS.get(name, policy.attempts) <= len(server.seconds) <= policy.attempts, where
     if trick.slow:
         for least, most in server.seconds:
             said = f"{where}: ended after {least:.2f} to {most:.2f} s, deadline {DEADLINE} s, lag {lag.worst:.2f} s"
