@@ -157,8 +157,8 @@ TRICKS: dict[str, Trick] = {
 }
 #: Answers that are whole before the trick ends them.
 WHOLE = ("reset after the body", "half-closed after the body")
-#: How often a request that meets a trick for ever is sent at least, where it is not the policy's number of tries: what is
-#: malformed twice, what is too long once. On a busy machine an answer may be late as well, which counts as a try.
+#: How often a request that meets a trick for ever is sent at least, where it is not the policy's number of tries: what
+#: is malformed twice, what is too long once. On a busy machine an answer may be late as well, which counts as a try.
 SENDS = {"length too small": 2, "endless body": 1, "10 GB announced": 1}
 MOST_TAKEN = 16 * 2**20  # bytes of an endless reply that a client may take, what the kernel holds included
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import httpcore2
 import httpx2
 import pytest
 import rawserver
@@ -128,3 +129,15 @@ def test_nobody_waits_on_a_connection_that_is_opened_after_the_end() -> None:
         assert stream.read(1) == b""
         assert time.monotonic() - began < 5
         stream.close()
+
+
+def test_what_wakes_a_connection_is_a_shutdown_and_a_closed_one_needs_none() -> None:
+    server = rawserver.RawServer(lambda request: httpx2.Response(200), lambda number: "silence")
+    transport = DeadlineTransport(httpx2.Limits())
+    with server.running() as url:
+        transport._exchange.ends = time.monotonic() + 60
+        stream = transport._network.connect_tcp("127.0.0.1", httpx2.URL(url).port or 0)
+        stream.close()
+        transport.close()
+        with pytest.raises(httpcore2.ReadError):
+            stream.read(1)

@@ -167,7 +167,7 @@ def test_layers_below_the_one_that_changes_are_computed_once_behind_a_server(
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-def test_over_tls(tmp_path: Path) -> None:
+def test_over_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     names = ["-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(key), "-out", str(certificate)]
@@ -182,6 +182,11 @@ def test_over_tls(tmp_path: Path) -> None:
         with pytest.raises(OracleError, match="cannot be reached"):
             connect(url.replace("https", "http"), policy=EAGER)
         oracle.close()  # before the server ends, which does not wait for the farewell of TLS
+        with monkeypatch.context() as told:  # as the error advises
+            told.setenv("SSL_CERT_FILE", str(certificate))
+            own = connect(url)
+            assert same(own.score(BATCH, POINTS), ToyOracle().score(BATCH, POINTS))
+            own.close()
     with serving(ToyOracle()) as url, pytest.raises(OracleError, match="http:// rather than https://"):
         connect(url.replace("http", "https"), policy=EAGER)
 

@@ -279,3 +279,11 @@ def test_requests_that_do_not_fit_are_refused(limits: dict[str, int], said: str)
         wire.decode_request(wire.encode_request(replace(request(normal(2, 3, 4)), support="all")), **LIMITS)  # type: ignore[arg-type]
     with pytest.raises(WireError, match="call_id"):
         wire.decode_request(wire.encode_request(replace(request(normal(2, 3, 4)), call_id="../x")), **LIMITS)
+
+
+def test_a_request_is_for_one_model() -> None:
+    asked = request(normal(2, 3, 4))
+    wire.check_model(asked, replace(INFO))
+    other = replace(INFO, precision="bfloat16", versions="torch 99.0")
+    with pytest.raises(wire.OtherModel, match=r"other settings or versions \(toy; bfloat16; .*torch 99\.0\)"):
+        wire.check_model(asked, other)
