@@ -88,7 +88,7 @@ def test_every_answer_of_400_or_more_is_counted() -> None:
     client.keep(AUTH)
     oracle.error = RuntimeError("broken")
     sent = [("POST", "/v1/score", request()), ("POST", "/v1/score", b"?"), ("GET", "/nowhere", None)]
-    sent += [("POST", "/v1/score", request(backbone="0" * 64)), ("POST", "/v1/score", bytes(5001))]
+    sent += [("POST", "/v1/score", request(model="0" * 64)), ("POST", "/v1/score", bytes(5001))]
     sent += [("GET", "/healthz", None), ("DELETE", "/healthz", None), ("GET", "/v1/info", None)]
     statuses = [client.one(method, path, body, TYPE | AUTH).status_code for method, path, body in sent]
     statuses.append(client.one("GET", "/v1/info").status_code)
