@@ -147,13 +147,13 @@ class Retries:
 
         def once() -> _T:
             nonlocal malformed
+            if self._ended.is_set():
+                raise self._closed()
             try:
-                if self._ended.is_set():
-                    raise Transient("not sent")
                 answer = send()
             except Transient as error:
                 if self._ended.is_set():
-                    raise OracleError(f"{self._url}: closed, while there was no answer yet") from error
+                    raise self._closed() from error
                 raise
             try:
                 found = read(answer)
@@ -184,6 +184,9 @@ class Retries:
             raise OracleError(
                 f"{self._url}: {error} (tries: {tried}); check that the server runs, then go on with `bbprompt resume`"
             ) from error
+
+    def _closed(self) -> OracleError:
+        return OracleError(f"{self._url}: closed, while there was no answer yet")
 
     def _wait(self, seconds: float) -> None:
         self._ended.wait(seconds)

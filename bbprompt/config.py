@@ -168,9 +168,9 @@ class TuneConfig(Settings):
         shots: Examples per label; None for the papers' rule.
         backend: "local", or the URL of a server; see `bbprompt.connect.open_oracle`.
         on_doubt: What becomes of calls that were sent before a crash and whose answer is unknown. "resend" makes them
-            again as the same calls; a local model and `bbprompt serve` lose nothing by that. "charge" counts them as
-            spent, for a server that charges for every request, and ends the run where an answer is lost. None:
-            "charge" for servers of others, see `resends`.
+            again as the same calls; a model of ours, here or on a server, loses nothing by that. "charge" counts them
+            as spent, for a server that charges for every request, and ends the run where an answer is lost. None:
+            "charge" for vLLM alone, see `resends`.
         device: "auto" takes CUDA where there is one.
         dtype: Precision; "auto" is "mixed" on CPUs with AVX-512 BF16 or AMX, else float32.
         batch_tokens: Tokens that run through the model at once; None for the device's default.

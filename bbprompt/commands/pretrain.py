@@ -223,7 +223,7 @@ def _following(recipe: PretrainConfig) -> tuple[str, ...]:
 def _filling_gaps(trained: PptSettings) -> tuple[str, ...]:
     """For prompts beside texts with a gap: a method that writes a task so, and a task that has such a form."""
     if "choice" in trained.formats and not trained.hybrid:
-        return ("--task", "lcqmc" if trained.language == "zh" else "rte", "--method", "ppt-unified")
+        return ("--task", _TASKS["pair", trained.language], "--method", "ppt-unified")
     task = _TASKS.get((trained.formats[0], trained.language), "YOUR_TASK.yaml")
     if trained.hybrid:
         return ("--task", task, "--method", "ppt-hybrid")
