@@ -216,12 +216,12 @@ def read_outputs(said: Any, name: str, model: str) -> dict[str, NDArray[Any]]:
             raise WireError("an output's shape is no list of sizes")
         if raw:
             if len(raw[number]) != math.prod(shape) * dtype.itemsize:
-                raise WireError(f"{output.name[:20]} has another number of bytes than its shape says")
+                raise WireError(f"{output.name[:20]!r} has another number of bytes than its shape says")
             found[output.name] = np.ndarray(shape, dtype, raw[number]).copy()
             continue
         values = getattr(output.contents, _TYPED[output.datatype])
         if len(values) != math.prod(shape) or (dtype.kind == "u" and any(value > 255 for value in values)):
-            raise WireError(f"{output.name[:20]} has other numbers than its shape or type say")
+            raise WireError(f"{output.name[:20]!r} has other numbers than its shape or type say")
         found[output.name] = np.array(values, dtype=dtype).reshape(shape)
     return found
 

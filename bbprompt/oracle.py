@@ -186,12 +186,12 @@ def can_count(model: object) -> TypeGuard[TokenCounter]:
 
 
 def check_points(points: NDArray[np.floating], info: OracleInfo) -> NDArray[np.float32]:
-    """Candidates as `(n, L, d)` float32.
+    """Candidates as `(n, L, d)` float32, copied where they may not be written to: torch takes no such array.
 
     Raises:
         OracleError: The shape is not the oracle's, or a value is not finite.
     """
-    array = np.ascontiguousarray(points, dtype=np.float32)
+    array = np.require(points, np.float32, ("C", "W"))
     if array.ndim != 3 or array.shape[1:] != (info.layers, info.dim) or not len(array):
         raise OracleError(
             f"points have shape {array.shape}, the model takes (n, {info.layers}, {info.dim}) with n >= 1"

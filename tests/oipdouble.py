@@ -44,6 +44,7 @@ class Double:
         oracle: What answers.
         binary: Whether the binary tensor extension is spoken; else a body with it gets 422, as at MLServer.
         change: Changes the outputs before they are sent.
+        token: What a gateway in front of it wants; None for nothing.
         settings: Limits of the model.
     """
 
@@ -53,16 +54,20 @@ class Double:
         *,
         binary: bool = True,
         change: Callable[[dict[str, Any]], dict[str, Any]] = lambda tensors: tensors,
+        token: str | None = None,
         **settings: Any,
     ) -> None:
         self.responder = Responder(oracle, ServeSettings(**settings))
         self.binary, self.change = binary, change
+        self.pass_ = None if token is None else f"Bearer {token}"
         self.asked: list[dict[str, Any]] = []
 
     def http(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of an answer."""
+        if self.pass_ not in (None, headers.get("authorization")):
+            return 401, {}, b'{"error": "no"}'
         place, _, verb = path.removeprefix("/v2/models/").partition("/")
         if not path.startswith("/v2/models/") or place != MODEL or verb not in ("", "infer"):
             return 404, {}, b'{"error": "Model not found"}'
@@ -155,7 +160,12 @@ def over_grpc(
     With `key`, a private key and its certificate, it answers over TLS alone.
     """
 
+    def let_in(context: grpc.ServicerContext) -> None:
+        if double.pass_ not in (None, dict(context.invocation_metadata()).get("authorization")):
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+
     def metadata(request: Any, context: grpc.ServicerContext) -> Any:
+        let_in(context)
         if request.name != MODEL:
             context.abort(grpc.StatusCode.NOT_FOUND, "Request for unknown model")
         said = MESSAGES["ModelMetadataResponse"](name=MODEL, platform="test")
@@ -165,6 +175,7 @@ def over_grpc(
         return said
 
     def infer(request: Any, context: grpc.ServicerContext) -> Any:
+        let_in(context)
         status = script()
         if status is not None:
             context.abort(status, "as the test wants it")

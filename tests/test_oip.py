@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import grpc
 import httpx2
 import numpy as np
 import pytest
@@ -313,31 +312,6 @@ def test_numbers_that_change_on_the_way_are_noticed() -> None:
     double.read = reading  # type: ignore[method-assign]
     with pytest.raises(OracleError, match="changed it on the way"):
         offline(double).score(BATCH, POINTS)
-
-
-@pytest.mark.parametrize("status", ["UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL", "ABORTED"])
-def test_what_passes_over_grpc_is_tried_again(status: str) -> None:
-    turns = itertools.count()
-    with over_grpc(
-        Double(ToyOracle()), script=lambda: grpc.StatusCode[status] if next(turns) % 2 == 0 else None
-    ) as url:
-        assert same(connect(url).score(BATCH, POINTS), ToyOracle().score(BATCH, POINTS))
-    assert next(turns) == 4
-
-
-@pytest.mark.parametrize(("status", "said"), [("UNAUTHENTICATED", "BBPROMPT_TOKEN"), ("INVALID_ARGUMENT", "INVALID")])
-def test_what_does_not_pass_over_grpc(status: str, said: str) -> None:
-    turns = itertools.count()
-
-    def script() -> Any:
-        return grpc.StatusCode[status] if next(turns) == 1 else None
-
-    with over_grpc(Double(ToyOracle()), script=script) as url:
-        with pytest.raises(OracleError, match=said):
-            connect(url).score(BATCH, POINTS)
-        with pytest.raises(OracleError, match="no model 'other' there"):
-            connect(url.replace(f"/{MODEL}", "/other"))
-    assert next(turns) == 2
 
 
 def test_nobody_there_and_gone_for_good() -> None:

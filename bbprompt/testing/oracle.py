@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import numpy as np
@@ -190,7 +191,7 @@ class OracleContract:
         require(self._score(oracle, _OPTIONS, points).cut == 0, "a cut was counted where nothing was cut")
 
     def test_arrays_are_not_shared_with_the_caller(self) -> None:
-        """Changing points afterwards, or a reply, changes nothing inside; single precision is enough."""
+        """Changing points afterwards, or a reply, changes nothing inside; nor do precision and read-only points."""
         oracle = self.make()
         points = self.points(oracle, 2).astype(np.float32)
         kept = points.copy()
@@ -202,6 +203,10 @@ class OracleContract:
         scores.normalizer[:] = 7.0
         again = self._score(oracle, _OPTIONS, kept.astype(np.float64))
         require(_same(again, first), "a changed array, or double precision, changed a reply")
+        kept.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            require(_same(self._score(self.make(), _OPTIONS, kept), first), "read-only points changed a reply")
 
     def test_closing_twice(self) -> None:
         """Closing is harmless."""
