@@ -21,10 +21,14 @@ from bbprompt.backends.linear import FrozenLinear, packable
 from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
 
-__all__ = ["Encoder", "Group", "Layout", "check_family", "pack"]
+__all__ = ["ALIGNED", "Encoder", "Group", "Layout", "check_family", "pack"]
 
 #: Model types whose layers carry BERT's names and post-LayerNorm order.
 FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
+
+
+#: Keys fill whole vectors of so many on a CPU, where attention to those of the last one otherwise goes one by one.
+ALIGNED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +37,16 @@ class Group:
 
     Attributes:
         first: Packed row where the group begins; its texts stand one after the other.
-        rows: `(G, S)` row within the group of each cell of its padded grid; 0 where the cell is padding.
-        cells: Flat cell of the grid for each row of the group.
+        width: W, tokens of the longest text.
+        rows: `(G, S)`, S >= W: row within the group of each cell of its padded grid; 0 where the cell is padding.
+        cells: Flat cell of the grid's first W columns for each row of the group.
         mask: `(G, 1, 1, S)` True where a cell holds a token.
         texts: `(G,)` which texts these are.
-        even: All texts are equally long: the rows are the grid.
+        even: No cell is padding: the rows are the grid.
     """
 
     first: int
+    width: int
     rows: Tensor
     cells: Tensor
     mask: Tensor
@@ -63,8 +69,12 @@ class Layout:
     groups: tuple[Group, ...]
 
 
-def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int = 16) -> Layout:
-    """Lay texts of the given `lengths` (tokens) out; within a group lengths differ by less than `slack`."""
+def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int = 16, align: int = 1) -> Layout:
+    """Lay texts of the given `lengths` (tokens) out.
+
+    Within a group lengths differ by less than `slack`. Where they differ at all its grid is a multiple of `align` wide;
+    rows of one length are a grid without a copy, which would cost what the wider grid saves.
+    """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     starts = torch.zeros(len(lengths), dtype=torch.long)
     groups, first, begin = [], 0, 0
@@ -74,14 +84,16 @@ def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int 
         members = order[begin:end]
         sizes = torch.as_tensor([lengths[i] for i in members])
         width = int(sizes.max())
-        mask = torch.arange(width)[None, :] < sizes[:, None]
+        columns = width if int(sizes.min()) == width else -(-width // align) * align
+        mask = torch.arange(columns)[None, :] < sizes[:, None]
         rows = torch.zeros(mask.shape, dtype=torch.long)
         rows[mask] = torch.arange(int(sizes.sum()))
         starts[members] = first + sizes.cumsum(0) - sizes
-        cells = mask.flatten().nonzero().squeeze(1)
+        cells = mask[:, :width].flatten().nonzero().squeeze(1)
         groups.append(
             Group(
                 first,
+                width,
                 rows.to(device),
                 cells.to(device),
                 mask[:, None, None, :].to(device),
@@ -256,8 +268,10 @@ class Encoder:
                 if projected is None:
                     projected = self.project(index, states, keys_only=True)
                 mixed = self._looked_up(weights.query(residual), projected, layout)
-        residual = F.layer_norm(residual + weights.attention_out(mixed), (h,), *weights.attention_norm, self.epsilon)
-        return F.layer_norm(residual + weights.down(weights.up(residual, "gelu")), (h,), *weights.norm, self.epsilon)
+        summed = weights.attention_out.onto(mixed, residual)
+        inner = F.layer_norm(summed, (h,), *weights.attention_norm, self.epsilon)
+        summed = weights.down.onto(weights.up(inner, "gelu"), inner)
+        return F.layer_norm(summed, (h,), *weights.norm, self.epsilon)
 
     def attend(self, projected: Tensor, layout: Layout) -> Tensor:
         """Self-attention within each text: queries, keys and values `(n, T, 3H)` to `(n, T, H)`."""
@@ -266,8 +280,12 @@ class Encoder:
         for group in layout.groups:
             grid = _grid(projected, group)
             query, key, value = (self._heads(part) for part in grid.flatten(0, 1).chunk(3, -1))
-            mixed = self._attend(query, key, value, group, n).transpose(-2, -3).reshape(n, -1, self.hidden)
-            pieces.append(mixed if group.even else _take(mixed, group.cells))
+            mixed = (
+                self._attend(query[:, :, : group.width], key, value, group, n)
+                .transpose(-2, -3)
+                .reshape(n, -1, self.hidden)
+            )
+            pieces.append(mixed if mixed.shape[1] == len(group.cells) else _take(mixed, group.cells))
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
     def _looked_up(self, query: Tensor, projected: Tensor, layout: Layout) -> Tensor:
@@ -331,5 +349,7 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
         return rows[:, index]
     if torch.is_grad_enabled():
         return rows.index_select(1, index)  # advanced indexing has a slow backward
-    parts = [each.index_select(0, index) for each in rows]
-    return parts[0][None] if len(parts) == 1 else torch.stack(parts)
+    taken = rows.new_empty(len(rows), len(index), rows.shape[-1])
+    for each, place in zip(rows, taken, strict=True):
+        torch.index_select(each, 0, index, out=place)
+    return taken

@@ -34,6 +34,13 @@ class FrozenLinear:
         done: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], algorithm)
         return done
 
+    def onto(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The map of (..., in) added to `residual` (..., out), in one pass over the result where it is packed."""
+        if self.packed is None or torch.is_grad_enabled():
+            return residual + self(x)
+        done: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+        return done
+
     def linear(self, x: Tensor) -> Tensor:
         """The map without its bias; forward only."""
         return F.linear(x, self.weight) if self.packed is None else product(x, self.packed)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import ALIGNED, Encoder, pack
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.head import Head, Plan
 from bbprompt.backends.memory import is_exhausted
@@ -320,7 +320,8 @@ class LocalOracle:
 
     def _prepare(self, encoded: list[Encoded], support: Support) -> _Chunk:
         device = self._encoder.device
-        layout = pack([len(item.ids) for item in encoded], device, _SLACK)
+        align = ALIGNED if device.type == "cpu" else 1
+        layout = pack([len(item.ids) for item in encoded], device, _SLACK, align)
         slots = torch.arange(len(self._frame.placeholders), device=device) + self._frame.prompt_start
         plan = self._head.plan(encoded, layout, support)
         states = self._encoder.embed([item.ids for item in encoded], layout)[None]

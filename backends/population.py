@@ -65,6 +65,21 @@ class Place:
         return len(self.layout.order)
 
 
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """Candidates that run together.
+
+    Attributes:
+        points: `(n, L, d)`, all of the request: how a prompt is computed must not depend on how a request is cut.
+        differs: `(L,)` in which layers these differ.
+        which: `(m,)` numbers of those that run.
+    """
+
+    points: NDArray[np.float32]
+    differs: NDArray[np.bool_]
+    which: NDArray[np.int64]
+
+
 class Runner:
     """Runs candidates through a frozen encoder.
 
@@ -76,6 +91,8 @@ class Runner:
 
     def __init__(self, encoder: Encoder, projection: Tensor, rough: Encoder | None = None) -> None:
         self.encoder, self.rough, self._projection = encoder, rough, projection
+        # The last points of each layer and the prompts that were made of them.
+        self._made: dict[int, tuple[NDArray[np.float32], Tensor]] = {}
 
     def run(
         self,
@@ -98,28 +115,34 @@ class Runner:
         Returns:
             What `finish` gave for the m candidates of the unit.
         """
-        fork = self.fork(points)
+        differs = _differences(points)
+        fork = self._first(differs)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
-        return self._branch(place, states, shared, torch.from_numpy(points[unit.first : unit.last]), fork, finish)
+        own = _Own(points, differs, np.arange(unit.first, unit.last))
+        return self._branch(place, states, shared, own, fork, finish)
 
     def run_deviations(
         self, place: Place, trunk: Trunk, points: NDArray[np.float32], finish: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """Run all candidates, all but the first as deviations from it in bfloat16; see `run`."""
-        fork = self.fork(points)
+        differs = _differences(points)
+        fork = self._first(differs)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
         size = max(_HELD_TOKENS // states.shape[1], 8)
         firsts = range(1, len(points), size)
         # The first candidate leads every piece, so that a score does not depend on how it was cut.
-        pieces = [torch.from_numpy(np.concatenate((points[:1], points[i : i + size]))) for i in firsts]
+        pieces = [_Own(points, differs, np.array([0, *range(i, min(i + size, len(points)))])) for i in firsts]
         done = [self._deviate(place, states, shared, piece, fork, finish) for piece in pieces]
         return torch.cat([done[0], *(piece[1:] for piece in done[1:])])
 
     def fork(self, points: NDArray[np.float32]) -> int:
         """The first layer in which candidates differ, or the last."""
-        return min(_first_difference(points), len(self.encoder.layers) - 1)
+        return self._first(_differences(points))
+
+    def _first(self, differs: NDArray[np.bool_]) -> int:
+        return min(int(differs.argmax()) if differs.any() else len(differs), len(self.encoder.layers) - 1)
 
     def _grow(self, place: Place, trunk: Trunk, point: NDArray[np.float32], fork: int) -> Tensor:
         """States `(1, T, H)` entering layer `fork` of a candidate.
@@ -135,9 +158,9 @@ class Runner:
             trunk.shared = None
         del trunk.states[reach + 1 :]
         trunk.points = point.copy()
-        row = torch.from_numpy(point[None])
+        alone = _Own(point[None], np.zeros(len(point), dtype=np.bool_), np.zeros(1, dtype=np.int64))
         for layer in range(reach, fork):
-            states = self._add(place, trunk.states[layer], row, layer)
+            states = self._add(place, trunk.states[layer].clone(), alone, layer)
             trunk.states.append(self.encoder.layer(layer, states, place.layout))
         return trunk.states[fork]
 
@@ -157,16 +180,16 @@ class Runner:
         place: Place,
         trunk: Tensor,
         shared: Tensor | None,
-        points: Tensor,
+        own: _Own,
         fork: int,
         finish: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Candidates that share everything below layer `fork`."""
-        states = trunk.expand(len(points), -1, -1)
+        states = _copies(trunk, len(own.which))
         last = len(self.encoder.layers) - 1
         for layer in range(fork, last + 1):
-            projected = self._projected(place, shared, points, layer) if layer == fork else None
-            states = self._add(place, states, points, layer)
+            projected = self._projected(place, shared, own, layer) if layer == fork else None
+            states = self._add(place, states, own, layer)
             states = self.encoder.layer(layer, states, place.layout, place.read if layer == last else None, projected)
         return finish(states)
 
@@ -175,56 +198,64 @@ class Runner:
         place: Place,
         trunk: Tensor,
         shared: Tensor | None,
-        points: Tensor,
+        own: _Own,
         fork: int,
         finish: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """The same with all but the first candidate as deviations from it; the last layer is float32 throughout."""
         if self.rough is None:
             raise ValueError("deviations need a bfloat16 encoder")
-        states = trunk.expand(len(points), -1, -1)
+        states = _copies(trunk, len(own.which))
         last = len(self.encoder.layers) - 1
         for layer in range(fork, last):
-            projected = self._projected(place, shared, points, layer) if layer == fork else None
-            states = self._add(place, states, points, layer).contiguous()
+            projected = self._projected(place, shared, own, layer) if layer == fork else None
+            states = self._add(place, states, own, layer)
             states = deviate(self.encoder, self.rough, layer, states, place.layout, projected)
         done = []
-        for n in range(len(points)):
-            point = points[n : n + 1]
+        for n in range(len(own.which)):
+            point = _Own(own.points, own.differs, own.which[n : n + 1])
             projected = self._projected(place, shared, point, last) if last == fork else None
-            own = self._add(place, states[n : n + 1], point, last)
-            done.append(finish(self.encoder.layer(last, own, place.layout, place.read, projected)))
+            ends = self._add(place, states[n : n + 1], point, last)
+            done.append(finish(self.encoder.layer(last, ends, place.layout, place.read, projected)))
         return torch.cat(done)
 
-    def _prompts(self, points: Tensor, layer: int) -> Tensor:
-        """Prompts u A of a layer, `(n, P, H)`."""
-        prompts = points[:, layer].to(self._projection.device) @ self._projection[layer]
-        return prompts.view(len(points), -1, self.encoder.hidden).to(self.encoder.dtype)
+    def _prompts(self, own: _Own, layer: int) -> Tensor:
+        """Prompts u A of a layer, `(m, P, H)`; `(1, P, H)` where all candidates have the same. Made once for all."""
+        differs = own.differs[layer]
+        points, made = own.points[:, layer] if differs else own.points[:1, layer], self._made.get(layer)
+        if made is None or not np.array_equal(made[0], points):
+            prompts = torch.from_numpy(points).to(self._projection.device) @ self._projection[layer]
+            prompts = prompts.view(len(points), -1, self.encoder.hidden).to(self.encoder.dtype)
+            made = self._made[layer] = (points.copy(), prompts)
+        return made[1][torch.from_numpy(own.which)] if differs else made[1]
 
-    def _projected(self, place: Place, shared: Tensor | None, points: Tensor, layer: int) -> Tensor | None:
+    def _projected(self, place: Place, shared: Tensor | None, own: _Own, layer: int) -> Tensor | None:
         """Projections of the layer for each candidate: the shared ones, changed at the placeholder rows."""
         if shared is None:
             return None
-        gain = self.encoder.shift(layer, self._prompts(points, layer), self._keys_only(place, layer))
-        return _added(shared.expand(len(points), -1, -1), place, gain)
+        gain = self.encoder.shift(layer, self._prompts(own, layer), self._keys_only(place, layer))
+        return _add(_copies(shared, len(own.which)), place, gain)
 
-    def _add(self, place: Place, states: Tensor, points: Tensor, layer: int) -> Tensor:
-        """Add the layer's prompts to the placeholder rows of every text, where the layer has any."""
-        if layer >= len(self._projection):
-            return states
-        return _added(states, place, self._prompts(points, layer))
+    def _add(self, place: Place, states: Tensor, own: _Own, layer: int) -> Tensor:
+        """Add the layer's prompts to the placeholder rows of every text, where the layer has any; in place."""
+        return states if layer >= len(self._projection) else _add(states, place, self._prompts(own, layer))
 
 
-def _added(rows: Tensor, place: Place, gain: Tensor) -> Tensor:
-    """`rows` `(n, T, C)` with `gain` `(n, P, C)` added at the placeholders of every text."""
-    return rows.index_add(1, place.slots, gain[:, None].expand(-1, place.texts, -1, -1).flatten(1, 2))
+def _copies(rows: Tensor, count: int) -> Tensor:
+    """`(1, T, C)` as many times, to be written to."""
+    return rows.expand(count, -1, -1).clone(memory_format=torch.contiguous_format)
+
+
+def _add(rows: Tensor, place: Place, gain: Tensor) -> Tensor:
+    """Add `gain`, `(n, P, C)` or `(1, P, C)`, to `rows` `(n, T, C)` at the placeholders of every text, in place."""
+    return rows.index_add_(1, place.slots, gain[:, None].expand(len(rows), place.texts, -1, -1).flatten(1, 2))
 
 
 def _same(one: NDArray[np.float32], other: NDArray[np.float32], layer: int) -> bool:
     return layer >= len(one) or bool(np.array_equal(one[layer], other[layer]))
 
 
-def _first_difference(points: NDArray[np.float32]) -> int:
-    """First layer in which the candidates differ; the number of layers if they do not."""
-    differs = (points != points[:1]).any(axis=(0, 2))
-    return int(differs.argmax()) if differs.any() else points.shape[1]
+def _differences(points: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """`(L,)` in which layers the candidates differ."""
+    differs: NDArray[np.bool_] = (points != points[:1]).any(axis=(0, 2))
+    return differs

@@ -298,7 +298,7 @@ def parse_set(pairs: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--set {shown}: expected dotted.key=value")
         try:
             value = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UsageError(f"--set {shown}: not a plain value behind the equals sign") from error
         if isinstance(value, (dict, list)):
             raise UsageError(f"--set {shown}: one number, word or true/false is expected")

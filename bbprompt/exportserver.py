@@ -74,7 +74,8 @@ def read_settings(folder: Path) -> ServedModel:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise UsageError(f"{file}: {where}: {first['msg']}") from error
+        reason = " ".join(f"{where}: {first['msg']}".split())
+        raise UsageError(f"{file}: {reason}") from error
 
 
 def write_repository(out: Path, kind: Format, name: str, prompts: Path, settings: ServedModel) -> Path:

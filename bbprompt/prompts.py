@@ -238,9 +238,9 @@ class ModularPrompt:
             config = PromptConfig.model_validate_json(config_file.read_bytes())
         except ValidationError as error:
             first = error.errors()[0]
-            where = "".join(f"{part}: " for part in first["loc"])
-            reason = " ".join(first["msg"].removeprefix("Value error, ").split())
-            raise ArtifactError(f"{config_file}: {where}{reason}; fetch the artifact again") from error
+            parts = (*map(str, first["loc"]), first["msg"].removeprefix("Value error, "))
+            reason = " ".join(": ".join(parts).split())
+            raise ArtifactError(f"{config_file}: {reason}; fetch the artifact again") from error
         except OSError as error:
             raise ArtifactError(f"{config_file}: cannot be read ({error.strerror})") from error
         if config.format != FORMAT:

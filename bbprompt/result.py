@@ -142,6 +142,5 @@ def read_result(directory: RunDirectory) -> Result:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
-        raise DiskError(
-            f"{directory.path / RESULT}: damaged: {where}: {' '.join(first['msg'].split())}; tune again"
-        ) from None
+        reason = " ".join(f"{where}: {first['msg']}".split())
+        raise DiskError(f"{directory.path / RESULT}: damaged: {reason}; tune again") from None

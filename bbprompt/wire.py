@@ -154,7 +154,7 @@ def decode_request(body: bytes, *, layers: int, dim: int, most: int) -> ScoreReq
         raise WireError(
             f"points have shape ({count}, {base.shape[0]}, {base.shape[1]}), the model takes (n, {layers}, {dim})"
         )
-    if len(which) and (which[0] < 0 or which[-1] >= layers or (np.diff(which) <= 0).any()):
+    if len(which) and (which.min() < 0 or which.max() >= layers or (np.diff(which) <= 0).any()):
         raise WireError("the layers that differ are not in order or not of the model")
     points = np.repeat(base[None], count, axis=0).astype(np.float32)
     points[:, which] = own

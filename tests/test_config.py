@@ -198,7 +198,17 @@ def test_parse_set() -> None:
 
 @pytest.mark.parametrize(
     "pair",
-    ["router.calls", "=3", "router.calls=[1]", "router={calls: 3}", "select='open", "x=@a", "x=" + "{" * 5000],
+    [
+        "router.calls",
+        "=3",
+        "router.calls=[1]",
+        "router={calls: 3}",
+        "select='open",
+        "x=@a",
+        "x=" + "{" * 5000,
+        "x=" + "1" * 5000,
+        "x=2024-13-45",
+    ],
     ids=lambda pair: pair[:20],
 )
 def test_parse_set_refuses(pair: str) -> None:

@@ -39,6 +39,21 @@ def test_the_gradient_is_that_of_the_stock_map(
         torch.testing.assert_close(layer.linear(x), F.linear(x, weight))
 
 
+@pytest.mark.parametrize("prepack", [True, False])
+@pytest.mark.parametrize("kind", [FrozenLinear, DifferentiableLinear])
+def test_a_sum_in_the_same_pass(kind: type[FrozenLinear], prepack: bool) -> None:
+    weight, bias, x = tensors(2, 3)
+    layer, residual = kind(weight, bias, prepack), torch.randn(2, 3, 24)
+    kept = residual.clone()
+    mine, stock = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer.onto(mine, residual).square().sum().backward()
+    (F.linear(stock, weight, bias) + residual).square().sum().backward()
+    torch.testing.assert_close(mine.grad, stock.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.onto(x, residual), F.linear(x, weight, bias) + residual)
+    assert torch.equal(residual, kept)
+
+
 def test_the_weight_does_not_learn() -> None:
     weight, bias, x = tensors(4)
     layer = DifferentiableLinear(weight.requires_grad_(), bias.requires_grad_(), True)

@@ -148,6 +148,7 @@ CORRUPTIONS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json: "),
     "missing key": (with_config(backbone_digest=...), r"config\.json: backbone_digest: Field required"),
     "unknown key": (with_config(colour="red"), r"config\.json: colour: Extra inputs"),
+    "unknown key of two lines": (with_config(**{"co\x0clour\u2028": "red"}), r"config\.json: co lour : Extra inputs"),
     "unknown kind": (with_config(kind="mp3"), r"config\.json: kind: "),
     "unknown injection": (with_config(injection="replace"), r"config\.json: injection: "),
     "other format": (with_config(format=2), r"format 2 is not 1"),

@@ -245,7 +245,7 @@ def test_what_is_odd_about_a_batch_is_said(odd: str) -> None:
     assert wire.decode_batch(texts(json.dumps([[SPAN], [["a", 0]]]).encode()), most=4).extractive
 
 
-@pytest.mark.parametrize("layers", [[2, 0], [0, 0], [-1, 0], [0, 3]])
+@pytest.mark.parametrize("layers", [[2, 0], [0, 0], [-1, 0], [0, 3], [2**62, -(2**63)]])
 def test_layers_are_in_order_and_those_of_the_model(layers: list[int]) -> None:
     points = np.repeat(normal(1, 3, 4), 2, axis=0)
     points[:, [0, 2]] = normal(2, 2, 4)
