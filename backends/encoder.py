@@ -21,14 +21,16 @@ from bbprompt.backends.linear import FrozenLinear, packable
 from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
 
-__all__ = ["ALIGNED", "Encoder", "Group", "Layout", "check_family", "pack"]
+__all__ = ["Encoder", "Group", "Layout", "check_family", "pack"]
 
 #: Model types whose layers carry BERT's names and post-LayerNorm order.
 FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
 
 
-#: Keys fill whole vectors of so many on a CPU, where attention to those of the last one otherwise goes one by one.
-ALIGNED = 16
+#: Attention on a CPU: keys fill whole vectors of so many, as those of the last one otherwise go one by one.
+_ALIGNED = 16
+#: And in bfloat16 there are so many queries and keys at least: fewer take a path that several threads do not speed up.
+_WIDE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Group:
 
     Attributes:
         first: Packed row where the group begins; its texts stand one after the other.
-        width: W, tokens of the longest text.
+        width: W, columns that are asked for: the tokens of the longest text, or a few more.
         rows: `(G, S)`, S >= W: row within the group of each cell of its padded grid; 0 where the cell is padding.
         cells: Flat cell of the grid's first W columns for each row of the group.
         mask: `(G, 1, 1, S)` True where a cell holds a token.
@@ -69,11 +71,19 @@ class Layout:
     groups: tuple[Group, ...]
 
 
-def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int = 16, align: int = 1) -> Layout:
+def pack(
+    lengths: Sequence[int],
+    device: torch.device | str = "cpu",
+    slack: int = 16,
+    fast: torch.dtype | None = None,
+) -> Layout:
     """Lay texts of the given `lengths` (tokens) out.
 
-    Within a group lengths differ by less than `slack`. Where they differ at all its grid is a multiple of `align` wide;
-    rows of one length are a grid without a copy, which would cost what the wider grid saves.
+    Args:
+        lengths: Tokens of each text.
+        device: Where they are read.
+        slack: Within a group lengths differ by less than this.
+        fast: Widen the grids to what attention in this precision is fastest on; None: as narrow as can be.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     starts = torch.zeros(len(lengths), dtype=torch.long)
@@ -84,7 +94,9 @@ def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int 
         members = order[begin:end]
         sizes = torch.as_tensor([lengths[i] for i in members])
         width = int(sizes.max())
-        columns = width if int(sizes.min()) == width else -(-width // align) * align
+        columns = width
+        if fast is not None and torch.device(device).type == "cpu":
+            width, columns = _widened(width, int(sizes.min()) == width, fast)
         mask = torch.arange(columns)[None, :] < sizes[:, None]
         rows = torch.zeros(mask.shape, dtype=torch.long)
         rows[mask] = torch.arange(int(sizes.sum()))
@@ -103,6 +115,15 @@ def pack(lengths: Sequence[int], device: torch.device | str = "cpu", slack: int 
         )
         first, begin = first + int(sizes.sum()), end
     return Layout(starts.to(device), tuple(order), tuple(groups))
+
+
+def _widened(width: int, even: bool, dtype: torch.dtype) -> tuple[int, int]:
+    """Queries and keys of a text for texts of at most `width` tokens."""
+    columns = -(-width // _ALIGNED) * _ALIGNED
+    if dtype is torch.bfloat16:
+        return (width, columns) if width >= _WIDE else (_WIDE, _WIDE)
+    # Rows of one length are a grid without a copy, which would cost in float32 what the wider grid saves.
+    return (width, width) if even else (width, columns)
 
 
 def check_family(model: Any) -> None:

@@ -10,7 +10,7 @@ import functools
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
-from bbprompt.backends.encoder import ALIGNED, Encoder, pack
+from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.head import Head, Plan
 from bbprompt.backends.memory import is_exhausted
@@ -52,25 +52,36 @@ _POPULATION = 8
 
 
 @dataclass(frozen=True, slots=True)
+class _Lane:
+    """What one precision needs of a chunk.
+
+    Attributes:
+        place: Where tokens and prompts lie and what is read; the rows are the same in every lane.
+        trunk: States shared by candidates.
+    """
+
+    place: Place
+    trunk: Trunk
+
+
+@dataclass(frozen=True, slots=True)
 class _Chunk:
     """Some sequences of a batch, ready to run.
 
     Attributes:
-        place: Where their tokens and prompts lie and what is read.
         plan: How the head reads them.
-        trunk: States shared by candidates.
-        rough: The same in bfloat16, where that is used.
+        main: In the oracle's precision.
+        rough: In bfloat16 where that is another and is used.
     """
 
-    place: Place
     plan: Plan
-    trunk: Trunk = field(compare=False)
-    rough: Trunk | None = field(compare=False, default=None)
+    main: _Lane
+    rough: _Lane | None
 
     @property
     def tokens(self) -> int:
         """How many there are in all sequences."""
-        return self.trunk.states[0].shape[1]
+        return self.main.trunk.states[0].shape[1]
 
 
 class LocalOracle:
@@ -127,8 +138,8 @@ class LocalOracle:
     @property
     def kept_bytes(self) -> int:
         """Memory taken by the states that are kept between calls, for at most eight batches of texts."""
-        trunks = [t for chunks in self._kept.values() for chunk in chunks for t in (chunk.trunk, chunk.rough)]
-        return sum(trunk.bytes for trunk in trunks if trunk is not None)
+        lanes = [lane for chunks in self._kept.values() for chunk in chunks for lane in (chunk.main, chunk.rough)]
+        return sum(lane.trunk.bytes for lane in lanes if lane is not None)
 
     @property
     def precisions(self) -> dict[str, int]:
@@ -220,11 +231,11 @@ class LocalOracle:
     ) -> Scores:
         chunks, outputs = self._chunks(batch, support), []
         for chunk in chunks:
-            runner, trunk = (self._rough, chunk.rough) if rough else (self._runner, chunk.trunk)
-            if runner is None or trunk is None:
+            runner, lane = (self._rough, chunk.rough) if rough else (self._runner, chunk.main)
+            if runner is None or lane is None:
                 raise ValueError("this oracle has no bfloat16 encoder")
             finish = functools.partial(self._head.apply, chunk.plan)
-            outputs.append(runner.run(chunk.place, trunk, points, unit, finish))
+            outputs.append(runner.run(lane.place, lane.trunk, points, unit, finish))
         return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
 
     def _mixed(
@@ -271,7 +282,7 @@ class LocalOracle:
         chunks = self._chunks(batch, support)
         outputs = [
             self._runner.run_deviations(
-                chunk.place, chunk.trunk, points, functools.partial(self._head.apply, chunk.plan)
+                chunk.main.place, chunk.main.trunk, points, functools.partial(self._head.apply, chunk.plan)
             )
             for chunk in chunks
         ]
@@ -320,17 +331,16 @@ class LocalOracle:
 
     def _prepare(self, encoded: list[Encoded], support: Support) -> _Chunk:
         device = self._encoder.device
-        align = ALIGNED if device.type == "cpu" else 1
-        layout = pack([len(item.ids) for item in encoded], device, _SLACK, align)
+        lengths = [len(item.ids) for item in encoded]
+        layout = pack(lengths, device, _SLACK, self._encoder.dtype)
         slots = torch.arange(len(self._frame.placeholders), device=device) + self._frame.prompt_start
         plan = self._head.plan(encoded, layout, support)
         states = self._encoder.embed([item.ids for item in encoded], layout)[None]
-        return _Chunk(
-            Place(layout, (layout.starts[:, None] + slots).flatten(), plan.read),
-            plan,
-            Trunk([states]),
-            None if self._rough is None else Trunk([states.bfloat16()]),
-        )
+        main = _Lane(Place(layout, (layout.starts[:, None] + slots).flatten(), plan.read), Trunk([states]))
+        if self._rough is None:
+            return _Chunk(plan, main, None)
+        rough = replace(main.place, layout=pack(lengths, device, _SLACK, torch.bfloat16))
+        return _Chunk(plan, main, _Lane(rough, Trunk([states.bfloat16()])))
 
 
 def open_head(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from bbprompt.backends.encoder import ALIGNED, Encoder, Layout, pack
+from bbprompt.backends.encoder import Encoder, Layout, pack
 from bbprompt.backends.population import Place, Runner, Trunk
 from bbprompt.units import plan_units
 
@@ -101,7 +101,7 @@ class Setting:
         """Score the population once with our forward; the states below the changed layer are kept."""
         lengths = [max(self.lengths)] * self.texts if padded else self.lengths
         ids = [(row * 2)[:size] for row, size in zip(self.ids, lengths, strict=True)]
-        layout = pack(lengths, slack=slack, align=ALIGNED)
+        layout = pack(lengths, slack=slack, fast=runner.encoder.dtype)
         slots = (layout.starts[:, None] + torch.arange(self.prompt) + 1).flatten()
         rows = layout.starts[:, None] + torch.arange(self.read)[None] + self.prompt + 1
         place, points = Place(layout, slots, rows if read else None), self.points(layer)

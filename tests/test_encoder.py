@@ -11,11 +11,12 @@ import tiny
 import torch
 from reference import plain_states
 
-from bbprompt.backends.encoder import ALIGNED, Encoder, pack
+from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.linear import packable
 from bbprompt.errors import ArtifactError
 
 KINDS = ("bert", "roberta", "electra")
+PRECISIONS = (None, torch.float32, torch.bfloat16)
 LENGTHS = (5, 40, 9, 23, 24, 5, 1, 38)
 
 
@@ -51,10 +52,10 @@ def texts(seed: int = 0) -> list[list[int]]:
 
 
 def run(
-    encoder: Encoder, ids: list[list[int]], prompts: torch.Tensor | None = None, first: int = 1, align: int = 1
+    encoder: Encoder, ids: list[list[int]], prompts: torch.Tensor | None = None, first: int = 1, fast: Any = None
 ) -> list[Any]:
     """Last states of each text from our forward, prompts `(L, P, H)` added before each layer."""
-    layout = pack([len(text) for text in ids], align=align)
+    layout = pack([len(text) for text in ids], fast=fast)
     states = encoder.embed(ids, layout)[None]
     for index in range(len(encoder.layers)):
         if prompts is not None and index < len(prompts):
@@ -69,12 +70,14 @@ def largest_difference(ours: list[Any], theirs: list[np.ndarray]) -> float:
     return max(float(np.abs(one.float().numpy() - other).max()) for one, other in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("prepack", "align"), [(True, 1), (True, ALIGNED), (False, 1)])
+@pytest.mark.parametrize(
+    ("prepack", "fast"), [(True, None), (True, torch.float32), (True, torch.bfloat16), (False, None)]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_stock_forward(models: dict[str, Any], kind: str, prepack: bool, align: int) -> None:
+def test_equals_the_stock_forward(models: dict[str, Any], kind: str, prepack: bool, fast: Any) -> None:
     ids = texts()
     with torch.inference_mode():
-        ours = run(Encoder(models[kind], prepack=prepack), ids, align=align)
+        ours = run(Encoder(models[kind], prepack=prepack), ids, fast=fast)
     assert largest_difference(ours, plain_states(models[kind], ids)) < 1e-5
 
 
@@ -113,11 +116,11 @@ def test_token_type_is_fed_at_every_position(models: dict[str, Any]) -> None:
     assert largest_difference(ours, plain_states(models["bert"], ids, token_type=1)) < 1e-5
 
 
-@pytest.mark.parametrize("align", [1, ALIGNED])
+@pytest.mark.parametrize("fast", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_read_rows_equal_those_of_the_whole_layer(models: dict[str, Any], kind: str, align: int) -> None:
+def test_read_rows_equal_those_of_the_whole_layer(models: dict[str, Any], kind: str, fast: Any) -> None:
     ids = texts()
-    layout = pack([len(text) for text in ids], align=align)
+    layout = pack([len(text) for text in ids], fast=fast)
     encoder = Encoder(models[kind])
     rng = np.random.default_rng(2)
     read = layout.starts[:, None] + torch.tensor([rng.integers(0, len(text), 6).tolist() for text in ids])
@@ -130,11 +133,11 @@ def test_read_rows_equal_those_of_the_whole_layer(models: dict[str, Any], kind: 
     assert (rows - whole[:, read]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("align", [1, ALIGNED])
+@pytest.mark.parametrize("fast", PRECISIONS)
 @pytest.mark.parametrize("count", [1, 3])
-def test_few_rows_equal_those_of_the_whole_layer(models: dict[str, Any], count: int, align: int) -> None:
+def test_few_rows_equal_those_of_the_whole_layer(models: dict[str, Any], count: int, fast: Any) -> None:
     ids = texts()
-    layout = pack([len(text) for text in ids], slack=4, align=align)
+    layout = pack([len(text) for text in ids], slack=4, fast=fast)
     encoder = Encoder(models["bert"])
     read = layout.starts[:, None] + torch.tensor([[len(text) - 1] for text in ids])
     assert 2 * read.shape[1] * encoder.heads <= encoder.hidden, "keys and values must be absorbed"
@@ -199,9 +202,9 @@ def test_bfloat16_is_near(models: dict[str, Any]) -> None:
     assert np.abs(mine - theirs).mean() < 0.05
 
 
-@pytest.mark.parametrize("align", [1, ALIGNED])
-def test_layout(align: int) -> None:
-    layout = pack(LENGTHS, slack=16, align=align)
+@pytest.mark.parametrize("fast", PRECISIONS)
+def test_layout(fast: Any) -> None:
+    layout = pack(LENGTHS, slack=16, fast=fast)
     assert [LENGTHS[i] for i in layout.order] == sorted(LENGTHS)
     covered = sorted(
         row for at, size in zip(layout.starts.tolist(), LENGTHS, strict=True) for row in range(at, at + size)
@@ -215,11 +218,14 @@ def test_layout(align: int) -> None:
         assert group.mask.sum().item() == len(group.cells) == sum(sizes)
         # The grid's cells give back the rows in order.
         assert group.rows[:, : group.width].flatten()[group.cells].tolist() == list(range(sum(sizes)))
-        assert group.width == max(sizes)
-        assert 0 <= group.rows.shape[1] - group.width < align
+        columns = group.rows.shape[1]
         assert group.rows.shape == group.mask[:, 0, 0].shape
-        assert group.even == (len(set(sizes)) == 1)
-        assert group.rows.shape[1] % align == 0 or group.even
+        assert group.even == (set(sizes) == {columns})
+        assert max(sizes) <= group.width <= columns
+        wanted = {None: 1, torch.float32: 16 if len(set(sizes)) > 1 else 1, torch.bfloat16: 16}[fast]
+        assert columns % wanted == 0
+        assert fast is not torch.bfloat16 or group.width >= 64
+        assert fast is torch.bfloat16 or group.width == max(sizes)
         first += sum(sizes)
     assert first == sum(LENGTHS)
     assert [len(group.texts) for group in layout.groups] == [4, 3, 1]

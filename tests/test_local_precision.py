@@ -181,8 +181,9 @@ def test_the_cache_says_its_size(deep: ModularPrompt, backbone: Backbone) -> Non
     assert oracle.kept_bytes == 0
     oracle.score(batch_of("pair"), population(deep, 2, 1.0))
     [chunk] = oracle._kept[next(iter(oracle._kept))]
-    assert chunk.trunk.shared is not None
+    trunk = chunk.main.trunk
+    assert trunk.shared is not None
     # States that enter layers 0 to 2, and what candidates share inside layer 2.
-    assert oracle.kept_bytes == 3 * chunk.tokens * tiny.HIDDEN * 4 + chunk.trunk.shared[1].nbytes
+    assert oracle.kept_bytes == 3 * chunk.tokens * tiny.HIDDEN * 4 + trunk.shared[1].nbytes
     oracle.close()
     assert oracle.kept_bytes == 0
