@@ -9,6 +9,7 @@ that the slots worked, in each stage, with everything that is not the model coun
 
 from __future__ import annotations
 
+import gc
 import statistics
 import tempfile
 import time
@@ -211,8 +212,10 @@ def slow(slots: int, waves: int, asks: int) -> list[str]:
         journal = Journal(Path(folder) / "journal.log", "benchmark")
         try:
             evaluator = Evaluator(oracle, Ledger(journal, budget), Readout(), task, *few)
+            gc.freeze()  # as the command does
             found = search(method, prompt.space, evaluator, 42, lambda status: None)
         finally:
+            gc.unfreeze()
             journal.close()
     lines = [
         f"{slots} slots, {1e3 * SECONDS:.0f} ms a call, {ask} candidates an ask (routers ahead), a look at dev (one "

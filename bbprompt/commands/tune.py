@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -247,6 +248,9 @@ def _run(
                     run = prepare(config)
                     opened.callback(run.close)
                 terminal.directory, terminal.replayed = directory.path, _calls_before(directory)
+                # Libraries and model stay to the end: the collector need not look at them at every batch.
+                gc.freeze()
+                opened.callback(gc.unfreeze)
                 result = tune(run, directory, terminal)
     _show(result, directory.path, json)
 

@@ -305,4 +305,6 @@ def _numbered(name: str, numbers: Sequence[float]) -> dict[str, float]:
 
 def _of(name: str, value: Mapping[str, float]) -> tuple[float, ...]:
     """The list of that name among a call's numbers, empty where it has none."""
+    if f"{name}.0" not in value:
+        return ()
     return tuple(value[f"{name}.{index}"] for index in range(sum(key.startswith(f"{name}.") for key in value)))
