@@ -243,6 +243,25 @@ def test_only_so_many_bytes_at_once() -> None:
     assert client.one("POST", "/v1/score", request()).status_code == 200
 
 
+def test_an_answer_does_not_wait_for_its_head_to_be_acknowledged() -> None:
+    """An answer is a head and a body: without TCP_NODELAY the second waits for the first, 40 ms."""
+
+    async def option(listening: socket.socket) -> int:
+        told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            told.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        async with await asyncio.start_server(accepted, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            writer.close()
+            return await told
+
+    with listen("127.0.0.1", 0, None) as listening:
+        assert asyncio.run(option(listening)) == 1
+
+
 def test_where_it_listens() -> None:
     with pytest.raises(UsageError, match="BBPROMPT_TOKEN"):
         listen("0.0.0.0", 0, None)
