@@ -26,7 +26,6 @@ __all__ = ["Encoder", "Group", "Layout", "check_family", "pack"]
 #: Model types whose layers carry BERT's names and post-LayerNorm order.
 FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
 
-
 #: Attention on a CPU: keys fill whole vectors of so many, as those of the last one otherwise go one by one.
 _ALIGNED = 16
 #: And in bfloat16 there are so many queries and keys at least: fewer take a path that several threads do not speed up.

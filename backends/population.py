@@ -70,14 +70,13 @@ class _Own:
     """Candidates that run together.
 
     Attributes:
-        points: `(n, L, d)`, all of the request: how a prompt is computed must not depend on how a request is cut.
-        differs: `(L,)` in which layers these differ.
-        which: `(m,)` numbers of those that run.
+        points: `(m, L, d)`.
+        differs: `(L,)` in which layers the candidates of the whole request differ: how a prompt is made must not depend
+            on how a request is cut.
     """
 
     points: NDArray[np.float32]
     differs: NDArray[np.bool_]
-    which: NDArray[np.int64]
 
 
 class Runner:
@@ -91,7 +90,7 @@ class Runner:
 
     def __init__(self, encoder: Encoder, projection: Tensor, rough: Encoder | None = None) -> None:
         self.encoder, self.rough, self._projection = encoder, rough, projection
-        # The last points of each layer and the prompts that were made of them.
+        # Of each layer the point that candidates shared last, and its prompt.
         self._made: dict[int, tuple[NDArray[np.float32], Tensor]] = {}
 
     def run(
@@ -119,7 +118,7 @@ class Runner:
         fork = self._first(differs)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
-        own = _Own(points, differs, np.arange(unit.first, unit.last))
+        own = _Own(points[unit.first : unit.last], differs)
         return self._branch(place, states, shared, own, fork, finish)
 
     def run_deviations(
@@ -133,7 +132,7 @@ class Runner:
         size = max(_HELD_TOKENS // states.shape[1], 8)
         firsts = range(1, len(points), size)
         # The first candidate leads every piece, so that a score does not depend on how it was cut.
-        pieces = [_Own(points, differs, np.array([0, *range(i, min(i + size, len(points)))])) for i in firsts]
+        pieces = [_Own(np.concatenate((points[:1], points[i : i + size])), differs) for i in firsts]
         done = [self._deviate(place, states, shared, piece, fork, finish) for piece in pieces]
         return torch.cat([done[0], *(piece[1:] for piece in done[1:])])
 
@@ -158,7 +157,7 @@ class Runner:
             trunk.shared = None
         del trunk.states[reach + 1 :]
         trunk.points = point.copy()
-        alone = _Own(point[None], np.zeros(len(point), dtype=np.bool_), np.zeros(1, dtype=np.int64))
+        alone = _Own(point[None], np.zeros(len(point), dtype=np.bool_))
         for layer in range(reach, fork):
             states = self._add(place, trunk.states[layer].clone(), alone, layer)
             trunk.states.append(self.encoder.layer(layer, states, place.layout))
@@ -185,7 +184,7 @@ class Runner:
         finish: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Candidates that share everything below layer `fork`."""
-        states = _copies(trunk, len(own.which))
+        states = _copies(trunk, len(own.points))
         last = len(self.encoder.layers) - 1
         for layer in range(fork, last + 1):
             projected = self._projected(place, shared, own, layer) if layer == fork else None
@@ -205,36 +204,39 @@ class Runner:
         """The same with all but the first candidate as deviations from it; the last layer is float32 throughout."""
         if self.rough is None:
             raise ValueError("deviations need a bfloat16 encoder")
-        states = _copies(trunk, len(own.which))
+        states = _copies(trunk, len(own.points))
         last = len(self.encoder.layers) - 1
         for layer in range(fork, last):
             projected = self._projected(place, shared, own, layer) if layer == fork else None
             states = self._add(place, states, own, layer)
             states = deviate(self.encoder, self.rough, layer, states, place.layout, projected)
         done = []
-        for n in range(len(own.which)):
-            point = _Own(own.points, own.differs, own.which[n : n + 1])
+        for n in range(len(own.points)):
+            point = _Own(own.points[n : n + 1], own.differs)
             projected = self._projected(place, shared, point, last) if last == fork else None
             ends = self._add(place, states[n : n + 1], point, last)
             done.append(finish(self.encoder.layer(last, ends, place.layout, place.read, projected)))
         return torch.cat(done)
 
     def _prompts(self, own: _Own, layer: int) -> Tensor:
-        """Prompts u A of a layer, `(m, P, H)`; `(1, P, H)` where all candidates have the same. Made once for all."""
-        differs = own.differs[layer]
-        points, made = own.points[:, layer] if differs else own.points[:1, layer], self._made.get(layer)
-        if made is None or not np.array_equal(made[0], points):
-            prompts = torch.from_numpy(points).to(self._projection.device) @ self._projection[layer]
-            prompts = prompts.view(len(points), -1, self.encoder.hidden).to(self.encoder.dtype)
-            made = self._made[layer] = (points.copy(), prompts)
-        return made[1][torch.from_numpy(own.which)] if differs else made[1]
+        """Prompts u A of a layer, `(m, P, H)`; `(1, P, H)` where all candidates have the same, which is kept."""
+        if own.differs[layer]:
+            return self._made_of(own.points[:, layer], layer)
+        point, made = own.points[0, layer], self._made.get(layer)
+        if made is None or not np.array_equal(made[0], point):
+            made = self._made[layer] = (point.copy(), self._made_of(point[None], layer))
+        return made[1]
+
+    def _made_of(self, points: NDArray[np.float32], layer: int) -> Tensor:
+        prompts = torch.from_numpy(points).to(self._projection.device) @ self._projection[layer]
+        return prompts.view(len(points), -1, self.encoder.hidden).to(self.encoder.dtype)
 
     def _projected(self, place: Place, shared: Tensor | None, own: _Own, layer: int) -> Tensor | None:
         """Projections of the layer for each candidate: the shared ones, changed at the placeholder rows."""
         if shared is None:
             return None
         gain = self.encoder.shift(layer, self._prompts(own, layer), self._keys_only(place, layer))
-        return _add(_copies(shared, len(own.which)), place, gain)
+        return _add(_copies(shared, len(own.points)), place, gain)
 
     def _add(self, place: Place, states: Tensor, own: _Own, layer: int) -> Tensor:
         """Add the layer's prompts to the placeholder rows of every text, where the layer has any; in place."""

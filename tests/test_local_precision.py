@@ -176,6 +176,14 @@ def test_other_errors_pass(deep: ModularPrompt, backbone: Backbone, monkeypatch:
         LocalOracle(backbone, deep).score(batch_of("pair"), points_of(deep, 1))
 
 
+def test_of_prompts_only_those_that_candidates_share_are_kept(deep: ModularPrompt, backbone: Backbone) -> None:
+    oracle = LocalOracle(backbone, deep)
+    oracle.score(batch_of("pair"), points_of(deep, 9))  # differ in every layer
+    assert oracle._runner._made == {}
+    oracle.score(batch_of("pair"), population(deep, 1, 1.0))
+    assert {layer: len(prompt) for layer, (_, prompt) in oracle._runner._made.items()} == {0: 1, 2: 1}
+
+
 def test_the_cache_says_its_size(deep: ModularPrompt, backbone: Backbone) -> None:
     oracle = LocalOracle(backbone, deep)
     assert oracle.kept_bytes == 0
