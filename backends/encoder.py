@@ -28,8 +28,9 @@ FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
 
 #: Attention on a CPU: keys fill whole vectors of so many, as those of the last one otherwise go one by one.
 _ALIGNED = 16
-#: And in bfloat16 there are so many queries and keys at least: fewer take a path that several threads do not speed up.
-_WIDE = 64
+#: And in bfloat16 between 32 and 64 queries and keys become 64: fewer take a path that several threads do not speed up,
+#: which is no matter up to 32.
+_NARROW, _WIDE = 32, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def _widened(width: int, even: bool, dtype: torch.dtype) -> tuple[int, int]:
     """Queries and keys of a text for texts of at most `width` tokens."""
     columns = -(-width // _ALIGNED) * _ALIGNED
     if dtype is torch.bfloat16:
-        return (width, columns) if width >= _WIDE else (_WIDE, _WIDE)
+        return (_WIDE, _WIDE) if _NARROW < columns <= _WIDE else (width, columns)
     # Rows of one length are a grid without a copy, which would cost in float32 what the wider grid saves.
     return (width, width) if even else (width, columns)
 

@@ -224,8 +224,8 @@ def test_layout(fast: Any) -> None:
         assert max(sizes) <= group.width <= columns
         wanted = {None: 1, torch.float32: 16 if len(set(sizes)) > 1 else 1, torch.bfloat16: 16}[fast]
         assert columns % wanted == 0
-        assert fast is not torch.bfloat16 or group.width >= 64
-        assert fast is torch.bfloat16 or group.width == max(sizes)
+        # In bfloat16 torch's kernel for 33 to 63 tokens does not scale with threads.
+        assert group.width == (64 if fast is torch.bfloat16 and max(sizes) > 32 else max(sizes))
         first += sum(sizes)
     assert first == sum(LENGTHS)
     assert [len(group.texts) for group in layout.groups] == [4, 3, 1]
