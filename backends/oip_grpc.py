@@ -109,7 +109,8 @@ class GrpcTransport:
     """
 
     def __init__(self, target: str, model: str, token: str | None, policy: Policy, *, tls: bool = False) -> None:
-        self._url, self._model, self._policy = f"{'grpcs' if tls else 'grpc'}://{target}", model, policy
+        # As `--backend` spells it, so that what an error names can be found on the command line.
+        self._url, self._model, self._policy = f"kserve+{'grpcs' if tls else 'grpc'}://{target}/{model}", model, policy
         self._retries = Retries(self._url, policy)
         self._metadata = [("authorization", f"Bearer {token}")] if token else []
         local = target.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_run import finished
 
 from bbprompt import cli
@@ -172,6 +172,19 @@ def test_a_damaged_file_is_refused(tiny_pair_data: Path, tiny_bert_dir: Path, tm
     begin(config(tiny_pair_data, tiny_bert_dir, "threshold"), tmp_path / "run")
     (tmp_path / "run" / "prompt.safetensors").write_bytes(b"nothing")
     with pytest.raises(DiskError, match="damaged"):
+        load_prompt(tmp_path / "run")
+
+
+@pytest.mark.parametrize("shapes", [((3, 1), (3,)), ((2, 1), (3,)), ((2,), (2,)), ((2, 1), (2, 1))])
+def test_weights_of_other_sizes_than_the_task_s_are_refused(
+    shapes: tuple[tuple[int, ...], tuple[int, ...]], tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path: Path
+) -> None:
+    begin(config(tiny_pair_data, tiny_bert_dir, "threshold"), tmp_path / "run")
+    file = tmp_path / "run" / "prompt.safetensors"
+    tensors = load_file(file)
+    assert (tensors["weight"].shape, tensors["bias"].shape) == ((2, 1), (2,))
+    save_file(tensors | {"weight": np.zeros(shapes[0]), "bias": np.zeros(shapes[1])}, file)
+    with pytest.raises(DiskError, match=r"damaged \(weights .* are not those of 2 scores\); tune again"):
         load_prompt(tmp_path / "run")
 
 

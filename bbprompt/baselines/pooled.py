@@ -58,6 +58,10 @@ class PooledLabeller:
         view, head = int(tensors["view"]), LinearHead(tensors["weight"], tensors["bias"])
         if not 0 <= view < len(VIEWS) or not all(np.isfinite(array).all() for array in (head.weight, head.bias)):
             raise ValueError("no such view, or a number that is not finite")
+        scores = len(task.options) or 1  # options of an example's own share one factor
+        if head.weight.ndim != 2 or len(head.weight) != scores or head.bias.shape != (scores,):
+            sizes = f"weights {head.weight.shape} and biases {head.bias.shape}"
+            raise ValueError(f"{sizes} are not those of {scores} scores")
         return cls(task, VIEWS[view], head, read)
 
 
