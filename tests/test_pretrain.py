@@ -24,7 +24,7 @@ from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import ArtifactError, DataError, ResumeMismatch, UsageError
 from bbprompt.metrics import accuracy
 from bbprompt.pretrain.mixture import Mixture, Upstream, thin_options
-from bbprompt.pretrain.model import Gates, ModularPrompts, span_loss
+from bbprompt.pretrain.model import ModularPrompts, Phase, span_loss
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
@@ -389,7 +389,7 @@ def test_gradients_reach_every_parameter(recipe: PretrainConfig, make_mixture: C
     frame = frame_for(backbone.tokenizer, (300, 301), recipe.max_tokens)
     prompts = ModularPrompts(3, 3, 3, 4, frame, 32, 0.05, torch.Generator().manual_seed(0))
     batch = make_mixture(tasks_per_step=3).batch(0)
-    each, _ = span_loss(prompts(encoder, batch, Gates(noise=True), torch.Generator().manual_seed(1)), batch)
+    each, _ = span_loss(prompts(encoder, batch, Phase(noise=True), torch.Generator().manual_seed(1)), batch)
     each.mean().backward()  # type: ignore[no-untyped-call]
     for name, parameter in prompts.named_parameters():
         assert parameter.grad is not None, name

@@ -22,7 +22,7 @@ from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import UsageError
 from bbprompt.oracle import TextBatch
 from bbprompt.pretrain.cloze import cloze_loss, collate_cloze, write_cloze
-from bbprompt.pretrain.model import Gates, ModularPrompts
+from bbprompt.pretrain.model import ModularPrompts, Phase
 from bbprompt.pretrain.ppt_forms import span_task
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import _frozen, pretrain
@@ -123,7 +123,7 @@ def test_the_loss_is_that_of_tuning(form: Any, family: str, folders: dict[str, P
         _frozen(backbone, torch.float32, "cpu"),
         backbone.head,
         collate_cloze(items, gold, [0] * len(items)),
-        Gates(noise=False),
+        Phase(noise=False),
         torch.Generator(),
     )
     np.testing.assert_allclose(losses.detach().numpy(), expected, rtol=1e-4, atol=1e-4)

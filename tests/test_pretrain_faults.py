@@ -219,7 +219,7 @@ def test_other_data_cannot_be_gone_on_with(tiny_bert_dir: Path, tmp_path: Path) 
 def test_a_recipe_of_an_older_version_goes_on(recipe: PretrainConfig, data: Path, tmp_path: Path) -> None:
     pretrain(recipe, tmp_path, data, silent)
     values = json.loads((tmp_path / "recipe.json").read_text(encoding="utf-8"))
-    for key in ("fsl", "keep", "accumulate", "bucket", "depth", "temperature_to", "ppt"):
+    for key in ("fade", "fsl", "keep", "accumulate", "bucket", "depth", "temperature_to", "ppt"):
         del values[key]
     (tmp_path / "recipe.json").write_text(json.dumps(values), encoding="utf-8")
     pretrain(recipe, tmp_path, data, silent, resume=True)

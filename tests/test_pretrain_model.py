@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.tokens import frame_for
 from bbprompt.pretrain.mixture import thin_options
-from bbprompt.pretrain.model import Gates, ModularPrompts, collate, relaxed_bernoulli, span_loss
+from bbprompt.pretrain.model import ModularPrompts, Phase, collate, relaxed_bernoulli, span_loss
 from bbprompt.router import CODE
 from bbprompt.tasks.example import Example
 from bbprompt.texts.mrc import Encoded
@@ -50,14 +50,14 @@ def test_points_are_routed_mixtures(tiny_bert_dir: Path) -> None:
         prompts.router.normal_(generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(2)
     tasks = torch.tensor([4, 1])
-    points = prompts.points(Gates(noise=False), generator, tasks).detach().numpy()
+    points = prompts.points(Phase(noise=False), generator, tasks).detach().numpy()
     router, bank = prompts.router.detach().numpy()[[4, 1]], prompts.bank.detach().numpy()
     expected = np.einsum("glk,lkd->gld", CODE.weights(router), bank)
     np.testing.assert_allclose(points, expected, rtol=1e-4, atol=1e-6)
-    noisy = [prompts.points(Gates(noise=True), torch.Generator().manual_seed(s), tasks) for s in (1, 1, 2)]
+    noisy = [prompts.points(Phase(noise=True), torch.Generator().manual_seed(s), tasks) for s in (1, 1, 2)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
-    mean = prompts.points(Gates(noise=False, normalized=False), generator, tasks).detach().numpy()
+    mean = prompts.points(Phase(noise=False, normalized=False), generator, tasks).detach().numpy()
     np.testing.assert_allclose(
         mean, np.einsum("glk,lkd->gld", 1 / (1 + np.exp(-router)) / 4, bank), rtol=1e-4, atol=1e-6
     )

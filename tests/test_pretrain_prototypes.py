@@ -22,7 +22,7 @@ from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import UsageError
 from bbprompt.pretrain.checkpoint import load_checkpoint
 from bbprompt.pretrain.mixture import Mixture
-from bbprompt.pretrain.model import Gates, ModularPrompts
+from bbprompt.pretrain.model import ModularPrompts, Phase
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.prototypes import PrototypeMixture, collate_prototypes, prototype_loss
 from bbprompt.pretrain.recipe import PretrainConfig
@@ -160,7 +160,7 @@ def _training_losses(trained: Path, recipe: PretrainConfig, index: int, examples
     task = upstream_tasks(recipe.tasks)[index]
     batch = collate_prototypes([(task, index, example) for example in examples], head)
     with torch.no_grad():
-        each, _ = prototype_loss(prompts, encoder, head, batch, Gates(noise=False), torch.Generator())
+        each, _ = prototype_loss(prompts, encoder, head, batch, Phase(noise=False), torch.Generator())
     losses: NDArray[np.float32] = each.numpy()
     return losses
 

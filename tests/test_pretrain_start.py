@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tinytrain
+from pydantic import ValidationError
 
 from bbprompt.errors import ArtifactError, UsageError
+from bbprompt.pretrain.mp2 import Progress
+from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
 from bbprompt.prompts import ModularPrompt
 
@@ -22,6 +26,12 @@ STILL: dict[str, Any] = {
     # So small that nothing moves.
     **dict.fromkeys(("module_rate", "projection_rate", "router_rate", "head_rate"), 1e-12),
 }
+
+
+def window(out: Path) -> float:
+    """The loss of the only step."""
+    lines = map(json.loads, (out / "train.jsonl").read_text(encoding="utf-8").splitlines())
+    return next(float(line["loss"]) for line in lines if "loss" in line)
 
 
 def trained(data: Path, backbone: Path, out: Path, **changes: Any) -> ModularPrompt:
@@ -63,6 +73,71 @@ def test_a_new_task_gets_a_router_and_the_old_sources_stay(tmp_path: Path, tiny_
     assert set(first.config.sources) < set(second.config.sources)
 
 
+@pytest.mark.parametrize("readout", ["span", "prototype"])
+@pytest.mark.parametrize("kind", ["mp2-shallow", "spot"])
+def test_an_input_prompt_takes_over_from_prompts_before_every_layer(
+    kind: str, readout: str, tmp_path: Path, tiny_bert_dir: Path
+) -> None:
+    data = tinytrain.data_root(tmp_path / "data")
+    tasks = [str(data / name / "task.yaml") for name in ("tiny-pair", "tiny-choice")]
+    own = {"readout": readout, "tasks": tasks}
+    first = trained(data, tiny_bert_dir, tmp_path / "first", **own, prompt_scale=1.0)
+    modules = {"modules": 1} if kind == "spot" else {}
+    fading = {**own, **modules, "kind": kind, "start": str(tmp_path / "first" / "artifact"), "fade": 1.0}
+    second = trained(data, tiny_bert_dir, tmp_path / "second", **fading, **STILL)
+    assert second.config.layers == 1
+    even, held = first.space.even()[None], second.space.even()[None]
+    np.testing.assert_allclose(second.prompts(held)[0, :1], first.prompts(even)[0, :1], atol=2e-3)
+    if kind == "mp2-shallow":
+        np.testing.assert_allclose(second.routers, first.routers[:, :1], atol=1e-3)
+
+    # Its first step is one of the prompts before every layer, and one without them differs from it.
+    whole = {**own, **STILL, "start": str(tmp_path / "first" / "artifact")}
+    trained(data, tiny_bert_dir, tmp_path / "whole", **whole)
+    alone = {**own, **modules, **STILL, "kind": kind, "start": str(tmp_path / "second" / "artifact")}
+    trained(data, tiny_bert_dir, tmp_path / "alone", **alone)
+    losses = {name: window(tmp_path / name) for name in ("second", "whole", "alone")}
+    assert abs(losses["alone"] - losses["whole"]) > 1e-4
+    if kind == "mp2-shallow":
+        assert losses["second"] == pytest.approx(losses["whole"], abs=2e-6)
+    else:  # the input's prompt is the same for all tasks, the others their own
+        assert abs(losses["second"] - losses["alone"]) > 1e-4
+
+
+def test_a_fading_start_killed_and_gone_on_with_ends_the_same(tmp_path: Path, tiny_bert_dir: Path) -> None:
+    data = tinytrain.data_root(tmp_path / "data")
+    trained(data, tiny_bert_dir, tmp_path / "first", steps=2, prompt_scale=1.0)
+    start = {"kind": "mp2-shallow", "start": str(tmp_path / "first" / "artifact"), "fade": 0.7}
+    whole = trained(data, tiny_bert_dir, tmp_path / "whole", **start)
+
+    def stop(progress: Progress, steps: int) -> None:
+        if progress.step == 3:
+            raise KeyboardInterrupt
+
+    recipe = tinytrain.make_recipe(data, tiny_bert_dir, **start)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(recipe, tmp_path / "killed", data, stop)
+    pretrain(recipe, tmp_path / "killed", data, lambda progress, steps: None, resume=True)
+    assert ModularPrompt.load(tmp_path / "killed" / "artifact").digest == whole.digest
+    unlike = trained(data, tiny_bert_dir, tmp_path / "unlike", **start | {"fade": 0.2})
+    assert unlike.digest != whole.digest
+
+
+def test_deeper_prompts_fade_evenly() -> None:
+    recipe = PretrainConfig(kind="spot", modules=1, start="x", fade=0.5, steps=8)
+    assert [recipe.faded_at(step) for step in range(8)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+    assert PretrainConfig(kind="spot", modules=1).faded_at(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"kind": "mp2-deep", "start": "x"}, {"kind": "spot", "modules": 1}, {"kind": "mp2-shallow", "fade": 1.1}],
+)
+def test_a_fade_that_nothing_fades_in_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="fade"):
+        PretrainConfig.model_validate({"fade": 0.5, **changes})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -71,6 +146,7 @@ def test_a_new_task_gets_a_router_and_the_old_sources_stay(tmp_path: Path, tiny_
         ({"intrinsic_dim": 5}, "intrinsic_dim 4, but the recipe asks for 5"),
         ({"first_placeholder": 301}, "placeholders"),
         ({"start": "nowhere-to-be-found"}, "nowhere-to-be-found"),
+        ({"kind": "mp2-shallow", "fade": 0.5, "modules": 2}, "modules 3, but the recipe asks for 2"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -76,21 +77,26 @@ def artifact(
 def begin_from(trainer: Trainer, start: ModularPrompt, backbone_digest: str) -> None:
     """Go on from the prompts of an artifact instead of random ones; the optimizer begins anew.
 
-    Tasks that the artifact has no router for begin with an untrained one.
+    Tasks that the artifact has no router for begin with an untrained one. Where the recipe's `fade` says so, the
+    artifact has prompts before every layer: that of the input is gone on with, as the mean of its modules where there
+    is one prompt for all tasks, and the others fade out.
 
     Raises:
         UsageError: The artifact has another shape, readout or frozen model than the recipe; names what differs.
     """
     p, config, known = trainer.prompts, trainer.config, start.config
+    layers, modules = p.bank.shape[0], start.modules
     wanted = {
-        "kind": config.kind,
+        "kind": "mp2-deep" if config.fade else config.kind,
         "readout": config.readout,
         "placeholders": trainer.frame.placeholders,
         "modules": config.modules,
         "intrinsic_dim": config.intrinsic_dim,
-        "layers": p.bank.shape[0],
+        "layers": len(trainer.encoder.layers) if config.fade else layers,
         "backbone_digest": backbone_digest,
     }
+    if config.fade and config.single:
+        wanted["modules"], modules = known.modules, modules.mean(1, keepdims=True)
     for name, value in wanted.items():
         if (held := getattr(known, name)) != value:
             raise UsageError(f"start: {config.start}: has {name} {held}, but the recipe asks for {value}")
@@ -99,13 +105,23 @@ def begin_from(trainer: Trainer, start: ModularPrompt, backbone_digest: str) -> 
         parameter.copy_(torch.from_numpy(values))
 
     with torch.no_grad():
-        put(p.bank, start.modules)
-        put(p.projection, start.projection)
+        put(p.bank, modules[:layers])
+        put(p.projection, start.projection[:layers])
         put(p.head_weight, start.head_weight)
         put(p.head_bias, start.head_bias)
         for row, task in enumerate(trainer.batches.names if config.routed else ()):
             if task in known.tasks:
-                put(p.router[row], start.routers[known.tasks.index(task)])
+                put(p.router[row], start.routers[known.tasks.index(task), :layers])
         if known.pooling is not None:
             p.log_scale.fill_(math.log(known.pooling.scale))
             p.threshold.fill_(known.pooling.threshold)
+    if config.fade:
+        p.fading = torch.from_numpy(_mixtures(start, trainer.batches.names)[:, layers:]).to(p.bank.device)
+
+
+def _mixtures(start: ModularPrompt, tasks: Sequence[str]) -> NDArray[np.float32]:
+    """Prompts `(T, L, P, H)` of an artifact by the tasks' own routers; an even mixture where it knows no such task."""
+    space = start.space
+    own = space.mix(space.routers, space.rule)
+    points = [own[space.tasks.index(task)] if task in space.tasks else space.even() for task in tasks]
+    return start.prompts(np.stack(points))

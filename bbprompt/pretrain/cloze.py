@@ -18,7 +18,7 @@ from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.oracle import TextBatch
-from bbprompt.pretrain.model import Gates, ModularPrompts
+from bbprompt.pretrain.model import ModularPrompts, Phase
 from bbprompt.tasks.example import Form
 from bbprompt.texts.mrc import Encoded
 
@@ -111,7 +111,7 @@ def cloze_loss(
     model: Encoder | StockModel,
     head: LanguageHead,
     batch: ClozeBatch,
-    gates: Gates,
+    phase: Phase,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the right word among the options, and whether it scores highest, `(N,)` both.
@@ -119,7 +119,7 @@ def cloze_loss(
     The logit of a word is the mean over its tokens; see `bbprompt.backends.verbalizer_head`. All texts of a batch for a
     stock model are under one prompt.
     """
-    features = head.transform(_states(prompts, model, batch, gates, generator))
+    features = head.transform(_states(prompts, model, batch, phase, generator))
     entries = [
         (text, place, token, option, len(word))
         for text, words in enumerate(batch.words)
@@ -137,12 +137,12 @@ def cloze_loss(
 
 
 def _states(
-    prompts: ModularPrompts, model: Encoder | StockModel, batch: ClozeBatch, gates: Gates, generator: torch.Generator
+    prompts: ModularPrompts, model: Encoder | StockModel, batch: ClozeBatch, phase: Phase, generator: torch.Generator
 ) -> Tensor:
     """States `(N, R, H)` in the gaps, float32."""
     if isinstance(model, Encoder):
         layout = pack([len(ids) for ids in batch.ids], model.device)
         read = layout.starts[:, None] + batch.gaps.to(model.device)
-        return prompts.states(model, batch.ids, batch.tasks, layout, gates, generator, read)
-    vectors = prompts.vectors(gates, generator, batch.tasks[:1])
+        return prompts.states(model, batch.ids, batch.tasks, layout, phase, generator, read)
+    vectors = prompts.vectors(phase, generator, batch.tasks[:1])
     return model.body.states(batch.sequences, prompts.frame, vectors)[0].float()

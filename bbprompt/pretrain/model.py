@@ -14,25 +14,27 @@ from torch.nn import functional as F
 from bbprompt.backends.encoder import Encoder, Layout, pack
 from bbprompt.texts.mrc import Encoded, Frame
 
-__all__ = ["Batch", "Gates", "ModularPrompts", "SpanBatch", "collate", "relaxed_bernoulli", "span_loss"]
+__all__ = ["Batch", "ModularPrompts", "Phase", "SpanBatch", "collate", "relaxed_bernoulli", "span_loss"]
 
 #: Where the threshold of compared texts begins: cosines of E5 embeddings lie between .7 and 1.
 _THRESHOLD = 0.88
 
 
 @dataclass(frozen=True, slots=True)
-class Gates:
-    """How routers are turned into weights in one training step.
+class Phase:
+    """What changes in the course of a training: how routers are turned into weights, and how much of `fading` is left.
 
     Attributes:
         noise: Sample the relaxed Bernoulli gates (MP2, eqs. 2-5); otherwise use their mean field, sigmoid(w).
         temperature: tau of the relaxation.
         normalized: Divide by the sum of the layer's gates (released code) instead of by K (MP2, eq. 1).
+        left: Factor on the prompts of deeper layers that fade out; 0 where they are gone.
     """
 
     noise: bool
     temperature: float = 1.0
     normalized: bool = True
+    left: float = 0.0
 
 
 def relaxed_bernoulli(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
@@ -157,6 +159,8 @@ class ModularPrompts(nn.Module):
     Without `spans` there is no head, for label words need none. Under prototypes there is none either, but a scale, a
     threshold, and offsets (T, G) of the labels of compared texts.
     Without `routed` there are no routers and all tasks share the mean of the modules: with K = 1 one soft prompt.
+    Where a prompt at the input takes over from deeper ones, `fading` (T, L', P, H) are those of the layers after its
+    own, which do not learn.
     """
 
     def __init__(
@@ -178,6 +182,7 @@ class ModularPrompts(nn.Module):
         length = len(frame.placeholders)
         self.frame = frame
         self.shape, self.routed = (layers, length, hidden), routed
+        self.fading: Tensor | None = None
 
         def normal(size: float, *shape: int) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, generator=generator) * size)
@@ -196,26 +201,26 @@ class ModularPrompts(nn.Module):
             self.threshold = nn.Parameter(torch.tensor(_THRESHOLD))
             self.offsets = nn.Parameter(torch.zeros(tasks, grades))
 
-    def points(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
+    def points(self, phase: Phase, generator: torch.Generator, tasks: Tensor) -> Tensor:
         """Intrinsic points `(G, L, d)` of the given tasks."""
         if not self.routed:
             return self.bank.mean(1).expand(len(tasks), -1, -1)
         logits = self.router[tasks]
-        noise = gates.noise
-        weights = relaxed_bernoulli(logits, gates.temperature, generator) if noise else torch.sigmoid(logits)
-        total = weights.sum(-1, keepdim=True) + 1e-12 if gates.normalized else weights.shape[-1]
+        noise = phase.noise
+        weights = relaxed_bernoulli(logits, phase.temperature, generator) if noise else torch.sigmoid(logits)
+        total = weights.sum(-1, keepdim=True) + 1e-12 if phase.normalized else weights.shape[-1]
         return torch.einsum("glk,lkd->gld", weights / total, self.bank)
 
-    def vectors(self, gates: Gates, generator: torch.Generator, tasks: Tensor) -> Tensor:
+    def vectors(self, phase: Phase, generator: torch.Generator, tasks: Tensor) -> Tensor:
         """Prompts `(G, L, P, H)` of the given tasks."""
-        points = self.points(gates, generator, tasks)
+        points = self.points(phase, generator, tasks)
         return torch.einsum("gld,ldx->glx", points, self.projection).view(len(tasks), *self.shape)
 
-    def forward(self, encoder: Encoder, batch: SpanBatch, gates: Gates, generator: torch.Generator) -> Tensor:
+    def forward(self, encoder: Encoder, batch: SpanBatch, phase: Phase, generator: torch.Generator) -> Tensor:
         """Start and end logits of the batch's candidates, `(N, 2, C)`."""
         layout = pack([len(text) for text in batch.ids], encoder.device)
         read = layout.starts[:, None] + batch.support.to(encoder.device).flatten(1)
-        states = self.states(encoder, batch.ids, batch.tasks, layout, gates, generator, read)
+        states = self.states(encoder, batch.ids, batch.tasks, layout, phase, generator, read)
         logits = F.linear(states, self.head_weight, self.head_bias)  # (N, 2 * C, start and end)
         start, end = logits.view(len(logits), 2, -1, 2).unbind(1)
         return torch.stack((start[..., 0], end[..., 1]), dim=1)
@@ -226,21 +231,23 @@ class ModularPrompts(nn.Module):
         ids: Sequence[Sequence[int]],
         tasks: Tensor,
         layout: Layout,
-        gates: Gates,
+        phase: Phase,
         generator: torch.Generator,
         read: Tensor | None = None,
     ) -> Tensor:
         """Last states of texts `(N,)` under their tasks' prompts, float32: `(N, R, H)` of `read`, or `(T, H)`."""
-        layers, length, hidden = self.shape
+        _, length, hidden = self.shape
         groups, member = torch.unique(tasks, return_inverse=True)
-        prompts = self.vectors(gates, generator, groups)
+        prompts = self.vectors(phase, generator, groups)
+        if phase.left and self.fading is not None:
+            prompts = torch.cat([prompts, phase.left * self.fading[groups]], dim=1)
         slots = torch.arange(length, device=encoder.device) + self.frame.prompt_start
         at = (layout.starts[:, None] + slots).flatten()
         states = encoder.embed(ids, layout)
         member = member.to(prompts.device)
         last = len(encoder.layers) - 1
         for index in range(last + 1):
-            if index < layers:
+            if index < prompts.shape[1]:
                 added = prompts[:, index][member].to(encoder.dtype).reshape(-1, hidden)
                 states = states.index_add(0, at, added)
             states = encoder.layer(index, states[None], layout, read if index == last else None)[0]

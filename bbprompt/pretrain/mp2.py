@@ -35,7 +35,7 @@ from bbprompt.pretrain.checkpoint import (
 from bbprompt.pretrain.cloze import ClozeBatch, StockModel, cloze_loss
 from bbprompt.pretrain.directory import append_log, cut_log
 from bbprompt.pretrain.mixture import Batches
-from bbprompt.pretrain.model import Batch, Gates, ModularPrompts, SpanBatch, span_loss
+from bbprompt.pretrain.model import Batch, ModularPrompts, Phase, SpanBatch, span_loss
 from bbprompt.pretrain.prototypes import PrototypeBatch, prototype_loss
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.schedule import rate_factor
@@ -173,14 +173,15 @@ class Trainer:
         """One update from the slices of this process and those of the others."""
         config = self.config
         noisy = self.step >= config.noise_from * config.steps
-        gates = Gates(noisy, config.temperature_at(self.step), config.normalized)
+        left = 1.0 - config.faded_at(self.step)
+        phase = Phase(noisy, config.temperature_at(self.step), config.normalized, left)
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(2)
         spoilt = ""
         for batch in slices:
             # The same gates for each slice: together they are one batch.
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-            each, right = self._judge(batch, gates, generator)
+            each, right = self._judge(batch, phase, generator)
             loss = each.mean() / len(slices)
             torch.autograd.backward(loss)
             totals += torch.stack([loss.detach(), right.mean() / len(slices)]).cpu()
@@ -202,16 +203,16 @@ class Trainer:
         self.optimizer.step()
         return float(totals[0]), float(totals[1])
 
-    def _judge(self, batch: Batch, gates: Gates, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _judge(self, batch: Batch, phase: Phase, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Loss of each example and whether it was answered right, `(N,)` both."""
         model, head = self.encoder, self._head
         if isinstance(batch, ClozeBatch) and isinstance(head, LanguageHead):
-            return cloze_loss(self.prompts, model, head, batch, gates, generator)
+            return cloze_loss(self.prompts, model, head, batch, phase, generator)
         if isinstance(model, Encoder):
             if isinstance(batch, SpanBatch):
-                return span_loss(self.prompts(model, batch, gates, generator), batch)
+                return span_loss(self.prompts(model, batch, phase, generator), batch)
             if isinstance(batch, PrototypeBatch) and isinstance(head, PrototypeHead):
-                return prototype_loss(self.prompts, model, head, batch, gates, generator)
+                return prototype_loss(self.prompts, model, head, batch, phase, generator)
         raise TypeError(f"no readout for a {type(batch).__name__}")
 
     def _broken(self, batch: Batch, finite: Tensor) -> str:
@@ -238,11 +239,11 @@ class Trainer:
 
         Extraction counts an answer as right when its start is. The processes of a team share the tasks.
         """
-        gates = Gates(noise=False, normalized=self.config.normalized)
+        phase = Phase(noise=False, normalized=self.config.normalized)
         names = self.batches.names
         scores = torch.zeros(len(names), dtype=torch.float64)
         for index in range(self.team.rank, len(names), self.team.size):
-            rights = [self._judge(batch, gates, torch.Generator())[1] for batch in self.batches.valid(index, limit, 32)]
+            rights = [self._judge(batch, phase, torch.Generator())[1] for batch in self.batches.valid(index, limit, 32)]
             scores[index] = torch.cat(rights).mean().item()
         self.team.sum([scores])
         return {name: round(score, 4) for name, score in zip(names, scores.tolist(), strict=True)}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.prototype_head import PrototypeHead, pieces
 from bbprompt.pretrain.mixture import Mixture
-from bbprompt.pretrain.model import Gates, ModularPrompts
+from bbprompt.pretrain.model import ModularPrompts, Phase
 from bbprompt.tasks.example import Example, Form
 from bbprompt.tasks.task import Task
 from bbprompt.texts.forms import embed_form
@@ -70,12 +70,12 @@ def prototype_loss(
     encoder: Encoder,
     head: PrototypeHead,
     batch: PrototypeBatch,
-    gates: Gates,
+    phase: Phase,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the options of each example, and whether it was answered right, `(N,)` both."""
     layout = pack([len(item.ids) for item in batch.sequences], encoder.device)
-    states = prompts.states(encoder, batch.ids, batch.members, layout, gates, generator)
+    states = prompts.states(encoder, batch.ids, batch.members, layout, phase, generator)
     embeddings = head.apply(head.plan(batch.sequences, layout, "candidates"), states[None])[0]
     cosine = (embeddings[batch.left] * embeddings[batch.right]).sum(-1)
     compared = batch.compared.to(cosine.device)[:, None]

@@ -69,6 +69,8 @@ class PretrainConfig(BaseModel):
         tasks: "upstream" (every bundled task that may be trained on), names and YAML files, or a directory of them.
         start: Prompt artifact (name or directory) to go on from; None begins with random prompts. A training in phases
             is one recipe after the other.
+        fade: Share of the steps in which the prompts of the deeper layers of `start`, prompts before every layer, fade
+            out while the one at the input learns to do without them; 0 where `start` is of the recipe's own kind.
         weights: Visits of a task in a round; 1 where not named.
         modules: K; 1 for a single prompt.
         intrinsic_dim: d.
@@ -122,6 +124,7 @@ class PretrainConfig(BaseModel):
     backbone: str = "intfloat/multilingual-e5-small"
     tasks: list[str] | str = "upstream"
     start: str | None = None
+    fade: Annotated[float, Field(ge=0, le=1)] = 0.0
     weights: dict[str, Count] = Field(default_factory=dict)
     modules: Count = 8
     intrinsic_dim: Count = 64
@@ -192,6 +195,10 @@ class PretrainConfig(BaseModel):
             raise ValueError(f"modules: kind {self.kind} is one prompt; write 1 instead of {self.modules}")
         if self.routed and self.depth is not None and self.deep != (self.kind == "mp2-deep"):
             raise ValueError(f"depth: '{self.depth}' is not what kind {self.kind} says; leave it null")
+        if self.fade and (self.deep or self.kind == "ppt" or self.start is None):
+            raise ValueError(
+                "fade: only a prompt at the input (mp2-shallow, spot) takes over from those of a `start`; write 0"
+            )
         fitting = ("span", "verbalizer") if self.kind == "ppt" else ("span", "prototype")
         if self.readout not in fitting:
             other = " or ".join(map(repr, fitting))
@@ -201,6 +208,10 @@ class PretrainConfig(BaseModel):
         if (self.ppt is None) == (self.kind == "ppt"):
             raise ValueError(f"ppt: kind ppt needs these settings, the other kinds have none (kind: {self.kind})")
         return self
+
+    def faded_at(self, step: int) -> float:
+        """Share of the deeper layers' prompts that is gone in `step` (from 0), growing evenly."""
+        return min(step / (self.fade * self.steps), 1.0) if self.fade else 1.0
 
     def temperature_at(self, step: int) -> float:
         """Temperature of the gates in `step` (from 0): constant, or falling geometrically to `temperature_to`."""
