@@ -9,7 +9,7 @@ n.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -298,8 +298,7 @@ class Encoder:
         """Self-attention within each text: queries, keys and values `(n, T, 3H)` to `(n, T, H)`."""
         n = len(projected)
         pieces = []
-        for group in layout.groups:
-            grid = _grid(projected, group)
+        for group, grid in _grids(projected, layout):
             query, key, value = (self._heads(part) for part in grid.flatten(0, 1).chunk(3, -1))
             mixed = (
                 self._attend(query[:, :, : group.width], key, value, group, n)
@@ -312,8 +311,8 @@ class Encoder:
     def _looked_up(self, query: Tensor, projected: Tensor, layout: Layout) -> Tensor:
         """Attention of some rows `(n, N, R, H)` to the keys and values `(n, T, 2H)` of their texts."""
         n, mixed = len(query), torch.empty_like(query)
-        for group in layout.groups:
-            key, value = (self._heads(part) for part in _grid(projected, group).flatten(0, 1).chunk(2, -1))
+        for group, grid in _grids(projected, layout):
+            key, value = (self._heads(part) for part in grid.flatten(0, 1).chunk(2, -1))
             out = self._attend(self._heads(query[:, group.texts].flatten(0, 1)), key, value, group, n)
             mixed[:, group.texts] = out.transpose(-2, -3).reshape(n, len(group.texts), -1, self.hidden)
         return mixed
@@ -330,8 +329,7 @@ class Encoder:
         by_head = query.reshape(-1, self.heads, h // self.heads).transpose(0, 1) * scale
         carried = (by_head @ key).view(self.heads, n, texts, rows, h)
         seen = torch.empty_like(carried)
-        for group in layout.groups:
-            grid = _grid(states, group)
+        for group, grid in _grids(states, layout):
             asked = carried[:, :, group.texts].permute(1, 2, 0, 3, 4).flatten(2, 3)
             scores = asked @ grid.transpose(-1, -2)
             if not group.even:
@@ -356,12 +354,13 @@ class Encoder:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
-def _grid(rows: Tensor, group: Group) -> Tensor:
-    """The rows `(n, T, C)` of a group as its padded grid `(n, G, S, C)`."""
-    own = rows[:, group.first : group.first + len(group.cells)]
-    if not group.even:
-        own = _take(own, group.rows.flatten())
-    return own.reshape(len(rows), *group.rows.shape, rows.shape[-1])
+def _grids(rows: Tensor, layout: Layout) -> Iterator[tuple[Group, Tensor]]:
+    """Each group with its rows of `(n, T, C)` as a padded grid `(n, G, S, C)`."""
+    # Split and not sliced: going backward, each slice would fill a whole (n, T, C) of zeros and add it to the others.
+    parts = torch.split(rows, [len(group.cells) for group in layout.groups], dim=1)
+    for group, own in zip(layout.groups, parts, strict=True):
+        filled = own if group.even else _take(own, group.rows.flatten())
+        yield group, filled.reshape(len(rows), *group.rows.shape, rows.shape[-1])
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

@@ -104,6 +104,20 @@ def test_an_input_prompt_takes_over_from_prompts_before_every_layer(
         assert abs(losses["second"] - losses["alone"]) > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["spot", "ppt"])
+def test_one_prompt_begins_with_the_mean_of_the_modules(kind: str, tmp_path: Path, tiny_bert_dir: Path) -> None:
+    data = tinytrain.data_root(tmp_path / "data")
+    first = trained(data, tiny_bert_dir, tmp_path / "first")
+    begun: dict[str, Any] = {"kind": kind, "depth": "all", "modules": 1, "start": str(tmp_path / "first" / "artifact")}
+    if kind == "ppt":
+        file = tinytrain.corpus(tmp_path / "corpus.txt", 60)
+        begun |= {"ppt": {"corpus": [str(file)], "options": [2, 3]}, "tasks": [], "tasks_per_step": 1}
+    second = trained(data, tiny_bert_dir, tmp_path / "second", **begun, **STILL)
+    one, mean = (first.prompts(first.modules.mean(1)), second.prompts(second.modules[:, 0]))
+    np.testing.assert_allclose(mean, one, atol=2e-3)
+    np.testing.assert_allclose(second.head_weight, first.head_weight, atol=1e-4)
+
+
 def test_a_fading_start_killed_and_gone_on_with_ends_the_same(tmp_path: Path, tiny_bert_dir: Path) -> None:
     data = tinytrain.data_root(tmp_path / "data")
     trained(data, tiny_bert_dir, tmp_path / "first", steps=2, prompt_scale=1.0)

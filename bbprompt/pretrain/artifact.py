@@ -77,26 +77,24 @@ def artifact(
 def begin_from(trainer: Trainer, start: ModularPrompt, backbone_digest: str) -> None:
     """Go on from the prompts of an artifact instead of random ones; the optimizer begins anew.
 
-    Tasks that the artifact has no router for begin with an untrained one. Where the recipe's `fade` says so, the
-    artifact has prompts before every layer: that of the input is gone on with, as the mean of its modules where there
-    is one prompt for all tasks, and the others fade out.
+    Tasks that the artifact has no router for begin with an untrained one; one prompt for all tasks begins with the mean
+    of the modules, of whatever kind the artifact is. Where the recipe's `fade` says so, the artifact has prompts before
+    every layer: that of the input is gone on with, and the others fade out.
 
     Raises:
         UsageError: The artifact has another shape, readout or frozen model than the recipe; names what differs.
     """
     p, config, known = trainer.prompts, trainer.config, start.config
-    layers, modules = p.bank.shape[0], start.modules
+    layers, modules = p.bank.shape[0], start.modules.mean(1, keepdims=True) if config.single else start.modules
     wanted = {
-        "kind": "mp2-deep" if config.fade else config.kind,
+        "kind": known.kind if config.single else "mp2-deep" if config.fade else config.kind,
         "readout": config.readout,
         "placeholders": trainer.frame.placeholders,
-        "modules": config.modules,
+        "modules": known.modules if config.single else config.modules,
         "intrinsic_dim": config.intrinsic_dim,
         "layers": len(trainer.encoder.layers) if config.fade else layers,
         "backbone_digest": backbone_digest,
     }
-    if config.fade and config.single:
-        wanted["modules"], modules = known.modules, modules.mean(1, keepdims=True)
     for name, value in wanted.items():
         if (held := getattr(known, name)) != value:
             raise UsageError(f"start: {config.start}: has {name} {held}, but the recipe asks for {value}")

@@ -67,8 +67,8 @@ class PretrainConfig(BaseModel):
         kind: What is trained.
         backbone: Hub id or directory of the frozen model.
         tasks: "upstream" (every bundled task that may be trained on), names and YAML files, or a directory of them.
-        start: Prompt artifact (name or directory) to go on from; None begins with random prompts. A training in phases
-            is one recipe after the other.
+        start: Prompt artifact (name or directory) to go on from, a single prompt from the mean of its modules; None
+            begins with random prompts. A training in phases is one recipe after the other.
         fade: Share of the steps in which the prompts of the deeper layers of `start`, prompts before every layer, fade
             out while the one at the input learns to do without them; 0 where `start` is of the recipe's own kind.
         weights: Visits of a task in a round; 1 where not named.
