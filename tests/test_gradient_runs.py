@@ -318,7 +318,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("mp2-gradient-deep", {}, {"ray": "local"}, "--ray local: the method mp2-gradient-deep goes backward"),
     ("mp2-gradient-deep", {}, {"workers": 2}, "--workers: .* leave it out"),
     ("mp2-gradient-deep", {}, {"prompts": "none"}, "begins with a prompt artifact; name it with --prompts"),
-    ("spot", {}, {}, "name it with --prompts .`bbprompt pretrain spot` makes one"),
+    ("ppt-unified", {}, {}, "name it with --prompts .`bbprompt pretrain ppt` makes one"),
     ("ppt", {}, {"prompts": "e5-small-mp2-shallow"}, "of the kind mp2-shallow, but the method ppt begins with"),
     ("prompt-tuning", {}, {"prompts": "e5-small-mp2-shallow"}, "begins from scratch; leave it out"),
     ("prompt-tuning", {"gradient.soft.head": None}, {}, "the span readout needs a trained answer head"),
@@ -372,8 +372,8 @@ def test_sweeps_take_them(tiny_prompts: Path) -> None:
     assert [cell.config.method for cell in Experiment.model_validate(grid).cells()] == list(grid["methods"])
     named = Experiment.model_validate(grid | {"methods": ("spot", "prompt-tuning"), "settings": {"prompts": "mine"}})
     assert [cell.config.prompts for cell in named.cells()] == ["mine", None]
-    with pytest.raises(UsageError, match="spot: begins with a prompt artifact; name it with --prompts"):
-        Experiment.model_validate(grid | {"methods": ("spot",)}).cells()
+    with pytest.raises(UsageError, match="ppt-unified: begins with a prompt artifact; name it with --prompts"):
+        Experiment.model_validate(grid | {"methods": ("ppt-unified",)}).cells()
 
 
 def test_the_effective_settings_of_a_method_are_shown() -> None:

@@ -249,6 +249,11 @@ def test_the_artifact_of_a_training(trained: Path, recipe: PretrainConfig, upstr
     assert "tiny-choice" in card
     assert recipe.license in card
     assert config.backbone_digest in card
+    curve = [[line["step"], line["loss"], line["right"]] for line in lines if "loss" in line]
+    assert [step for step, _, _ in curve] == [2, 4, 6]
+    assert config.training["curve"] == curve
+    assert all(f"| {step} | {loss:.3f} | {right:.3f} |" in card for step, loss, right in curve)
+    assert "bbprompt pretrain mp2 --config RECIPE.yaml" in card
 
 
 def test_the_tuning_side_scores_as_the_training_did(trained: Path, recipe: PretrainConfig, upstream_data: Path) -> None:

@@ -61,7 +61,7 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("artifact", "last_phase"),
-    [("mp2-deep", "mp2-deep-pairs"), ("mp2-shallow", "mp2-shallow"), ("mp2-proto", "mp2-proto-more")],
+    [("mp2-deep", "mp2-deep-pairs"), ("mp2-shallow", "mp2-shallow"), ("mp2-proto", "mp2-proto-more"), ("spot", "spot")],
 )
 def test_the_bundled_prompts_come_from_the_bundled_recipes(artifact: str, last_phase: str) -> None:
     made = ModularPrompt.load(resolve_prompts(f"e5-small-{artifact}")).config.training["recipe"]
@@ -171,4 +171,4 @@ def test_the_corpus_of_the_bundled_recipe_is_yours_to_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bbprompt.pretrain.run.load_backbone", None)  # it does not come to that
     assert cli.run(["pretrain", "ppt", "--device", "cpu", "--quiet"]) == 2
-    assert "ppt.corpus: corpus.txt: no such file" in capsys.readouterr().err
+    assert "ppt.corpus: zh_lctt.txt.gz: no such file" in capsys.readouterr().err

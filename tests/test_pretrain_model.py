@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.tokens import frame_for
+from bbprompt.pretrain.card import _curve
 from bbprompt.pretrain.mixture import thin_options
 from bbprompt.pretrain.model import ModularPrompts, Phase, collate, relaxed_bernoulli, span_loss
 from bbprompt.router import CODE
@@ -140,3 +142,14 @@ def test_what_counts_as_right() -> None:
     assert span_loss(logits, batch)[1].tolist() == [1.0, 1.0]
     logits[0, 0, 0], logits[1, 0, 2] = 5.0, 2.0
     assert span_loss(logits, batch)[1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("count", [1, 11, 12, 13, 35, 100])
+def test_a_long_curve_is_thinned_and_keeps_its_end(count: int) -> None:
+    rows = [
+        line for line in _curve([(i, 1.0, 0.5) for i in range(1, count + 1)]) if line[:3] != "| s" and line[0:1] == "|"
+    ]
+    steps = [int(line.split()[1]) for line in rows[1:]]
+    assert steps[-1] == count
+    assert len(steps) <= 12
+    assert len({b - a for a, b in itertools.pairwise(steps)}) <= 1

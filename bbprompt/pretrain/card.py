@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from bbprompt.prompts import ModularPrompt, PromptConfig
 
 __all__ = ["model_card"]
+
+#: Most lines of a loss curve.
+_LINES = 12
 
 
 def model_card(prompt: ModularPrompt) -> str:
@@ -36,6 +40,9 @@ def model_card(prompt: ModularPrompt) -> str:
         "",
         *([f"Begun with the prompts {recipe['start']}.", ""] if recipe.get("start") else []),
         *([recipe["note"], ""] if recipe.get("note") else []),
+        f"Made by `bbprompt pretrain {config.kind.partition('-')[0]} --config RECIPE.yaml` from that recipe.",
+        "",
+        *_curve(config.training.get("curve") or []),
         "## Upstream validation",
         "",
         f"Share of {recipe['valid_size']} validation examples answered right"
@@ -50,6 +57,24 @@ def model_card(prompt: ModularPrompt) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _curve(points: Sequence[tuple[int, float, float]]) -> list[str]:
+    """The training loss, in about ten lines; nothing where it is not known."""
+    if not points:
+        return []
+    every = -(-len(points) // _LINES)
+    rows = points[(len(points) - 1) % every :: every]  # the last one is among them
+    return [
+        "## Training",
+        "",
+        "Mean loss and share answered right since the last checkpoint.",
+        "",
+        "| step | loss | right |",
+        "|---|---|---|",
+        *(f"| {step} | {loss:.3f} | {right:.3f} |" for step, loss, right in rows),
+        "",
+    ]
 
 
 def _table(scores: dict[str, float], untrained: dict[str, float]) -> list[str]:

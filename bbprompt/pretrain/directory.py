@@ -14,7 +14,7 @@ from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
 from bbprompt.store.disk import Disk
 from bbprompt.yamlfile import read_yaml, validate
 
-__all__ = ["append_log", "claim", "cut_log"]
+__all__ = ["append_log", "claim", "cut_log", "loss_curve"]
 
 _LOG = "train.jsonl"
 
@@ -56,6 +56,22 @@ def append_log(directory: Path, record: dict[str, object]) -> None:
             opened.write(json.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:
         raise pretrain_disk_error(error, "append to it", file) from error
+
+
+def loss_curve(directory: Path) -> list[tuple[int, float, float]]:
+    """What `train.jsonl` says of the training: step, mean loss and share answered right since the line before.
+
+    Raises:
+        DiskError: It cannot be read.
+    """
+    file = directory / _LOG
+    try:
+        records = [parse_json(line) for line in file.read_bytes().split(b"\n") if line]
+        return [(each["step"], each["loss"], each["right"]) for each in records if "loss" in each]
+    except OSError as error:
+        raise pretrain_disk_error(error, "read it", file) from error
+    except (ValueError, TypeError, KeyError):
+        raise DiskError(f"{file}: holds a line that no training wrote; remove it and resume") from None
 
 
 def cut_log(disk: Disk, directory: Path, step: int) -> None:

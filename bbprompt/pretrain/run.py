@@ -27,7 +27,7 @@ from bbprompt.pretrain.artifact import artifact, begin_from
 from bbprompt.pretrain.card import model_card
 from bbprompt.pretrain.checkpoint import pretrain_disk_error
 from bbprompt.pretrain.cloze import StockModel
-from bbprompt.pretrain.directory import claim
+from bbprompt.pretrain.directory import claim, loss_curve
 from bbprompt.pretrain.linear import DifferentiableLinear
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
@@ -179,7 +179,13 @@ def _pretrain(
         recipe = config.model_dump(mode="json")
         if config.ppt is not None:  # where a corpus lay on this machine is nobody's business
             recipe["ppt"]["corpus"] = [Path(name).name for name in config.ppt.corpus]
-        training = {"recipe": recipe, "untrained": trainer.untrained, "validation": scores, **_chosen_step(trainer)}
+        training = {
+            "recipe": recipe,
+            "untrained": trainer.untrained,
+            "validation": scores,
+            "curve": loss_curve(out),
+            **_chosen_step(trainer),
+        }
         if start is not None:  # likewise; the digest says which artifact it was
             recipe["start"] = f"{Path(str(config.start)).name} ({start.digest[:12]})"
         sources = () if start is None else start.config.sources
