@@ -56,12 +56,17 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
     assert set(values) == set(PretrainConfig.model_fields)
     assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
     deep = name.startswith(("mp2-proto", "mp2-deep"))
-    assert command._recipe(name, Path()).kind == ("mp2-deep" if deep else name)
+    assert command._recipe(name, Path()).kind == ("mp2-deep" if deep else name.removesuffix("-more"))
 
 
 @pytest.mark.parametrize(
     ("artifact", "last_phase"),
-    [("mp2-deep", "mp2-deep-pairs"), ("mp2-shallow", "mp2-shallow"), ("mp2-proto", "mp2-proto-more"), ("spot", "spot")],
+    [
+        ("mp2-deep", "mp2-deep-pairs"),
+        ("mp2-shallow", "mp2-shallow-more"),
+        ("mp2-proto", "mp2-proto-more"),
+        ("spot", "spot"),
+    ],
 )
 def test_the_bundled_prompts_come_from_the_bundled_recipes(artifact: str, last_phase: str) -> None:
     made = ModularPrompt.load(resolve_prompts(f"e5-small-{artifact}")).config.training["recipe"]
@@ -90,7 +95,7 @@ def test_a_bundled_recipe_by_name(
     tune = "bbprompt tune --task lcqmc --method mp2-shallow --prompts runs/pretrain-mp2-shallow/artifact"
     assert out_text.endswith(f"Next: {tune}\n")
     speed = "16.0 examples/s, 1000 tokens/s (25% of GEMM)"
-    assert f"pretrain: 1/1400 steps, loss 1.250, accuracy 0.50, {speed}, 2 min left" in err
+    assert f"pretrain: 1/2000 steps, loss 1.250, accuracy 0.50, {speed}, 2 min left" in err
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
