@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import tinytrain
 import torch
-import yaml
 
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.encoder import Encoder
@@ -376,18 +375,6 @@ def test_auto_takes_the_precision_that_is_fast_and_writes_it_down(
     precision = "bfloat16" if fast else "float32"
     assert json.loads((tmp_path / "out" / "recipe.json").read_text(encoding="utf-8"))["dtype"] == precision
     assert ModularPrompt.load(tmp_path / "out" / "artifact").config.training["recipe"]["dtype"] == precision
-
-
-RECIPES = sorted((Path(__file__).parent.parent / "configs" / "pretrain").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("file", [file for file in RECIPES if file.stem != "lm-head"])
-def test_the_shipped_recipes_load(file: Path) -> None:
-    config = PretrainConfig.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
-    assert config.kind == (
-        "mp2-deep" if file.stem.startswith(("mp2-proto", "mp2-deep")) else file.stem.removesuffix("-more")
-    )
-    assert set(range(10, 60, 10)) <= set(config.spare_seeds), "the seeds of the papers are spared"
 
 
 def test_gradients_reach_every_parameter(recipe: PretrainConfig, make_mixture: Callable[..., Mixture]) -> None:

@@ -56,7 +56,10 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
     assert set(values) == set(PretrainConfig.model_fields)
     assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
     deep = name.startswith(("mp2-proto", "mp2-deep"))
-    assert command._recipe(name, Path()).kind == ("mp2-deep" if deep else name.removesuffix("-more"))
+    recipe = command._recipe(name, Path())
+    assert recipe.kind == ("mp2-deep" if deep else name.removesuffix("-more"))
+    assert isinstance(recipe, PretrainConfig)
+    assert set(range(10, 60, 10)) <= set(recipe.spare_seeds), "the seeds of the papers are spared"
 
 
 @pytest.mark.parametrize(
@@ -176,4 +179,4 @@ def test_the_corpus_of_the_bundled_recipe_is_yours_to_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bbprompt.pretrain.run.load_backbone", None)  # it does not come to that
     assert cli.run(["pretrain", "ppt", "--device", "cpu", "--quiet"]) == 2
-    assert "ppt.corpus: zh_lctt.txt.gz: no such file" in capsys.readouterr().err
+    assert "ppt.corpus: corpus.txt: no such file" in capsys.readouterr().err

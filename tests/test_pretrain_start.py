@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import tinytrain
 from pydantic import ValidationError
 
-from bbprompt.errors import ArtifactError, UsageError
+from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
@@ -133,14 +134,18 @@ def test_a_fading_start_killed_and_gone_on_with_ends_the_same(tmp_path: Path, ti
         pretrain(recipe, tmp_path / "killed", data, stop)
     pretrain(recipe, tmp_path / "killed", data, lambda progress, steps: None, resume=True)
     assert ModularPrompt.load(tmp_path / "killed" / "artifact").digest == whole.digest
+    trained(data, tiny_bert_dir, tmp_path / "other", steps=2, prompt_scale=1.0, seed=7)
+    shutil.copytree(tmp_path / "other" / "artifact", tmp_path / "first" / "artifact", dirs_exist_ok=True)
+    with pytest.raises(ResumeMismatch, match="was made with start "):
+        pretrain(recipe, tmp_path / "killed", data, lambda progress, steps: None, resume=True)
     unlike = trained(data, tiny_bert_dir, tmp_path / "unlike", **start | {"fade": 0.2})
     assert unlike.digest != whole.digest
 
 
 def test_deeper_prompts_fade_evenly() -> None:
     recipe = PretrainConfig(kind="spot", modules=1, start="x", fade=0.5, steps=8)
-    assert [recipe.faded_at(step) for step in range(8)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
-    assert PretrainConfig(kind="spot", modules=1).faded_at(0) == 1.0
+    assert [recipe.left_at(step) for step in range(8)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    assert PretrainConfig(kind="spot", modules=1).left_at(0) == 0.0
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,12 @@ def begin_from(trainer: Trainer, start: ModularPrompt, backbone_digest: str) -> 
     """
     p, config, known = trainer.prompts, trainer.config, start.config
     layers, modules = p.bank.shape[0], start.modules.mean(1, keepdims=True) if config.single else start.modules
-    wanted = {
-        "kind": known.kind if config.single else "mp2-deep" if config.fade else config.kind,
+    wanted: dict[str, object] = {}
+    if config.routed:
+        wanted = {"kind": "mp2-deep" if config.fade else config.kind, "modules": config.modules}
+    wanted |= {
         "readout": config.readout,
         "placeholders": trainer.frame.placeholders,
-        "modules": known.modules if config.single else config.modules,
         "intrinsic_dim": config.intrinsic_dim,
         "layers": len(trainer.encoder.layers) if config.fade else layers,
         "backbone_digest": backbone_digest,

@@ -173,8 +173,7 @@ class Trainer:
         """One update from the slices of this process and those of the others."""
         config = self.config
         noisy = self.step >= config.noise_from * config.steps
-        left = 1.0 - config.faded_at(self.step)
-        phase = Phase(noisy, config.temperature_at(self.step), config.normalized, left)
+        phase = Phase(noisy, config.temperature_at(self.step), config.normalized, config.left_at(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(2)
         spoilt = ""

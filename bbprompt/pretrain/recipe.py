@@ -209,9 +209,9 @@ class PretrainConfig(BaseModel):
             raise ValueError(f"ppt: kind ppt needs these settings, the other kinds have none (kind: {self.kind})")
         return self
 
-    def faded_at(self, step: int) -> float:
-        """Share of the deeper layers' prompts that is gone in `step` (from 0), growing evenly."""
-        return min(step / (self.fade * self.steps), 1.0) if self.fade else 1.0
+    def left_at(self, step: int) -> float:
+        """Factor on the deeper layers' prompts of `start` in `step` (from 0), falling evenly to 0."""
+        return max(1.0 - step / (self.fade * self.steps), 0.0) if self.fade else 0.0
 
     def temperature_at(self, step: int) -> float:
         """Temperature of the gates in `step` (from 0): constant, or falling geometrically to `temperature_to`."""

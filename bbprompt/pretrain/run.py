@@ -145,7 +145,8 @@ def _pretrain(
         frame,
         out,
         team=team,
-        identity={"backbone": backbone.digest},
+        # Not the name in the recipe: what fades out is read again when a training is gone on with.
+        identity={"backbone": backbone.digest, **({} if start is None else {"start": start.digest})},
         head=head,
         grades=batches.grades if isinstance(batches, PrototypeMixture) else 0,
         ffn=int(getattr(backbone.model.config, "intermediate_size", 0)) if isinstance(encoder, Encoder) else 0,
