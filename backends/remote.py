@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -15,6 +16,8 @@ from bbprompt.errors import OracleError
 from bbprompt.oracle import OracleInfo, ReadoutKind, Scores
 
 __all__ = ["Pieces", "read_info", "read_size"]
+
+_LOOK = 0.5  # seconds after which a waiting thread looks up
 
 
 class Pieces:
@@ -53,7 +56,7 @@ class Pieces:
         running = [self._threads.submit(unless_ended, part) for part in parts]
         # A bound even for a server that drips its headers, which no single read times out at.
         turns = -(-len(running) // self._workers)
-        done, late = wait(running, turns * self._patience, FIRST_EXCEPTION)
+        done, late = _settled(running, turns * self._patience)
         failed = [future for future in running if future in done and future.exception() is not None]
         if failed or late:
             ended.set()
@@ -68,6 +71,20 @@ class Pieces:
     def close(self) -> None:
         """Begin no more pieces; safe to call twice."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _settled(running: list[Future[Scores]], seconds: float) -> tuple[set[Future[Scores]], set[Future[Scores]]]:
+    """Wait until all is done, one has failed or the time is over.
+
+    It looks up now and then: a signal that comes just before a thread begins to wait does not wake it, and would go
+    unnoticed until the wait ends.
+    """
+    ends = time.monotonic() + seconds
+    while True:
+        left = ends - time.monotonic()
+        done, late = wait(running, max(min(left, _LOOK), 0.0), FIRST_EXCEPTION)
+        if left <= _LOOK or not late or any(future.exception() is not None for future in done):
+            return done, late
 
 
 def read_info(model: Any) -> OracleInfo:
