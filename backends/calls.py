@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
 import httpx2
@@ -328,5 +330,11 @@ def plain(text: str) -> str:
 
 
 def _seconds(text: str) -> float | None:
-    """`Retry-After` in seconds; its other form, a date, is not used by servers that shed load."""
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+    """`Retry-After`, a number or a date, in seconds from now; None for anything else."""
+    if text.isascii() and text.isdigit() and len(text) < 10:
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+        return max((when - datetime.now(UTC)).total_seconds(), 0.0)
+    except (ValueError, TypeError, OverflowError):  # no date, or one without a zone
+        return None

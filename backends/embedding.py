@@ -97,7 +97,7 @@ class LocalEmbedder:
         self._frame = frame_for(backbone.tokenizer, (), limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
         self._batch_tokens = batch_tokens
-        self._info = info_of(backbone, device, dtype, limit)
+        self._info = info_of(backbone, device, dtype, limit, batch_tokens)
 
     @property
     def info(self) -> OracleInfo:

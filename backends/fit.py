@@ -57,7 +57,9 @@ def _versions() -> str:
     return f"bbprompt {__version__}, python {platform.python_version()}, torch {torch.__version__}, {libraries}"
 
 
-def info_of(backbone: Backbone, device: str, dtype: str, limit: int, prompt: ModularPrompt | None = None) -> OracleInfo:
+def info_of(
+    backbone: Backbone, device: str, dtype: str, limit: int, batch_tokens: int, prompt: ModularPrompt | None = None
+) -> OracleInfo:
     """What a local model says of itself; without prompts it has no layers that carry one.
 
     Args:
@@ -65,6 +67,7 @@ def info_of(backbone: Backbone, device: str, dtype: str, limit: int, prompt: Mod
         device: "cpu" or "cuda".
         dtype: Its precision.
         limit: Longest input in tokens.
+        batch_tokens: Tokens that run through it at once.
         prompt: The artifact behind it.
     """
     config = prompt.config if prompt is not None else None
@@ -79,4 +82,5 @@ def info_of(backbone: Backbone, device: str, dtype: str, limit: int, prompt: Mod
         max_tokens=limit,
         readout=config.readout if config is not None else "span" if backbone.head is None else "verbalizer",
         versions=_versions(),
+        batch_tokens=batch_tokens,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx2
 import numpy as np
@@ -84,8 +84,8 @@ class HttpOracle:
 
     @property
     def info(self) -> OracleInfo:
-        """What the server said it is."""
-        return self._server.info
+        """What the server said it is, with the size of a piece."""
+        return replace(self._server.info, piece=self._server.points)
 
     @property
     def most_points(self) -> int:
@@ -120,7 +120,7 @@ class HttpOracle:
         support: Support,
         longest_answer: int | None,
     ) -> Scores:
-        request = request_for(self.info, digest, points, support, longest_answer)
+        request = request_for(self._server.info, digest, points, support, longest_answer)
         body = self._fits(encode_request(request))
         spans, texts = sum(batch.sizes), len(batch.forms)
 

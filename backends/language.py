@@ -80,7 +80,7 @@ class LocalLanguageModel:
         self._body: Body = (_MaskedBody if masked else body_of)(backbone, self._device, kind)
         self._batch_tokens = batch_tokens
         self._head = self._head_in(self._frame)
-        self._info = info_of(backbone, device, dtype, limit)
+        self._info = info_of(backbone, device, dtype, limit, batch_tokens)
 
     @property
     def info(self) -> OracleInfo:

@@ -128,7 +128,7 @@ class LocalOracle:
         self._batch_tokens = batch_tokens
         self._used = Counter[str]()
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
-        self._info = info_of(backbone, device, dtype, limit, prompt)
+        self._info = info_of(backbone, device, dtype, limit, batch_tokens, prompt)
 
     @property
     def info(self) -> OracleInfo:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
+from bbprompt.units import best_batch_tokens
+
 __all__ = ["batch_tokens_for", "free_bytes", "is_exhausted", "keep_freed_memory"]
 
-#: More tokens at once make a CPU slower: a state no longer fits its caches.
-_CPU_TOKENS = 4096
-_CUDA_TOKENS = 65536
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT = 1 << 30
 
@@ -44,7 +43,7 @@ def batch_tokens_for(hidden: int, inner: int, device: torch.device | str) -> int
     """
     # Of a token at once in float32: states, residual and mixed (4 H), projections and their grid (6 H), inner (2 F).
     per_token = 4 * (10 * hidden + 2 * inner)
-    tokens = _CUDA_TOKENS if torch.device(device).type == "cuda" else _CPU_TOKENS
+    tokens = best_batch_tokens(torch.device(device).type)
     room = free_bytes(device) // 4
     while tokens > 64 and tokens * per_token > room:
         tokens //= 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import httpx2
@@ -93,8 +94,8 @@ class OipOracle:
 
     @property
     def info(self) -> OracleInfo:
-        """What the model said it is."""
-        return self._info
+        """What the model said it is, with the size of a piece."""
+        return replace(self._info, piece=self._points)
 
     @property
     def most_points(self) -> int:

@@ -19,7 +19,7 @@ from bbprompt.backends.rayworker import Failure, Greeting, Model, Request, Worke
 from bbprompt.errors import OracleError, UsageError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt
-from bbprompt.units import Unit, join, plan_units
+from bbprompt.units import Unit, best_batch_tokens, join, plan_units
 
 __all__ = ["RayOracle", "open_ray", "share_of_gpu"]
 
@@ -271,7 +271,8 @@ def open_ray(
         backbone: See `bbprompt.connect.open_oracle`, as are the following; a path must exist on every machine.
         device: "auto" takes GPUs if the cluster has any.
         dtype: Precision.
-        batch_tokens: Tokens at once.
+        batch_tokens: Tokens at once; None for the best of the device. How much memory is free may differ between
+            workers, and what they compute together must not.
         max_tokens: Longest sequence.
         threads: CPU threads, and CPUs, of each worker; None for 1. It does not follow from the number of workers,
             for the number of threads changes the last bits of a score.
@@ -308,7 +309,8 @@ def open_ray(
         named = backbone or prompt.config.backbone
         if Path(named).is_dir():
             named = str(Path(named).absolute())  # a worker stands in another folder
-        model = Model(named, chosen, "float32" if dtype == "auto" else dtype, batch_tokens, max_tokens, each)
+        tokens = batch_tokens or best_batch_tokens(chosen)
+        model = Model(named, chosen, "float32" if dtype == "auto" else dtype, tokens, max_tokens, each)
         return RayOracle(cluster, prompt, model, count, gpus, limits)
     except BaseException:
         cluster.leave()

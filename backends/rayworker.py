@@ -28,7 +28,7 @@ class Model:
     backbone: str | None
     device: str
     dtype: str
-    batch_tokens: int | None
+    batch_tokens: int
     max_tokens: int | None
     threads: int
 

@@ -93,7 +93,13 @@ def read_info(model: Any) -> OracleInfo:
     Raises:
         ValueError, TypeError, LookupError: It is none.
     """
-    return OracleInfo(**{field.name: _typed(model[field.name], str(field.type)) for field in fields(OracleInfo)})
+    # What may be unknown is 0.
+    return OracleInfo(
+        **{
+            field.name: _typed(model[field.name], str(field.type), 0 if field.default == 0 else 1)
+            for field in fields(OracleInfo)
+        }
+    )
 
 
 def read_size(value: Any) -> int:
@@ -105,10 +111,10 @@ def read_size(value: Any) -> int:
     return int(_typed(value, "int"))
 
 
-def _typed(value: Any, kind: str) -> Any:
+def _typed(value: Any, kind: str, least: int = 1) -> Any:
     if kind == "ReadoutKind" and value in get_args(ReadoutKind):
         return value
-    if type(value).__name__ != kind or (kind == "int" and value < 1) or (kind == "str" and not value.isprintable()):
+    if type(value).__name__ != kind or (kind == "int" and value < least) or (kind == "str" and not value.isprintable()):
         raise ValueError
     return value
 

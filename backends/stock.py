@@ -69,7 +69,7 @@ class StockOracle:
         self._head = VerbalizerHead(backbone.head, backbone.gap_token, tokenize, self._frame, self._device, unknown)
         self._projection = torch.from_numpy(prompt.projection).to(self._device)
         self._batch_tokens = batch_tokens
-        self._info = info_of(backbone, device, dtype, limit, prompt)
+        self._info = info_of(backbone, device, dtype, limit, batch_tokens, prompt)
 
     @property
     def info(self) -> OracleInfo:

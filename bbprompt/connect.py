@@ -165,6 +165,7 @@ def open_embedder(
 
     from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
     from bbprompt.backends.embedding import LocalEmbedder
+    from bbprompt.units import best_batch_tokens
 
     chosen = chosen_device(device)
     torch.set_num_threads(threads or cores())
@@ -172,7 +173,7 @@ def open_embedder(
         load_backbone(backbone or DEFAULT_BACKBONE),
         device=chosen,
         dtype=single_precision(dtype),
-        batch_tokens=batch_tokens or (4096 if chosen == "cpu" else 65536),
+        batch_tokens=batch_tokens or best_batch_tokens(chosen),
         max_tokens=max_tokens,
     )
 

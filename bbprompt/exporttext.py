@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--model", default=facts["backbone"]["id"], help="as the server calls it, and as it loads here")
     given = parser.parse_args()
     fields = dict(field.split("=", 1) for field in given.fields)
-    text = "".join(piece.get("literal") or fields[piece["field"]] for piece in facts["text"]).rstrip()
+    pieces = (piece["literal"] if "literal" in piece else fields[piece["field"]] for piece in facts["text"])
+    text = "".join(pieces).rstrip()
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.backend_tokenizer.encode_special_tokens = True  # "</s>" in a text is text

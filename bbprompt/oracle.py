@@ -85,6 +85,8 @@ class OracleInfo:
         max_tokens: Longest sequence in tokens.
         readout: How it scores options.
         versions: Of the libraries that decide its last bits; empty where they are not known.
+        batch_tokens: Tokens that run through it at once, which decides last bits, too; 0 where that is not known.
+        piece: Candidates of a request to a server, into which populations are cut; 0 where none are.
     """
 
     backbone: str
@@ -97,6 +99,8 @@ class OracleInfo:
     max_tokens: int
     readout: ReadoutKind = "span"
     versions: str = ""
+    batch_tokens: int = 0
+    piece: int = 0
 
     def digest(self) -> str:
         """SHA-256 of all of it: where anything differs, answers may."""

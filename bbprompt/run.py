@@ -106,14 +106,20 @@ class Prepared:
         self.oracle.close()
 
 
-def prepare(config: TuneConfig) -> Opened:
+def prepare(config: TuneConfig, moved: str | None = None) -> Opened:
     """Open task, data, prompts and model; nothing is written and no call is made.
+
+    Args:
+        config: The run's settings.
+        moved: Where the server is now, if it is no longer where the settings say.
 
     Raises:
         UsageError: A setting is wrong, or the budget does not hold one population.
         DataError: Data or artifact are wrong, or an example does not fit a model that is here.
     """
-    run = _opened(config)
+    if moved is not None:
+        _check_moved(config.backend, moved)
+    run = _opened(config, moved or config.backend)
     try:
         warn_of_shorter_input(run.config.max_tokens, run.model)
         known = (*run.few.train, *run.few.dev)
@@ -124,8 +130,21 @@ def prepare(config: TuneConfig) -> Opened:
     return run
 
 
-def _opened(config: TuneConfig) -> Opened:
-    """What `prepare` opens."""
+def _check_moved(began: str, now: str) -> None:
+    """See that a run goes on at another server of the kind that it began at.
+
+    Raises:
+        UsageError: It began with a model here, or asks for another kind.
+    """
+    kinds = [url.partition("://")[0].removesuffix("s") for url in (began, now)]  # with TLS or without
+    if began == "local":
+        raise UsageError(f"--backend {now}: the run began with a model here, and goes on with it; leave it out")
+    if kinds[0] != kinds[1]:
+        raise UsageError(f"--backend {now}: the run began at {began}; it goes on at a server of the same kind only")
+
+
+def _opened(config: TuneConfig, backend: str) -> Opened:
+    """What `prepare` opens, with the model at `backend`."""
     began = time.monotonic()
     config = located(config)
     task = load_task(config.task)
@@ -156,10 +175,10 @@ def _opened(config: TuneConfig) -> Opened:
     threads = config.threads or (cores() if config.ray is None else 1)
     config = config.model_copy(update={"threads": threads})
     with named(data, few.train):
-        prompt = _prompt(config, method, task, few)
+        prompt = _prompt(config, backend, method, task, few)
     warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
-        config.backend,
+        backend,
         prompt,
         backbone=config.backbone,
         device=config.device,
@@ -172,13 +191,14 @@ def _opened(config: TuneConfig) -> Opened:
         resend=config.resends,
     )
     warn_of_idle_workers(config.workers, method, oracle)
-    if config.backend == "local":
-        # As with threads: "auto" is another precision on a cluster or on another processor.
-        config = config.model_copy(update={"dtype": oracle.info.precision})
+    if backend == "local":
+        # As with threads: "auto" is another precision on a cluster or on another processor, and fewer tokens at once
+        # where less memory is free.
+        config = config.model_copy(update={"dtype": oracle.info.precision, "batch_tokens": oracle.info.batch_tokens})
     return Prepared(config, method, task, data, few, test, prompt, oracle, threads, time.monotonic() - began)
 
 
-def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) -> ModularPrompt:
+def _prompt(config: TuneConfig, backend: str, method: MethodConfig, task: Task, few: FewShot) -> ModularPrompt:
     """The artifact that the settings name, or the random subspace that the method asks for."""
     name = config.prompts or method.prompts
     settings = method.projection
@@ -204,7 +224,7 @@ def _prompt(config: TuneConfig, method: MethodConfig, task: Task, few: FewShot) 
         settings = settings.model_copy(update={"prompt_length": start.config.prompt_length})
     trained = head or start
     facts = measure_backbone(
-        config.backend,
+        backend,
         [write(task, example, settings.readout) for example in few.train],
         settings,
         backbone=config.backbone or (trained.config.backbone if trained is not None else None),

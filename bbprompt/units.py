@@ -14,7 +14,10 @@ import numpy as np
 
 from bbprompt.oracle import Scores
 
-__all__ = ["Unit", "join", "plan_units"]
+__all__ = ["Unit", "best_batch_tokens", "join", "plan_units"]
+
+#: Tokens that run at once fastest. More make a CPU slower: a state no longer fits its caches.
+_BEST = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,11 @@ class Unit:
 
     first: int
     last: int
+
+
+def best_batch_tokens(device: str) -> int:
+    """Tokens that run through a model at once fastest, on "cpu" or "cuda"."""
+    return _BEST[device]
 
 
 def plan_units(candidates: int, at_once: int) -> tuple[Unit, ...]:

@@ -318,7 +318,12 @@ def test_forgotten_texts_are_registered_again() -> None:
 
 @pytest.mark.parametrize(
     ("headers", "pauses"),
-    [({"retry-after": "7"}, [7.0]), ({"retry-after": "9999"}, [60.0]), ({"retry-after": "soon"}, None), ({}, None)],
+    [({"retry-after": "7"}, [7.0]), ({"retry-after": "9999"}, [60.0]), ({"retry-after": "soon"}, None), ({}, None)]
+    + [
+        ({"retry-after": f"Sat, 01 Jan {year} 00:00:00 GMT"}, [pause])
+        for year, pause in (("2000", 0.0), ("2400", 60.0))
+    ]
+    + [({"retry-after": "Sat, 01 Jan 2400 00:00:00 -0000"}, None)],
 )
 def test_pauses(headers: dict[str, str], pauses: list[float] | None) -> None:
     slept: list[float] = []

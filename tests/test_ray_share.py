@@ -125,4 +125,4 @@ def test_another_processor_is_a_warning(caplog: pytest.LogCaptureFixture) -> Non
 def carrying() -> rayoracle._RayCarrier:
     """What carries tasks to actors, of a Ray that starts none."""
     idle = SimpleNamespace(put=lambda value: value, remote=lambda kind: SimpleNamespace(options=lambda **_: None))
-    return rayoracle._RayCarrier(idle, Model(None, "cpu", "float32", None, None, 1), None, 0.0)  # type: ignore[arg-type]
+    return rayoracle._RayCarrier(idle, Model(None, "cpu", "float32", 4096, None, 1), None, 0.0)  # type: ignore[arg-type]

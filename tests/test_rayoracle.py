@@ -257,7 +257,7 @@ def test_a_cluster_out_of_reach() -> None:
 
 
 def test_a_worker_says_what_is_wrong_with_its_model(prompt: bbprompt.ModularPrompt, tmp_path: Path) -> None:
-    good = Model(None, "cpu", "float32", None, None, 1)
+    good = Model(None, "cpu", "float32", 4096, None, 1)
     other = replace(prompt, config=prompt.config.model_copy(update={"backbone_digest": "0" * 64}))
     for artifact, model, kind, words in (
         (prompt, replace(good, backbone=str(tmp_path / "nothing")), "ArtifactError", "no such directory"),

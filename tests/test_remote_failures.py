@@ -70,8 +70,8 @@ class Place:
     def tune(self, folder: Path) -> int:
         return cli.run(["tune", *self.flags, "--run-dir", str(folder), "--json"])
 
-    def resume(self, folder: Path) -> int:
-        return cli.run(["resume", str(folder), "--json"])
+    def resume(self, folder: Path, *flags: str) -> int:
+        return cli.run(["resume", str(folder), "--json", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +89,7 @@ def place(tiny_prompts: Path, tiny_pair_data: Path, tmp_path_factory: pytest.Tem
                 "token": serving(LocalOracle(backbone, prompt), token="another-token-than-ours"),
                 "prompts": serving(LocalOracle(backbone, other), token=TOKEN),
                 "tokens": serving(LocalOracle(backbone, prompt, max_tokens=60), token=TOKEN),
+                "batches": serving(LocalOracle(backbone, prompt, batch_tokens=300), token=TOKEN),
             }
             urls = {name: open_.enter_context(context) for name, context in others.items()}
             url = f"http://{open_.enter_context(answering(road))}"
@@ -135,6 +136,14 @@ def with_nan(scores: Scores) -> Scores:
 def newer(path: str, body: bytes) -> bytes:
     """Of a server that speaks another version of the protocol."""
     return json.dumps(json.loads(body) | {"protocol": 2}).encode() if path == "/v1/info" else body
+
+
+def smaller(path: str, body: bytes) -> bytes:
+    """Of a server that takes fewer candidates at once."""
+    if path != "/v1/info":
+        return body
+    said = json.loads(body)
+    return json.dumps(said | {"limits": said["limits"] | {"points": 3}}).encode()
 
 
 def upgraded(path: str, body: bytes) -> bytes:
@@ -210,16 +219,35 @@ def test_a_newer_server_is_refused_by_resume_too(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["digest"] == place.digest
 
 
+@pytest.mark.parametrize(("other", "named"), [("tokens", "max_tokens"), ("batches", "batch_tokens")])
 def test_a_server_that_came_back_with_other_settings_is_not_gone_on_with(
-    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    other: str, named: str, place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place.road.bad, place.road.left = place.others["tokens"], GOOD_SCORES
+    place.road.bad, place.road.left = place.others[other], GOOD_SCORES
     failed(place.tune(tmp_path / "run"), 69, "the same with other settings or versions", capsys)
     place.road.left = 0
-    failed(place.resume(tmp_path / "run"), 78, "max_tokens", capsys)
+    failed(place.resume(tmp_path / "run"), 78, named, capsys)
+    mend(place.road)
+    place.road.spoil, place.road.left = smaller, 0
+    failed(place.resume(tmp_path / "run"), 78, "model.piece was 1024 when the run began and is 3 now", capsys)
     mend(place.road)
     place.road.spoil, place.road.left = upgraded, 0
     failed(place.resume(tmp_path / "run"), 78, "torch 99.0", capsys)
     mend(place.road)
     assert place.resume(tmp_path / "run") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["digest"] == place.digest
+
+
+def test_a_server_that_has_moved_is_gone_on_with(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.road.bad, place.road.left = place.others["token"], GOOD_SCORES
+    assert place.tune(tmp_path / "run") == 69
+    capsys.readouterr()
+    moved = place.road.good
+    assert moved != place.url
+    failed(place.resume(tmp_path / "run", "--backend", "local"), 2, "a server of the same kind only", capsys)
+    failed(place.resume(tmp_path / "run", "--backend", moved.replace("http", "vllm+http")), 2, "same kind", capsys)
+    failed(place.resume(tmp_path / "run", "--backend", place.others["prompts"]), 69, "holds other prompts", capsys)
+    assert place.resume(tmp_path / "run", "--backend", moved) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["digest"] == place.digest

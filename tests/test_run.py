@@ -20,11 +20,12 @@ from safetensors.numpy import load_file
 from tiny_run import FAST, begin, config, go_on
 from toyruns import Recorder
 
+from bbprompt.backends import memory
 from bbprompt.config import TuneConfig
 from bbprompt.errors import Interrupted, ResumeMismatch
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.result import Result
-from bbprompt.run import Prepared, Watcher, default_directory, prepare
+from bbprompt.run import Prepared, Watcher, default_directory, prepare, reopen
 from bbprompt.search.tuner import Status
 from bbprompt.store import manifest
 from bbprompt.store.rundir import RunDirectory
@@ -302,6 +303,18 @@ def test_what_differs_is_named(pair: Prepared, finished: Path, tiny_pair_data: P
             go_on(other, finished)
     with pytest.raises(ResumeMismatch, match="threads was 1 when the run began and is 3 now"):
         go_on(replace(pair, threads=3), finished)
+
+
+def test_a_run_goes_on_with_as_many_tokens_at_once_whatever_memory_is_left(
+    pair: Prepared, finished: Path, tiny_pair_data: Path, tiny_prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 20)
+    assert prepare(config(tiny_pair_data, tiny_prompts)).config.batch_tokens == 64
+    directory, begun = reopen(finished, writable=False)
+    directory.close()
+    again = prepare(begun)
+    assert again.config.batch_tokens == pair.config.batch_tokens == 4096
+    assert again.manifest() == pair.manifest()
 
 
 class Other(Recorder):

@@ -231,6 +231,30 @@ def test_only_so_many_at_once() -> None:
     assert client.one("POST", "/v1/score", request()).status_code == 200
 
 
+def test_only_so_many_wait_for_the_model_even_if_their_clients_gave_them_up() -> None:
+    oracle = Counting()
+    client = Client(oracle, at_once=2, deadline=0.1)
+    client.keep()
+    oracle.gate.clear()
+    threading.Timer(1.0, oracle.gate.set).start()
+
+    async def impatient() -> list[tuple[int, str]]:
+        async with httpx2.AsyncClient(
+            transport=httpx2.ASGITransport(app=client.app),  # type: ignore[arg-type]
+            base_url="http://test",
+        ) as sender:
+            said = []
+            for number in range(6):
+                answer = await sender.post("/v1/score", content=request(POINTS + np.float32(number)), headers=TYPE)
+                assert answer.headers["retry-after"] == "1"
+                said.append((answer.status_code, answer.json()["error"]))
+            assert "bbprompt_waiting 3.0" in (await sender.get("/metrics")).text
+            return said
+
+    # One is at the model, two wait.
+    assert asyncio.run(impatient()) == [(503, "deadline")] * 3 + [(503, "busy")] * 3
+
+
 def test_only_so_many_bytes_at_once() -> None:
     oracle = Counting()
     client = Client(oracle, body=1000)

@@ -116,8 +116,11 @@ def prepare_baseline(
     if config.ray is not None or config.workers is not None:
         _log.warning("--ray and --workers do nothing here: the method %s reads each text once, itself", method.name)
     threads = config.threads or cores()
-    config = config.model_copy(update={"threads": threads})  # so that it is resumed with as many, wherever that is
+    # So that it is resumed with as many threads and tokens at once, wherever that is.
+    config = config.model_copy(update={"threads": threads})
     reader = open_model(config, method)
+    if reader is not None:
+        config = config.model_copy(update={"batch_tokens": reader.info.batch_tokens})
     return PreparedBaseline(config, method, task, data, few, test, reader, counts, threads, time.monotonic() - began)
 
 

@@ -169,6 +169,10 @@ def tune(
 def resume(
     context: typer.Context,
     run_dir: RunDir,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="URL", show_default=False, help="The server, where it is no longer where the run began."),
+    ] = None,
     ray: Ray = None,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -177,10 +181,10 @@ def resume(
 ) -> None:
     """Go on with a stopped run, to the identical result.
 
-    Where it is computed may change: --ray and --workers are free.
+    Where it is computed may change: --ray and --workers are free, and a server may have moved.
     """
     where = {"ray": ray, "workers": workers}
-    _run(stop_of(context), None, run_dir, quiet=quiet, json=json, where=where)
+    _run(stop_of(context), None, run_dir, quiet=quiet, json=json, where=where, moved=backend)
 
 
 def _merged(file: Path | None, flags: Mapping[str, Any], changes: list[str]) -> tuple[TuneConfig, Path | None, bool]:
@@ -221,8 +225,12 @@ def _run(
     quiet: bool,
     json: bool,
     where: Mapping[str, Any] | None = None,
+    moved: str | None = None,
 ) -> None:
-    """Begin a run with `config`, or go on with the one in `folder`, with the settings `where` it is computed."""
+    """Begin a run with `config`, or go on with the one in `folder`, with the settings `where` it is computed.
+
+    The server of the latter may have `moved`.
+    """
     from bbprompt.run import finished_result, prepare, reopen, tune
     from bbprompt.terminal import Terminal, logging_to, open_console
 
@@ -245,7 +253,7 @@ def _run(
             else:
                 if run is None:
                     terminal.loading()
-                    run = prepare(config)
+                    run = prepare(config, moved)
                     opened.callback(run.close)
                 terminal.directory, terminal.replayed = directory.path, _calls_before(directory)
                 # Libraries and model stay to the end: the collector need not look at them at every batch.

@@ -149,7 +149,8 @@ def prepare_gradient(
             "gradient here fits; use prompts with a span head"
         )
     warn_of_seen_examples(config, task, prompt)
-    info = info_of(backbone, device, config.dtype, backbone.limit(config.max_tokens), prompt)
+    tokens = config.batch_tokens or _BATCH_TOKENS[device]
+    info = info_of(backbone, device, config.dtype, backbone.limit(config.max_tokens), tokens, prompt)
     took = time.monotonic() - began
     return PreparedGradient(config, method, task, data, few, test, prompt, backbone, device, info, threads, took)
 
@@ -232,7 +233,7 @@ def _forward(
         dtype=run.config.dtype,
         limit=run.model.max_tokens,
         support=run.method.support,
-        batch_tokens=run.config.batch_tokens or _BATCH_TOKENS[run.device],
+        batch_tokens=run.model.batch_tokens,
         learns=learns,
     )
 

@@ -29,7 +29,7 @@ from bbprompt.serve.batches import Batches
 from bbprompt.serve.guard import Guard, problem
 from bbprompt.serve.metrics import Metrics
 from bbprompt.serve.openapi import DIGEST, MESSAGE, Description, Health, Limits, body, document, refusals
-from bbprompt.serve.scorer import OtherRequest, Scorer
+from bbprompt.serve.scorer import Full, OtherRequest, Scorer
 from bbprompt.serve.settings import ServeSettings
 from bbprompt.wire import (
     CONTENT_TYPE,
@@ -125,6 +125,8 @@ def routes(scorer: Scorer, settings: ServeSettings, metrics: Metrics) -> FastAPI
             return Response(await scorer.score(asked, batch), media_type=CONTENT_TYPE)
         except OtherRequest as error:
             return _refusal(422, "call_id", str(error))
+        except Full:
+            return _refusal(503, "busy", f"{settings.at_once} requests wait for the model", {"Retry-After": "1"})
         except DataError as error:
             return _refusal(422, "data", str(error))
         except OracleError as error:

@@ -25,7 +25,7 @@ from bbprompt.serve.turns import Turn, shares, take
 from bbprompt.tasks.example import Form, Part
 from bbprompt.wire import ScoreRequest, encode_reply
 
-__all__ = ["OtherRequest", "Scorer"]
+__all__ = ["Full", "OtherRequest", "Scorer"]
 
 _FRESH = 2.0  # seconds in which a forward that worked proves that the model works
 _COUNTED = 256  # batches whose tokens are remembered
@@ -35,6 +35,10 @@ _PROBE = TextBatch((Form((Part("?", cut=True),), ("a", "b"), -1, gap=1),))
 
 class OtherRequest(ValueError):
     """A call id that was used for another request."""
+
+
+class Full(Exception):
+    """As many requests wait for the model as may."""
 
 
 class Scorer:
@@ -49,6 +53,7 @@ class Scorer:
     def __init__(self, oracle: Oracle, settings: ServeSettings, metrics: Metrics) -> None:
         self._oracle, self._metrics = oracle, metrics
         self._most, self._deadline = settings.replies, settings.deadline
+        self._room = settings.at_once
         self._together = settings.points if settings.together else 0
         self._thread = ThreadPoolExecutor(1, "model")
         self._waiting: deque[Turn] = deque()
@@ -70,6 +75,7 @@ class Scorer:
 
         Raises:
             OtherRequest: The call id belongs to another request.
+            Full: Too many requests wait, those included whose clients gave them up.
             TextError: A text does not fit the model.
             OracleError: Points are not finite, or the model answers what it must not.
         """
@@ -83,6 +89,9 @@ class Scorer:
             self._replies.move_to_end(request.call_id)
             return reply[1]
         if known is None:
+            # Whoever gives a request up may come again for its reply, so it is still computed.
+            if len(self._waiting) >= self._room:
+                raise Full
             future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             known = self._running[request.call_id] = (print_, future)
             self._metrics.waiting.inc()

@@ -21,7 +21,8 @@ class ServeSettings:
         room: Bytes of batches, as they were sent, that are kept.
         lease: Seconds that a batch is kept after its last use.
         replies: Bytes of replies that are kept to answer a repeated request without computing it again.
-        at_once: Requests in the server at once; more are asked to come again later.
+        at_once: Requests in the server at once, and most that wait for the model, those included that were given up;
+            more are asked to come again later.
         receive: Seconds in which the whole of a request must have arrived, headers and body each.
         deadline: Seconds after which a request is given up, waiting for its turn included.
         drain: Seconds that requests are given to finish after a SIGTERM.

@@ -59,6 +59,7 @@ class Ledger:
         self._journal = journal
         self._kinds: dict[str, Kind] = {}
         self._values: dict[str, Mapping[str, float]] = {}
+        self._in_doubt: dict[str, None] = {}  # a set that keeps its order
         self._counts: dict[Kind, int] = dict.fromkeys(_KINDS, 0)
         for number, record in enumerate(journal.records, start=1):
             try:
@@ -95,7 +96,7 @@ class Ledger:
     @property
     def in_doubt(self) -> tuple[str, ...]:
         """Ids reserved but not settled, in the order of their reservation."""
-        return tuple(call_id for call_id in self._kinds if call_id not in self._values)
+        return tuple(self._in_doubt)
 
     @property
     def asked(self) -> int:
@@ -189,6 +190,7 @@ class Ledger:
                     if not self._is_new(call_id, record["kind"]):
                         raise LedgerError(f"call {call_id} is reserved twice")
                     self._kinds[call_id] = record["kind"]
+                    self._in_doubt[call_id] = None
                     self._counts[record["kind"]] += 1
             case "settle":
                 for call_id, value in zip(record["ids"], record["values"], strict=True):
@@ -196,6 +198,7 @@ class Ledger:
                         raise LedgerError(f"call {call_id} is not reserved, or settled twice")
                     numbers = {name: float.fromhex(text) for name, text in value.items()}
                     self._values[call_id] = MappingProxyType(_finite(call_id, numbers))
+                    del self._in_doubt[call_id]
             case other:
                 raise LedgerError(f"unknown record {other!r}")
 

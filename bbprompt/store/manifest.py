@@ -39,6 +39,8 @@ def manifest_of(run: Opened) -> dict[str, Any]:
             "device": info.device,
             "max_tokens": info.max_tokens,
             "versions": info.versions,
+            "batch_tokens": info.batch_tokens,
+            "piece": info.piece,
         },
         "threads": run.threads,
         "versions": {
