@@ -33,7 +33,7 @@ def check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
     problem = None
     if config.hidden != backbone.hidden:
         problem = f"hidden size {config.hidden}, the backbone has {backbone.hidden}"
-    elif config.layers not in (1, backbone.layers):
+    elif not 1 <= config.layers <= backbone.layers:
         problem = f"{config.layers} layers, the backbone has {backbone.layers}"
     elif max(config.placeholders, default=-1) >= rows:
         problem = f"placeholder {max(config.placeholders)}, the backbone has {rows} tokens"

@@ -67,7 +67,7 @@ class LanguageHead:
     def logits(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Logit of one token for each feature: `(..., N, H)` and `(N,)` to `(..., N)`; all must be nameable."""
         if self.tokens is not None:
-            tokens = torch.searchsorted(self.tokens, tokens)
+            tokens = torch.searchsorted(self.tokens, tokens.contiguous())
         values = (features * self.weight[tokens]).sum(-1)
         return values if self.bias is None else values + self.bias[tokens]
 

@@ -150,10 +150,10 @@ def _opened(config: TuneConfig, backend: str) -> Opened:
     task = load_task(config.task)
     method = method_with(load_method(config.method), config.set)
     if config.budget < method.least_budget:
+        searched = ["the untuned prompt", "one population", "one look at dev", *["a calibration"] * method.calibrate]
+        what = "" if method.baseline or method.gradient else f" ({', '.join(searched[:-1])} and {searched[-1]})"
         raise UsageError(
-            f"--budget {config.budget}: method {method.name} needs at least {method.least_budget} calls "
-            f"(the untuned prompt, one population{', ' if method.calibrate else ' and '}one look at dev"
-            f"{' and a calibration' if method.calibrate else ''})"
+            f"--budget {config.budget}: method {method.name} needs at least {method.least_budget} calls{what}"
         )
     if method.loss == "hinge" and task.type == "extractive":
         raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")

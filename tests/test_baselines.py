@@ -156,7 +156,7 @@ def test_other_numbers_than_the_journal_holds_are_refused(
         ("choice", "logistic", {}, "options of its own"),
         ("single", "threshold", {}, "two labels"),
         ("pair", "logistic", {"prompts": "e5-small-mp2-deep"}, "uses no prompts"),
-        ("pair", "logistic", {"budget": 5}, "needs at least"),
+        ("pair", "logistic", {"budget": 5}, "needs 6 calls on"),
         ("pair", "logistic", {"backend": "http://nowhere"}, "only 'local'"),
     ],
 )

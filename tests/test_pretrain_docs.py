@@ -59,9 +59,32 @@ def test_the_worked_examples(
     assert ModularPrompt.load(tmp_path / "prompts" / "text" / "artifact").config.kind == "ppt"
 
 
-@pytest.mark.parametrize("depth", ["input", "all"])
+def test_the_files_of_the_page_are_enough_to_run_a_training(
+    tiny_bert_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BBPROMPT_DATA", raising=False)
+    for name, content in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content.replace("intfloat/multilingual-e5-small", str(tiny_bert_dir)), "utf-8")
+    train = [*shlex.split(COMMANDS[0])[1:], "--device", "cpu", "--quiet"]
+    question = tmp_path / "mytasks" / "shop_question" / "train.jsonl"
+    good = question.read_text(encoding="utf-8")
+    question.write_text(good.splitlines()[0] + "\n", encoding="utf-8")
+    assert cli.run(train) == 65
+    assert "task shop_question: no example is left to train on; add examples" in capsys.readouterr().err
+    question.write_text(good, encoding="utf-8")
+    assert cli.run(train) == 0, "a directory in which nothing was trained is free"
+    log = tmp_path / "prompts" / "shop" / "train.jsonl"
+    last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+    assert last["speed"]["tokens_per_second"] > 0
+    assert cli.run([*shlex.split(COMMANDS[1])[1:], "--device", "cpu", "--quiet"]) == 0
+    assert json.loads(log.read_text(encoding="utf-8").splitlines()[-1]) == last
+
+
+@pytest.mark.parametrize(("depth", "layers"), [("input", 1), ("all", 3), (2, 2)])
 def test_one_prompt_for_all_tasks_loads_in_tune(
-    depth: str, tiny_bert_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    depth: str | int, layers: int, tiny_bert_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tinytrain.data_root(tmp_path / "data")
     recipe = tinytrain.make_recipe(data, tiny_bert_dir, kind="spot", modules=1, depth=depth)
@@ -73,9 +96,11 @@ def test_one_prompt_for_all_tasks_loads_in_tune(
     advice = capsys.readouterr().out.splitlines()[-1]
     prompt = ModularPrompt.load(out / "artifact")
     assert (prompt.config.kind, prompt.config.modules, prompt.config.tasks) == ("spot", 1, ())
-    assert prompt.routers.shape == (0, 3 if depth == "all" else 1, 1)
-    assert "One soft prompt of 2 positions" in (out / "artifact" / "README.md").read_text(encoding="utf-8")
-    method = "mp2-deep" if depth == "all" else "mp2-shallow"
+    assert prompt.routers.shape == (0, layers, 1)
+    where = {"input": "at the input", "all": "before each", 2: "before the first 2"}[depth]
+    card = (out / "artifact" / "README.md").read_text(encoding="utf-8")
+    assert f"One soft prompt of 2 positions {where} of the backbone's" in " ".join(card.split())
+    method = "mp2-shallow" if depth == "input" else "mp2-deep"
     assert advice == f"Next: bbprompt tune --task lcqmc --method {method} --set router=null --prompts {out}/artifact"
     if depth == "all":
         return

@@ -18,7 +18,8 @@ from bbprompt.baselines.calls import Calls
 from bbprompt.baselines.choice import Model, approach_for, check_task, open_model
 from bbprompt.baselines.features import Matrix
 from bbprompt.baselines.labeller import Approach, Solved
-from bbprompt.baselines.settings import AnyBaseline
+from bbprompt.baselines.rules import candidates
+from bbprompt.baselines.settings import AnyBaseline, BaselineConfig
 from bbprompt.config import NO_PROMPTS, MethodConfig, TuneConfig
 from bbprompt.connect import cores
 from bbprompt.errors import UsageError
@@ -111,6 +112,10 @@ def prepare_baseline(
     if config.prompts not in (None, NO_PROMPTS):
         raise UsageError(f"--prompts {config.prompts}: the method {method.name} uses no prompts; leave it out")
     check_task(method.baseline, task)
+    if isinstance(method.baseline, BaselineConfig):
+        needed = 2 * candidates(method.baseline.rule, task)
+        if config.budget < needed:
+            raise UsageError(f"--budget {config.budget}: method {method.name} needs {needed} calls on {task.name}")
     gold = [example.label for example in data.split("train")] if method.baseline.rule == "majority" else []
     counts = tuple(np.bincount(gold, minlength=len(task.options)).tolist()) if gold else ()
     if config.ray is not None or config.workers is not None:

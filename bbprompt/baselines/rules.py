@@ -28,7 +28,7 @@ from bbprompt.errors import UsageError
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
 
-__all__ = ["Fitted", "Variant", "applies", "fit", "scores", "variants"]
+__all__ = ["Fitted", "Variant", "applies", "candidates", "fit", "scores", "variants"]
 
 _PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -84,6 +84,17 @@ def variants(rule: BaselineRule, task: Task) -> tuple[Variant, ...]:
     if rule == "zero-shot":
         return tuple(Variant("text", wording) for wording in wordings(task))
     return (Variant("pair"), Variant("text")) if task.type == "pair" else (Variant("text"),)
+
+
+def candidates(rule: BaselineRule, task: Task) -> int:
+    """How many ways to read the texts are tried, the first wording of the labels among them; each costs two calls.
+
+    Raises:
+        UsageError: The rule cannot do the task.
+    """
+    if rule == "majority":
+        return 0  # it reads none
+    return len(variants(rule, task)) + (rule != "zero-shot")
 
 
 def fit(

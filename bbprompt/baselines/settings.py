@@ -25,8 +25,8 @@ class BaselineConfig(Settings):
 
     @property
     def least_budget(self) -> int:
-        """Fewest calls: up to three ways to read the texts, two calls each."""
-        return 0 if self.rule == "majority" else 6
+        """Fewest calls on any task; see `bbprompt.baselines.rules.candidates`."""
+        return 0 if self.rule == "majority" else 4
 
 
 class LabelWordsConfig(Settings):

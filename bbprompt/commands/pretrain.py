@@ -150,11 +150,14 @@ def _pretrain(
 
     from bbprompt.pretrain.recipe import PretrainConfig
     from bbprompt.pretrain.run import pretrain
+    from bbprompt.pretrain.team import leads
 
     if not isinstance(recipe, PretrainConfig):
         raise TypeError(f"a recipe of kind {recipe.kind}")
     with _shown(stop, _command(recipe), folder, recipe.steps, quiet) as report:
         scores = pretrain(recipe, folder, data, report, resume=resume is not None, device=_device(device or "auto"))
+    if not leads():
+        return
     artifact = folder / "artifact"
     mean = sum(scores.values()) / len(scores)
     if json:

@@ -19,7 +19,8 @@ def model_card(prompt: ModularPrompt) -> str:
     recipe = config.training["recipe"]
     scores: dict[str, float] = config.training["validation"]
     routed = " by the task's own router" if config.tasks else ""
-    where = "before each of the" if config.layers > 1 else "at the input of the"
+    which = f"the first {config.layers}" if isinstance(recipe.get("depth"), int) else "each"
+    where = f"before {which} of the" if config.layers > 1 else "at the input of the"
     lines = [
         "---",
         "license: cc-by-nc-4.0",

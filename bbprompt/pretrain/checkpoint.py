@@ -104,8 +104,8 @@ def check_finite(step: int, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UsageError(
-                f"step {step}: {name} is not finite; lower the recipe's learning rates (the last checkpoint "
-                "is kept: go on from it with --resume)"
+                f"step {step}: {name} is not finite; begin again with lower learning rates and another --out (the "
+                "last good checkpoint of this one is kept)"
             )
 
 

@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from bbprompt.errors import DiskError, ResumeMismatch, UsageError
+from bbprompt.errors import DataError, DiskError, ResumeMismatch, UsageError
 from bbprompt.jsontext import parse_json
 from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
 from bbprompt.store.disk import Disk
 from bbprompt.yamlfile import read_yaml, validate
 
-__all__ = ["append_log", "claim", "cut_log", "loss_curve"]
+__all__ = ["append_log", "claimed", "cut_log", "last_speed", "loss_curve"]
 
-_LOG = "train.jsonl"
+_LOG, _RECIPE, _CHECKPOINT = "train.jsonl", "recipe.json", "checkpoint.safetensors"
 
 
-def claim(disk: Disk, out: Path, config: BaseModel, resume: bool) -> None:
-    """Bind the directory to the recipe.
+@contextmanager
+def claimed(disk: Disk, out: Path, config: BaseModel, resume: bool) -> Iterator[None]:
+    """Bind the directory to the recipe and hold it; wrong data or settings leave one free in which nothing was trained.
 
     Raises:
+        RunLocked: Another process works on it.
         UsageError: It holds a training that is not to be gone on with, or none that is.
         ResumeMismatch: It was made with another recipe.
         DiskError: It cannot be written.
     """
+    _bind(disk, out, config, resume)
+    lock = disk.lock(out / "train.lock")
+    try:
+        yield
+    except (DataError, UsageError):
+        if not any((out / name).exists() for name in (_LOG, _CHECKPOINT)):
+            (out / _RECIPE).unlink(missing_ok=True)
+        raise
+    finally:
+        disk.close(lock)
+
+
+def _bind(disk: Disk, out: Path, config: BaseModel, resume: bool) -> None:
     text = json.dumps(config.model_dump(mode="json"), ensure_ascii=False, sort_keys=True, indent=2) + "\n"
-    file = out / "recipe.json"
+    file = out / _RECIPE
     if resume:
         # Killed before its first checkpoint, a training goes on from step 0.
         if not file.is_file():
@@ -72,6 +89,24 @@ def loss_curve(directory: Path) -> list[tuple[int, float, float]]:
         raise pretrain_disk_error(error, "read it", file) from error
     except (ValueError, TypeError, KeyError):
         raise DiskError(f"{file}: holds a line that no training wrote; remove it and resume") from None
+
+
+def last_speed(directory: Path) -> dict[str, float]:
+    """The speed that the last line of a finished training gives; empty where it is not finished.
+
+    Raises:
+        DiskError: It cannot be read.
+    """
+    file = directory / _LOG
+    try:
+        records = [parse_json(line) for line in file.read_bytes().split(b"\n")[-2:] if line]
+        return dict(records[-1]["speed"]) if records and "speed" in records[-1] else {}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise pretrain_disk_error(error, "read it", file) from error
+    except (ValueError, TypeError):  # torn by a kill, and to be written again
+        return {}
 
 
 def cut_log(disk: Disk, directory: Path, step: int) -> None:

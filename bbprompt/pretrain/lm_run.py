@@ -17,7 +17,7 @@ from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.trained_head import HeadCard, TrainedHead
 from bbprompt.errors import UsageError
 from bbprompt.pretrain.checkpoint import pretrain_disk_error, write_atomic
-from bbprompt.pretrain.directory import append_log, claim, cut_log
+from bbprompt.pretrain.directory import append_log, claimed, cut_log
 from bbprompt.pretrain.lm_card import head_card
 from bbprompt.pretrain.lm_recipe import HeadConfig
 from bbprompt.pretrain.lm_texts import MaskedTexts, kept_tokens, open_pieces
@@ -64,12 +64,8 @@ def train_head(
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": training_precision(device)})
     disk = RealDisk()
-    claim(disk, out, config, resume)
-    lock = disk.lock(out / "train.lock")
-    try:
+    with claimed(disk, out, config, resume):
         return _train_head(config, out, report, resume, device)
-    finally:
-        disk.close(lock)
 
 
 def _train_head(

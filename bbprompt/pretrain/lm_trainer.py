@@ -151,8 +151,8 @@ class HeadTrainer:
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             what = "the loss" if not torch.isfinite(loss) else "a gradient"
             raise UsageError(
-                f"step {self.step}: {what} is not finite, with texts of {', '.join(dict.fromkeys(batch.uids))}; lower "
-                "the recipe's rate (the last checkpoint is kept: go on from it with --resume)"
+                f"step {self.step}: {what} is not finite, with texts of {', '.join(dict.fromkeys(batch.uids))}; begin "
+                "again with a lower rate and another --out (the last good checkpoint of this one is kept)"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate * rate_factor(self.step, self.config.steps, self.config.warmup)

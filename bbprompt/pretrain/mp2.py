@@ -110,7 +110,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         self.prompts = ModularPrompts(
             len(batches.names),
-            len(encoder.layers) if config.deep else 1,
+            config.prompted(len(encoder.layers)),
             config.modules,
             config.intrinsic_dim,
             frame,
@@ -193,8 +193,8 @@ class Trainer:
             what = f"the loss is {totals[0].item()}" if not torch.isfinite(totals[0]) else "a gradient is not finite"
             tasks = sorted({self.batches.names[i] for batch in slices for i in batch.tasks.tolist()})
             raise UsageError(
-                f"step {self.step}: {what}; {spoilt or 'in a batch of ' + ', '.join(tasks)}; lower the recipe's "
-                f"learning rates (the last checkpoint is kept: go on from it with --resume)"
+                f"step {self.step}: {what}; {spoilt or 'in a batch of ' + ', '.join(tasks)}; begin again with lower "
+                f"learning rates and another --out (the last good checkpoint of this one is kept)"
             )
         factor = rate_factor(self.step, config.steps, config.warmup)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):

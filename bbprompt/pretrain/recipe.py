@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bbprompt.errors import UsageError
 from bbprompt.settings import Count
 
 __all__ = ["Kind", "PptSettings", "PretrainConfig"]
@@ -81,7 +82,8 @@ class PretrainConfig(BaseModel):
             as words in a gap, by the language model head of the backbone.
         prefix: Prototypes: stands before every text and option, as the backbone was trained.
         scale: Prototypes: initial factor from cosine to logit; learned.
-        depth: "all" puts prompts before every layer, "input" at the input alone; None as the kind says.
+        depth: "all" puts prompts before every layer, "input" at the input alone, a number before so many of the first
+            layers; None as the kind says.
         steps: Optimizer steps.
         tasks_per_step: Tasks in a step.
         per_task: Examples of each task in a slice of a step.
@@ -134,7 +136,7 @@ class PretrainConfig(BaseModel):
     readout: Literal["span", "prototype", "verbalizer"] = "span"
     prefix: str = "query: "
     scale: _Rate = 20.0
-    depth: Literal["input", "all"] | None = None
+    depth: Literal["input", "all"] | Annotated[int, Field(ge=2, strict=True)] | None = None
     steps: Count = 4000
     tasks_per_step: Count = 4
     per_task: Count = 8
@@ -176,8 +178,20 @@ class PretrainConfig(BaseModel):
 
     @property
     def deep(self) -> bool:
-        """Whether every layer carries a prompt."""
-        return self.kind == "mp2-deep" if self.depth is None else self.depth == "all"
+        """Whether more layers than the first carry a prompt."""
+        return self.kind == "mp2-deep" if self.depth is None else self.depth != "input"
+
+    def prompted(self, layers: int) -> int:
+        """How many of so many layers carry a prompt.
+
+        Raises:
+            UsageError: The recipe asks for more.
+        """
+        if isinstance(self.depth, int):
+            if self.depth > layers:
+                raise UsageError(f"depth: {self.depth} layers, the backbone has {layers}")
+            return self.depth
+        return layers if self.deep else 1
 
     @property
     def routed(self) -> bool:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from bbprompt.pretrain.artifact import artifact, begin_from
 from bbprompt.pretrain.card import model_card
 from bbprompt.pretrain.checkpoint import pretrain_disk_error
 from bbprompt.pretrain.cloze import StockModel
-from bbprompt.pretrain.directory import claim, loss_curve
+from bbprompt.pretrain.directory import claimed, last_speed, loss_curve
 from bbprompt.pretrain.linear import DifferentiableLinear
 from bbprompt.pretrain.mixture import Batches, Mixture
 from bbprompt.pretrain.mp2 import Progress, Trainer
@@ -91,17 +92,11 @@ def pretrain(
     team, device = join(device)
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": training_precision(device)})
-    disk = RealDisk()
-    lock = None
     try:
-        if team.leads:
-            claim(disk, out, config, resume)
-            lock = disk.lock(out / "train.lock")
-        team.wait()
-        return _pretrain(config, chosen, out, data, report, resume, device, team)
+        with claimed(RealDisk(), out, config, resume) if team.leads else nullcontext():
+            team.wait()
+            return _pretrain(config, chosen, out, data, report, resume, device, team)
     finally:
-        if lock is not None:
-            disk.close(lock)
         leave(team)
 
 
@@ -153,9 +148,11 @@ def _pretrain(
     )
     if start is not None:
         begin_from(trainer, start, backbone.digest)
+    speed: dict[str, float] = {}
     if resume:
         if (out / "checkpoint.safetensors").is_file():
             trainer.load()
+        speed = last_speed(out)
         trainer.cut_log()
         log.info("resumed at step %d", trainer.step)
     team.wait()
@@ -170,8 +167,8 @@ def _pretrain(
     trainer.restore_best()
     scores = trainer.validate(config.valid_size)
     if team.leads:
-        speed = {name: round(value, 4) for name, value in _speed(last[0]).items()} if last else {}
-        if speed:
+        if last:
+            speed = {name: round(value, 4) for name, value in _speed(last[0]).items()}
             log.info(
                 "%.0f examples/s, %.0f tokens/s, %.0f%% of the rate of bare matrix products",
                 *(speed["examples_per_second"], speed["tokens_per_second"], 100 * speed["gemm_share"]),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bbprompt.errors import Interrupted
 
-__all__ = ["ALONE", "Team", "join", "leave"]
+__all__ = ["ALONE", "Team", "join", "leads", "leave"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,11 @@ def join(device: str) -> tuple[Team, str]:
     # Gloo beside NCCL: what is waited on and counted lies on the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return Team(dist.get_rank(), dist.get_world_size()), device
+
+
+def leads() -> bool:
+    """Whether this process is the first, or the only one, of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def leave(team: Team) -> None:

@@ -23,6 +23,9 @@ from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
 __all__ = ["data_beside", "evaluation_inputs", "load_upstream", "upstream_tasks"]
 
+#: Of so many training examples one at most is validated on, where there is no dev split.
+_HELD_OUT = 5
+
 log = logging.getLogger("bbprompt")
 
 
@@ -102,8 +105,8 @@ def load_upstream(
 
     From a `seen` task the few-shot pools of `spare_seeds` are left out, so that tuning on them later is true
     few-shot; from every task, what a test split of the evaluation side holds as well (`evaluation_inputs`).
-    Validation comes from the dev split, else from the end of the shuffled training split. Examples whose question
-    and options alone do not fit are left out and counted.
+    Validation comes from the dev split, else a fifth at most of the shuffled training split is kept for it. Examples
+    whose question and options alone do not fit are left out and counted.
 
     Args:
         tasks: The tasks.
@@ -136,23 +139,26 @@ def load_upstream(
         if len(clean) < len(train):
             log.info("%s: left out %d examples that stand in a test split", task.name, len(train) - len(clean))
         pool = _Pool(task, clean, source.split("dev") if "dev" in source.splits else None, tokenize, frame)
-        limits = (option_limit, option_characters)
+        limits, held = (option_limit, option_characters), pool.held_out(valid)
 
         def examples(
-            notes: dict[str, int], pool: _Pool = pool, limits: tuple[int, int] = limits
+            notes: dict[str, int], pool: _Pool = pool, limits: tuple[int, int] = limits, held: int = held
         ) -> Iterator[tuple[int, Encoded, int]]:
-            return pool.draw(notes, limits, cap, valid, seed, shuffle)
+            return pool.draw(notes, limits, cap, held, seed, shuffle)
 
         if cache is None:
             notes: dict[str, int] = {}
             keys, store = [key for key, _, _ in examples(notes)], None
         else:
-            store = stored(cache, pool.digest(limits, cap, valid, seed, shuffle, tokenizer_digest), examples)
+            store = stored(cache, pool.digest(limits, cap, held, seed, shuffle, tokenizer_digest), examples)
             keys, notes = store.keys.tolist(), store.notes
         kept = tuple(pool.train[key] for key in keys[: notes["train"]])
         check = tuple(pool.checked[key] for key in keys[notes["train"] :])
-        if not kept or not check:
+        if not kept and not check:
             raise DataError(f"task {task.name}: no example fits {frame.limit} tokens; raise max_tokens")
+        if not kept or not check:
+            lacks = "validate" if kept else "train"
+            raise DataError(f"task {task.name}: no example is left to {lacks} on; add examples, or a dev split")
         log.info("%s: %d of %d examples, %d to validate", task.name, len(kept), len(pool.train), len(check))
         loaded.append(Upstream(task, kept, check, store, source.where))
     return loaded
@@ -188,6 +194,10 @@ class _Pool:
     def checked(self) -> Sequence[Example]:
         """Where validation examples are drawn from."""
         return self.train if self.dev is None else self.dev
+
+    def held_out(self, wanted: int) -> int:
+        """How many examples are validated on, where so many are wanted."""
+        return min(wanted, -(-len(self.train) // _HELD_OUT)) if self.dev is None else wanted
 
     def digest(self, *settings: object) -> str:
         """Names everything that decides what is drawn and how it is encoded."""
