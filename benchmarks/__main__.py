@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 #: What runs unless it is said otherwise; and what takes minutes, or starts servers or a Ray of its own.
 _QUICK = ("published", "ablation", "scaling", "precision", "alternatives", "optimizers", "start-up")
-_ELSEWHERE = ("batches", "remote", "dispatcher", "workers", "slow")
+_ELSEWHERE = ("training", "batches", "remote", "dispatcher", "workers", "slow")
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     import torch
 
     from bbprompt.backends.memory import keep_freed_memory
-    from benchmarks import alternatives, batches, cluster, forward, overhead, precision, remote
+    from benchmarks import alternatives, batches, cluster, forward, overhead, precision, remote, training
 
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -51,6 +51,7 @@ def main() -> None:
         "precision": ("Rankings in mixed precision", lambda: precision.rankings(options.rounds, options.threads)),
         "alternatives": ("What is not used", lambda: alternatives.alternatives(*sizes)),
         "optimizers": ("Optimizers", lambda: overhead.optimizers(options.call_ms)),
+        "training": ("A step of pre-training", lambda: training.training(*sizes)),
         "batches": ("Large batches of routers", lambda: batches.batches(options.seeds)),
         "start-up": ("Start-up", overhead.start_up),
         "remote": (

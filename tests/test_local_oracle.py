@@ -23,9 +23,10 @@ from bbprompt.testing import OracleContract
 SUPPORTS: tuple[Support, ...] = ("candidates", "sequence")
 
 
-@pytest.fixture(scope="module", params=["mp2-deep", "mp2-shallow"])
+@pytest.fixture(scope="module", params=[("mp2-deep", None), ("mp2-deep", 2), ("mp2-shallow", None)])
 def prompt(request: pytest.FixtureRequest, backbone: Backbone) -> ModularPrompt:
-    return tiny_prompt.artifact(Path(backbone.id), backbone.digest, kind=request.param)
+    kind, layers = request.param
+    return tiny_prompt.artifact(Path(backbone.id), backbone.digest, kind=kind, layers=layers)
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
@@ -174,7 +175,7 @@ def test_prompts_of_another_backbone(backbone: Backbone, deep: ModularPrompt) ->
     ("change", "message"),
     [
         ({"placeholders": (300, 99_999)}, "placeholder 99999, the backbone has"),
-        ({"layers": 2}, "2 layers, the backbone has 3"),
+        ({"layers": 4}, "4 layers, the backbone has 3"),
         ({"hidden": 16}, "hidden size 16, the backbone has 32"),
     ],
 )
