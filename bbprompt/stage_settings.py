@@ -95,7 +95,7 @@ class RefineStageConfig(Settings):
 
     Attributes:
         optimizer: "cobyla", linear models in a shrinking trust region.
-        step: First radius of the region around the prompt so far (BBT-RGB: 0.2).
+        step: First radius of the region around the prompt so far (BBT-RGB: 1, that of scipy).
         calls_per_layer: Train calls for each layer, from the input up; None shares what is left evenly. The first
             d + 1 of them are one step along each coordinate.
         share: Share of the budget that is kept for it, of what is left after stage I.

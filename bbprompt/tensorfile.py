@@ -5,18 +5,24 @@ safetensors checks that a file is laid out as its header says, and not what is i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from bbprompt.jsontext import parse_json
 
-__all__ = ["checksum", "pack", "unpack"]
+__all__ = ["checksum", "pack", "unpack", "written"]
 
 _KEY = "sha256"
 
@@ -42,6 +48,24 @@ def unpack(data: bytes) -> dict[str, NDArray[Any]]:
     if "__metadata__" in header and header["__metadata__"] != {_KEY: checksum(tensors)}:
         raise ValueError("it does not match its checksum")
     return tensors
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Around a `save_file` to a path: its errors become those of the system, and the file gets a new file's rights.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # safetensors leaves it to its owner alone
 
 
 def checksum(tensors: Mapping[str, NDArray[Any]]) -> str:

@@ -133,7 +133,8 @@ def validate(model: type[_Model], data: Any, where: str) -> _Model:
         return model.model_validate(data)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=True)
-        first = problems[0]
+        # A misspelled key is also a missing one: what stands there says more than what does not.
+        first = next((each for each in problems if each["type"] == "extra_forbidden"), problems[0])
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         location = first["loc"]
         key = ".".join(str(part) for part in location)

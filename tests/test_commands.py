@@ -307,7 +307,7 @@ def test_an_unfinished_run_is_no_use(
 
 def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["tasks", "--json"]) == 0
-    names = [task["name"] for task in last_json(capsys)]
+    names = [task["name"] for task in last_json(capsys)["tasks"]]
     assert cli.run(["tasks"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["task", *names]
     assert cli.run(["tasks", "lcqmc"]) == 0
@@ -318,7 +318,7 @@ def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["methods", "--json"]) == 0
-    assert {method["name"] for method in last_json(capsys)} >= {"mp2-deep", "mp2-shallow"}
+    assert {method["name"] for method in last_json(capsys)["methods"]} >= {"mp2-deep", "mp2-shallow"}
     assert cli.run(["methods"]) == 0
     assert "mp2-deep-code" in capsys.readouterr().out
     assert cli.run(["methods", "mp2-deep", "--set", "prompt.sigma=0.5"]) == 0

@@ -22,7 +22,8 @@ def test_bundled_experiments_are_right(name: str) -> None:
     cells = experiment.cells()
     assert experiment.summary
     assert experiment.source
-    count = len(experiment.tasks) * len(experiment.methods) * len(experiment.seeds) * max(1, len(experiment.variants))
+    pairs = len(experiment.tasks) * len(experiment.methods) - len(experiment.unfit())
+    count = pairs * len(experiment.seeds) * max(1, len(experiment.variants))
     assert len(cells) == len({cell.name for cell in cells}) == count
 
 
@@ -35,9 +36,21 @@ def test_the_main_table_has_every_method_that_needs_nothing_else() -> None:
     methods = {name: load_method(name) for name in method_names()}
     other_models = {name for name, method in methods.items() if "--backbone" in method.summary}
     other_prompts = {name for name, method in methods.items() if method.prompts == NAMED_PROMPTS}
-    # Pairs of two labels alone; and a random subspace of the prototypes, which is no method of the papers.
-    left_out = other_models | other_prompts | {"threshold", "proto-deep"}
+    # A random subspace of the prototypes is no method of the papers.
+    left_out = other_models | other_prompts | {"proto-deep"}
     assert set(experiment_from("main-table", {}, {}).methods) == methods.keys() - left_out
+
+
+def test_a_method_has_no_runs_on_tasks_that_it_cannot_do() -> None:
+    mixed = experiment_from(None, {**GRID, "tasks": ["lcqmc", "cote_bd"], "methods": ["threshold", "mp2-deep"]}, {})
+    assert [cell.name for cell in mixed.cells()][:3] == [
+        "lcqmc-threshold-10",
+        "lcqmc-mp2-deep-10",
+        "cote_bd-mp2-deep-10",
+    ]
+    assert "the answers of this task are spans" in mixed.unfit()["cote_bd", "threshold"]
+    with pytest.raises(UsageError, match="does not fit the task cote_bd"):
+        experiment_from(None, {**GRID, "tasks": ["cote_bd"], "methods": ["mp2-deep", "majority"]}, {}).cells()
 
 
 def test_the_pilot_differs_in_hard_prompts_and_words() -> None:
@@ -45,7 +58,7 @@ def test_the_pilot_differs_in_hard_prompts_and_words() -> None:
     assert all(task.hub == load_task("sst2").hub for task in tasks)
     assert {task.data for task in tasks} == {"en_sst2"}
     asked = {(task.cloze, task.words["negative"], task.words["positive"]) for task in tasks}
-    assert len(asked) == len(tasks) == 8
+    assert len(asked) == len(tasks) == 7
     assert ("{text} It was {gap}.", "terrible", "great") in asked
     swapped = load_task(next(name for name in experiment_from("ppt-pilot", {}, {}).tasks if "bad-good" in name))
     assert (swapped.words["negative"], swapped.words["positive"]) == ("good", "bad")

@@ -38,9 +38,10 @@ def test_the_constants_of_the_papers(name: str) -> None:
     deep = name not in ("bbt", "bbt-mrc", "bbt-mp2")
     assert (subspace.layers, search.layout) == (("all", "layerwise") if deep else ("input", "joint"))
     assert (subspace.dim, subspace.prompt_length, subspace.distribution) == (500, 50, "normal")
-    assert (subspace.sigma, search.sigma_first, search.sigma, search.popsize) == (1.0, 1.0, 1.0, 20)
+    later = 0.2 if name == "bbt-rgb" else 1.0
+    assert (subspace.sigma, search.sigma_first, search.sigma, search.popsize) == (1.0, 1.0, later, 20)
     assert subspace.alpha == (0.5 if name == "bbt-rgb" else 1.0)
-    assert (method.refine.step if method.refine else None) == (0.2 if name == "bbt-rgb" else None)
+    assert (method.refine.step if method.refine else None) == (1.0 if name == "bbt-rgb" else None)
     assert (search.bound, search.dev_every, method.loss, method.select) == (None, 100, "ce", "dev-metric")
 
 

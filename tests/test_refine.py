@@ -70,6 +70,7 @@ def test_two_stages_share_the_budget(tmp_path: Path) -> None:
     assert ledger.reserved == recorder.calls <= 101
     assert found.stages[0].calls >= 40
     assert found.stages[1].calls >= 40
+    assert found.stages[1].train_loss <= found.stages[0].train_loss, "it goes on from there, whatever dev says"
     again, _, silent = toyruns.run(tmp_path / "run", method, 101)
     assert silent.calls == 0
     np.testing.assert_array_equal(again.points, found.points)

@@ -11,7 +11,7 @@ import toyruns
 
 from bbprompt.errors import UsageError
 from bbprompt.prompts import PromptSpace
-from bbprompt.router import CODE, PAPER, GateRule
+from bbprompt.router import CODE, PAPER, GateRule, compose
 from bbprompt.search.refine import refine_stage
 from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
 from bbprompt.stage_settings import PromptStageConfig, RefineStageConfig, RouterStageConfig
@@ -131,13 +131,14 @@ def test_the_router_of_the_incumbent_is_known() -> None:
     for name, rule in (("binary", PAPER), ("continuous", CODE)):
         stage = STAGES[name](start)
         drive(stage, 5)
-        router = stage.incumbent.router
-        assert router is not None
-        assert router.shape == SPACE.router_shape
-        np.testing.assert_allclose(SPACE.mix(router, rule), stage.incumbent.point, rtol=1e-12)
+        mixture = stage.incumbent.mixture
+        assert mixture is not None
+        assert mixture.router.shape == SPACE.router_shape
+        np.testing.assert_allclose(SPACE.mix(mixture.router, rule), stage.incumbent.point, rtol=1e-12)
+        np.testing.assert_allclose(compose(mixture.weights, SPACE.modules), stage.incumbent.point, rtol=1e-12)
         after = prompt_stage(LAYERWISE, stage.incumbent, 3)
         drive(after, 6)
-        assert after.incumbent.router is router, "stage II keeps the router it started from"
+        assert after.incumbent.mixture is mixture, "stage II keeps what it started from"
 
 
 def test_the_upstream_routers_are_tried_first() -> None:

@@ -27,7 +27,7 @@ def tasks(name: _Name = None, json: Json = False, debug: Debug = False) -> None:
         return
     found = [load_task(each) for each in task_names()]
     if json:
-        write_json([{"name": task.name, "type": task.type, "track": task.track} for task in found])
+        write_json({"tasks": [{"name": task.name, "type": task.type, "track": task.track} for task in found]})
         return
     rows = [(task.name, task.type, _options(task), task.metric, task.track or "") for task in found]
     write(_columns([("task", "type", "options", "metric", "track"), *rows]))
@@ -51,7 +51,8 @@ def methods(
         return
     found = [load_method(each) for each in method_names()]
     if json:
-        write_json([{"name": method.name, "summary": method.summary, "prompts": method.prompts} for method in found])
+        told = [{"name": method.name, "summary": method.summary, "prompts": method.prompts} for method in found]
+        write_json({"methods": told})
         return
     write(_columns([("method", "summary"), *((method.name, method.summary) for method in found)]))
 

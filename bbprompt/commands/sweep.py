@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from bbprompt.sweep.runner import Sweep
 
 __all__ = ["sweep"]
+
+_log = logging.getLogger("bbprompt")
 
 
 def sweep(
@@ -130,6 +133,8 @@ def sweep(
     stop = stop_of(context)
     with logging_to(console):
         stop.advice = f"go on with: {command('sweep', '--out', out)}"
+        for (task, method), reason in state.unfit.items():
+            _log.info("no runs of %s on %s: %s", method, task, reason)
         try:
             with _starter(ray, state, workers) as (start, at_once), SweepView(console) as view:
                 run_sweep(state, at_once, stop.check, view.show, start)
@@ -157,7 +162,7 @@ def _opened(
     else:
         experiment = experiment_from(config, grid, flags)
     experiment = with_threads(experiment, before, threads)
-    return Sweep(out, {cell.name: cell for cell in write_sweep(out, experiment, before)})
+    return Sweep(out, {cell.name: cell for cell in write_sweep(out, experiment, before)}, experiment.unfit())
 
 
 @contextmanager

@@ -48,8 +48,8 @@ def tables(found: Comparison) -> list[tuple[str, str, Table]]:
         result.append(
             (
                 "Dev score after so many calls",
-                "In percent: mean over tasks and seeds of the few-shot dev metric of the prompt that would be "
-                "returned; prompts are chosen on dev, so it flatters. The area is the mean of the curve.",
+                "In percent: mean over tasks and seeds of the highest few-shot dev metric so far, which need not be "
+                "that of the prompt that is returned; it flatters. The area is the mean of the curve.",
                 _anytime(found),
             )
         )
@@ -120,8 +120,9 @@ def _task(found: Comparison, task: str) -> str:
 def _scores_text() -> str:
     return (
         "In percent, mean (sample standard deviation) over seeds; accuracy unless F1 is said. `before` is the same "
-        "model and prompts with nothing tuned. A mean over tasks rests on the seeds that have all of them; n is said "
-        "where seeds are lacking."
+        "model and prompts with nothing tuned; the best cheap method is that of highest test score among those which "
+        "tune no prompt and see the same examples. A mean over tasks rests on the seeds that have all of them; n is "
+        "said where seeds are lacking."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.body import body_of
@@ -191,9 +189,8 @@ def _pretrain(
         try:
             prompt.save(out / "artifact")
             (out / "artifact" / "README.md").write_text(model_card(prompt), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            reason = error if isinstance(error, OSError) else OSError(errno.EIO, str(error))
-            raise pretrain_disk_error(reason, "write it", out / "artifact") from error
+        except OSError as error:
+            raise pretrain_disk_error(error, "write it", out / "artifact") from error
     team.wait()
     return scores
 

@@ -171,7 +171,10 @@ def _mean_line(axes: Any, curves: Sequence[Curve], colour: str) -> None:
     if len(lines) > 1:
         for line in lines:
             axes.step(at, line, where="post", color=colour, linewidth=0.7, alpha=0.3)
-    axes.step(at, np.mean(lines, axis=0), where="post", color=colour, linewidth=1.9)
+    # A method without a search has one row a run, which is no line.
+    axes.step(
+        at, np.mean(lines, axis=0), where="post", color=colour, linewidth=1.9, marker="o" if first == last else ""
+    )
 
 
 def _log_scale(axes: Any) -> None:

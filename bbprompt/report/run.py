@@ -51,14 +51,14 @@ def run_page(run_dir: Path, judged: Sequence[Judged] | None, notes: Sequence[str
         result, manifest = read_result(directory), directory.manifest
         task = validate(Task, manifest.get("task"), where)
         method = validate(MethodConfig, manifest.get("method"), where)
-        curve, router = read_curve(directory), _router(directory)
+        curve, weights = read_curve(directory), _weights(directory, method)
     parts = [section("Before and after", _scores(result), bullets(notes))]
     if curve is not None and curve.calls:
         parts.append(section("Against calls", run_curves(curve, result.before.metric, result.before.dev)))
     if judged is not None:
         parts += _judged_parts(task, result, judged, most)
-    if router is not None:
-        parts.append(_router_part(router, method))
+    if weights is not None:
+        parts.append(_router_part(weights))
     parts += [
         section("Do it again", code(reproduce(config, manifest))),
         section("Settings", *(_settings(name, value) for name, value in manifest.items())),
@@ -143,28 +143,29 @@ def _label(task: Task, label: str) -> str:
     return label if label == word else f"{label} {word}"
 
 
-def _router_part(router: NDArray[np.float32], method: MethodConfig) -> Html:
-    weights = method.rule.weights(router)
+def _router_part(weights: NDArray[np.floating]) -> Html:
     layers, modules = weights.shape
     rows = [f"layer {layer + 1}" if layers > 1 else "input" for layer in range(layers)]
     return section(
         "Router",
         paragraph(
-            f"Mixing weights of the {modules} modules in each prompted layer, under the method's rule ({method.gates} "
-            f"gates, {method.mixing}), of the router that the returned prompt came from."
+            f"Weights by which the {modules} modules of each prompted layer are mixed in what the returned prompt came "
+            "from; a prompt stage has moved it since, where there was one that helped."
         ),
         heat([f"z{number + 1}" for number in range(modules)], rows, weights.tolist(), ".2f"),
     )
 
 
-def _router(directory: RunDirectory) -> NDArray[np.float32] | None:
+def _weights(directory: RunDirectory, method: MethodConfig) -> NDArray[np.floating] | None:
+    """Mixing weights `(L, K)`; a descent writes its router alone, which mixes by the method's rule."""
     try:
-        router = unpack(directory.read_bytes(PROMPT)).get("router")
+        tensors = unpack(directory.read_bytes(PROMPT))
     except (SafetensorError, ValueError) as error:
         raise DiskError(f"{directory.path / PROMPT}: damaged ({one_line(str(error))[:200]}); tune again") from None
-    if router is None or router.ndim != 2 or not np.isfinite(router).all():
+    found = tensors.get("weights", tensors.get("router"))
+    if found is None or found.ndim != 2 or not np.isfinite(found).all():
         return None
-    return np.asarray(router, dtype=np.float32)
+    return found if "weights" in tensors else method.rule.weights(found)
 
 
 def reproduce(config: TuneConfig, manifest: Mapping[str, Any]) -> str:

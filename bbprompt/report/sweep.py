@@ -36,7 +36,7 @@ def sweep_page(folder: Path, baseline: str | None) -> str:
             parts.append(section("What to know", bullets(found.notes)))
     curves = _curves(found)
     if curves:
-        text = "Dev metric of the prompt that would be returned, in percent: mean over seeds, and each seed faintly."
+        text = "Highest dev metric so far, in percent: mean over seeds, and each seed faintly; a point: no search."
         parts.append(section("Against calls", paragraph(text, "note"), method_curves(curves)))
     if missing:
         rows = [[run.name, run.state] for run in missing]

@@ -20,18 +20,26 @@ from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
 from bbprompt.stage_settings import PromptStageConfig, RouterStageConfig
 
-__all__ = ["Incumbent", "LayerStage", "RowStage", "Stage", "padded", "prompt_stage", "router_stage"]
+__all__ = ["Incumbent", "LayerStage", "Mixture", "RowStage", "Stage", "padded", "prompt_stage", "router_stage"]
 
 Points = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """How modules were mixed into a point: the router `(L, K)` and the weights `(L, K)` that it stands for."""
+
+    router: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
 class Incumbent:
-    """The best of a stage: its point `(L, d)`, train loss and the router `(L, K)` it came from, if any."""
+    """The best of a stage: its point `(L, d)`, train loss and the mixture it came from, if any."""
 
     point: Points
     loss: float
-    router: NDArray[np.float64] | None = None
+    mixture: Mixture | None = None
 
 
 class Stage(Protocol):
@@ -69,7 +77,7 @@ class RowStage:
         search: The optimizer over rows.
         decode: Rows `(n, dim)` to points `(n, L, d)`.
         start: The point to beat; it stays the incumbent until a candidate has a lower loss.
-        router_shape: (L, K) where rows are routers, so that the incumbent says which router it came from.
+        mixed: What a row mixes, where rows are routers, so that the incumbent says what it came from.
     """
 
     def __init__(
@@ -79,10 +87,10 @@ class RowStage:
         search: Optimizer,
         decode: Callable[[NDArray[np.float64]], Points],
         start: Incumbent,
-        router_shape: tuple[int, int] | None = None,
+        mixed: Callable[[NDArray[np.float64]], Mixture] | None = None,
     ) -> None:
         self.name, self.optimizer = name, optimizer
-        self._search, self._decode, self._best, self._router_shape = search, decode, start, router_shape
+        self._search, self._decode, self._best, self._mixed = search, decode, start, mixed
         self._asked: tuple[NDArray[np.float64], Points] | None = None
 
     @property
@@ -109,9 +117,9 @@ class RowStage:
         self._search.tell(rows, losses)
         lowest = int(losses.argmin())
         if losses[lowest] < self._best.loss:
-            router = self._best.router if self._router_shape is None else rows[lowest].reshape(self._router_shape)
+            mixture = self._best.mixture if self._mixed is None else self._mixed(rows[lowest])
             # The very point that was scored: made alone it may differ in the last bit.
-            self._best = Incumbent(points[lowest].copy(), float(losses[lowest]), router)
+            self._best = Incumbent(points[lowest].copy(), float(losses[lowest]), mixture)
         self._asked = None
 
 
@@ -174,7 +182,7 @@ class LayerStage:
             offset, loss = self._asked[lowest], float(losses[lowest])
         if self._keep == "all-time" or loss < self._current.loss:
             self._offsets[self._layer] = padded(offset, self._fixed)
-            self._current = Incumbent(self._start.point + self._offsets, loss, self._start.router)
+            self._current = Incumbent(self._start.point + self._offsets, loss, self._start.mixture)
         self._visit += 1
         self._asked = None
 
@@ -198,7 +206,11 @@ def router_stage(
         def decode(rows: NDArray[np.float64]) -> Points:
             return space.mix(rows.reshape(-1, layers, modules), rule)
 
-        return RowStage("router", label, search, decode, start, space.router_shape)
+        def mixed(row: NDArray[np.float64]) -> Mixture:
+            router = row.reshape(layers, modules)
+            return Mixture(router, space.weights(router, rule))
+
+        return RowStage("router", label, search, decode, start, mixed)
 
     if config.optimizer == "enumerate":
         if dim > 16:

@@ -21,7 +21,7 @@ from bbprompt.prompts import PromptSpace
 from bbprompt.readout import Readout
 from bbprompt.search.evaluate import DevScore, Evaluator
 from bbprompt.search.refine import refine_stage
-from bbprompt.search.stages import Incumbent, Stage, prompt_stage, router_stage
+from bbprompt.search.stages import Incumbent, Mixture, Stage, prompt_stage, router_stage
 from bbprompt.stage_settings import RouterStageConfig
 from bbprompt.store.ledger import BudgetExhausted
 
@@ -194,7 +194,9 @@ def search(
         settings = method.prompt
         traces.append(run.stage(stage, settings.popsize, settings.dev_every, most=own, patience=settings.patience))
     if method.refine is not None:
-        stage = refine_stage(method.refine, run.settled().incumbent, evaluator.left - 1, space.fixed)
+        # It goes on from the lowest train loss, whatever dev says of it; dev chooses in the end.
+        start = run.settled().incumbent if method.prompt is None else run.measured(stage.incumbent)
+        stage = refine_stage(method.refine, start, evaluator.left - 1, space.fixed)
         traces.append(run.stage(stage, 1, method.refine.dev_every, patience=method.refine.patience))
     if evaluator.calibrates:
         traces.append(run.calibration())
@@ -263,7 +265,7 @@ class _Search:
         except BudgetExhausted:  # calls that a crash lost were charged, these among them
             train_loss, ended = chosen.loss, "budget"
         else:
-            chosen = Incumbent(chosen.point, train_loss, chosen.router)
+            chosen = Incumbent(chosen.point, train_loss, chosen.mixture)
             look = Look(chosen, score, self._evaluator.readout(chosen.point), self._train(chosen), searched=True)
         self.report("calibration", train_loss, look)
         spent = self._evaluator.spent - first
@@ -286,6 +288,15 @@ class _Search:
             self._looks[at] = replace(look, incumbent=incumbent, train=self._train(incumbent))
         return look
 
+    def measured(self, incumbent: Incumbent) -> Incumbent:
+        """The same with the train loss of its point alone: one call, where there is one.
+
+        A point that a stage put together from several candidates was never scored as it is.
+        """
+        if not self._evaluator.left:
+            return incumbent
+        return replace(incumbent, loss=float(self._evaluator.train(incumbent.point[None])[0]))
+
     def report(self, stage: str, train_loss: float, *later: Look) -> None:
         """Tell where the search stands, with what was looked at outside the choice."""
         highest = max(look.dev_metric for look in (*self._looks, *later))
@@ -300,9 +311,10 @@ class _Search:
         """
         began, first = time.monotonic(), self._evaluator.spent
         best, ended = self.chosen.incumbent.loss, "calls"
-        points = space.mix(space.routers, space.rule)
-        candidates: list[tuple[NDArray[np.float64], NDArray[np.float64] | None]] = list(
-            zip(points, space.routers, strict=True)
+        weights = space.weights(space.routers, space.rule)
+        mixtures = map(Mixture, space.routers, weights)
+        candidates: list[tuple[NDArray[np.float64], Mixture | None]] = list(
+            zip(space.mix(space.routers, space.rule), mixtures, strict=True)
         )
         if config.bare:
             candidates.insert(0, (np.zeros(space.shape), None))
@@ -313,7 +325,7 @@ class _Search:
                 break
             losses = self._evaluator.train(np.stack([point for point, _ in batch]))
             told = zip(batch, losses, strict=True)
-            self.looks([Incumbent(point, float(loss), router) for (point, router), loss in told])
+            self.looks([Incumbent(point, float(loss), mixture) for (point, mixture), loss in told])
             best = min(best, float(losses.min()))
             self.report("upstream", best)
         return StageTrace(

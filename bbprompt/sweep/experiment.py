@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from bbprompt.baselines.choice import check_task
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, TuneConfig, load_method, method_with
 from bbprompt.errors import UsageError
 from bbprompt.run import located
@@ -80,8 +81,10 @@ class Experiment(BaseModel):
         cells: dict[str, Cell] = {}
         variants = self.variants or {"": {}}
         self._check_names()
-        bare = self._without_prompts()
+        bare, unfit = self._without_prompts(), self.unfit()
         for seed, task, method, label in itertools.product(self.seeds, self.tasks, self.methods, variants):
+            if (task, method) in unfit:
+                continue
             changes = variants[label]
             values = {**self.settings, **changes, "task": task, "method": method, "seed": seed}
             values["set"] = {**(self.settings.get("set") or {}), **(changes.get("set") or {})}
@@ -95,6 +98,26 @@ class Experiment(BaseModel):
                 raise UsageError(f"experiment: two runs would be called {name}; give tasks and methods other names")
             cells[name] = Cell(name, row_name(_stem(method), label), config)
         return tuple(cells.values())
+
+    def unfit(self) -> dict[tuple[str, str], str]:
+        """Task and method -> why the method cannot do the task: no runs of the grid.
+
+        Raises:
+            UsageError: A method can do none of the tasks.
+        """
+        found: dict[tuple[str, str], str] = {}
+        for method in self.methods:
+            settings = load_method(method).baseline
+            if settings is None:
+                continue
+            for task in self.tasks:
+                try:
+                    check_task(settings, load_task(task))
+                except UsageError as error:
+                    found[task, method] = str(error)
+            if all((task, method) in found for task in self.tasks):
+                raise UsageError(found[self.tasks[0], method])
+        return found
 
     def _without_prompts(self) -> frozenset[str]:
         """Methods that take no prompt artifact: baselines and random projections."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Sweep:
     Attributes:
         out: The directory.
         cells: All runs by name, in order.
+        unfit: Task and method -> why there is no run of them.
         done: Finished runs.
         running: Runs of this process, with the time each was started.
         failed: Runs that ended with an error.
@@ -55,6 +56,7 @@ class Sweep:
 
     out: Path
     cells: dict[str, Cell]
+    unfit: Mapping[tuple[str, str], str] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
     running: dict[str, float] = field(default_factory=dict)
     failed: dict[str, Failure] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Sweep:
         return {
             "out": str(self.out),
             "counts": self.counts(),
+            "unfit": [{"task": task, "method": name, "reason": why} for (task, name), why in self.unfit.items()],
             "failed": [
                 {"run": name, "exit": failure.exit, "error": failure.error}
                 for name, failure in sorted(self.failed.items(), key=lambda item: list(self.cells).index(item[0]))
