@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from bbprompt.baselines.settings import AnyBaseline
+from bbprompt.baselines.settings import AnyBaseline, BaselineConfig
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
@@ -130,6 +130,13 @@ class MethodConfig(Settings):
     def own_prompt(self) -> ProjectionConfig | SoftPromptConfig | None:
         """The prompt that a run makes and keeps itself, where it has no artifact."""
         return self.projection or (self.gradient.soft if self.gradient is not None else None)
+
+    @property
+    def reads_words(self) -> bool:
+        """Whether words for labels are read by a language model that no prompt artifact names."""
+        if self.baseline is not None:
+            return not isinstance(self.baseline, BaselineConfig)
+        return self.own_prompt is not None and self.own_prompt.readout == "verbalizer"
 
     @property
     def tunes_model(self) -> bool:

@@ -92,6 +92,7 @@ class TunedPrompt:
         task: Its task.
         config: The settings it was started with.
         point: The tuned intrinsic point, `(L, d)` float32; of size 0 for a baseline, which has no prompt.
+        cut_tokens: Tokens of the inputs so far that did not fit the model.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class TunedPrompt:
         self.point = point
         method = validate(MethodConfig, directory.manifest["method"], where)
         self._readout = Readout(method.support, method.legacy_decision, offsets=offsets)
+        self.cut_tokens = 0
         self._tested = directory.manifest["data"]["test"]
         self._oracle = oracle
 
@@ -171,12 +173,15 @@ class TunedPrompt:
             some = examples[begin : begin + _AT_ONCE]
             if isinstance(self._oracle, FittedBaseline):
                 with _counted_from(begin):
-                    predictions += map(self._choice, some, self._oracle.probabilities(some))
+                    found, cut = self._oracle.probabilities(some)
+                predictions += map(self._choice, some, found)
+                self.cut_tokens += cut
                 continue
             batch = labelled(self.task, some, for_loss=False, readout=self._oracle.info.readout).batch
             with _counted_from(begin):
                 reply = self._oracle.score(batch, self.point[None], self._readout.support, longest)
             scores = check_scores(reply, batch, 1, channels=self._oracle.info.channels)
+            self.cut_tokens += scores.cut
             if extractive:
                 predictions += [Prediction(answer, {}) for answer in self._readout.extracts(scores, batch)[0]]
                 continue

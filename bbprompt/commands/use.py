@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json as jsonlib
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "predict"]
 
 _AT_ONCE = 256
+_log = logging.getLogger("bbprompt")
 
 
 def evaluate(
@@ -120,10 +122,14 @@ def predict(
             meter.close()
         if not counts:
             raise DataError(f"{input_file}: no records")
+        if cut := prompt.cut_tokens:
+            _log.warning("%d tokens did not fit the model and were cut", cut)
     if json:
         labels = {"labels": counts} if prompt.task.labelled else {}
-        write_json({"run_dir": str(prompt.path), "output": str(output), "n": sum(counts.values()), **labels})
-    elif str(output) != "-":
+        told = {"run_dir": str(prompt.path), "output": str(output), "n": sum(counts.values()), "cut_tokens": cut}
+        write_json({**told, **labels})
+        return
+    if str(output) != "-":
         write(f"{sum(counts.values())} texts labelled: {output}")
 
 

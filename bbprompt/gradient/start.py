@@ -12,7 +12,6 @@ from bbprompt.backends.encoder import check_family
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.smollm2 import SMOLLM2
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig
-from bbprompt.connect import named_language_model
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.frozen import written_out
@@ -125,8 +124,6 @@ def _from_scratch(config: TuneConfig, soft: SoftPromptConfig, whole: bool) -> tu
     """
     spans = soft.readout == "span"
     head = ModularPrompt.load(resolve_prompts(soft.head)) if spans and soft.head is not None else None
-    if soft.readout == "verbalizer":
-        named_language_model(config.backbone)
     name = config.backbone or (head.config.backbone if head is not None else DEFAULT_BACKBONE)
     backbone = _encoder(name) if whole else load_backbone(name, head=soft.readout == "verbalizer")
     if head is not None and head.config.backbone_digest != backbone.digest:
