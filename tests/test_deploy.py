@@ -35,7 +35,7 @@ def test_the_keys_are_those_of_a_rayjob(spec: dict[str, Any]) -> None:
     """The names are KubeRay's (ray.io/v1, RayJobSpec and RayClusterSpec); an operator ignores or refuses others."""
     assert set(spec) == {"entrypoint", "shutdownAfterJobFinishes", "backoffLimit", "rayClusterSpec"}
     cluster = spec["rayClusterSpec"]
-    assert set(cluster) == {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+    assert set(cluster) == {"rayVersion", "enableInTreeAutoscaling", "authOptions", "headGroupSpec", "workerGroupSpecs"}
     assert set(cluster["headGroupSpec"]) == {"rayStartParams", "template"}
     (workers,) = cluster["workerGroupSpecs"]
     assert set(workers) == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}

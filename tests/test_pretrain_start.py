@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tinytrain
+import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PretrainConfig
 from bbprompt.pretrain.run import pretrain
+from bbprompt.pretrain.schedule import rate_factor
 from bbprompt.prompts import ModularPrompt
 
 pytestmark = pytest.mark.usefixtures("token_cache")
@@ -175,3 +178,18 @@ def test_what_does_not_fit_is_refused(
     trained(data, tiny_bert_dir, tmp_path / "first", steps=1)
     with pytest.raises((ArtifactError, UsageError), match=message):
         trained(data, tiny_bert_dir, tmp_path / "second", **{"start": str(tmp_path / "first" / "artifact"), **changes})
+
+
+def test_without_fast_and_slow_learning_routers_learn_as_slowly_as_prompts(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    """Adam's first step is as long as the rate, whatever the gradient."""
+    data = tinytrain.data_root(tmp_path / "data")
+    moved = {}
+    for fsl in (True, False):
+        changes = {"steps": 1, "warmup": 0.0, "module_rate": 0.01, "router_rate": 0.05, "fsl": fsl, "noise_from": 1.0}
+        recipe = tinytrain.make_recipe(data, tiny_bert_dir, kind="mp2-deep", **changes)
+        pretrain(recipe, tmp_path / str(fsl), data, lambda progress, steps: None)
+        moved[fsl] = load_file(tmp_path / str(fsl) / "checkpoint.safetensors")
+    torch.testing.assert_close(moved[True]["bank"], moved[False]["bank"])
+    further = (moved[True]["router"] - moved[False]["router"]).abs()
+    factor = rate_factor(0, 1, 0.0)
+    assert further.max() == pytest.approx((0.05 - 0.01) * factor, rel=1e-2)

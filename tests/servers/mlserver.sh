@@ -17,7 +17,7 @@ grep -oE "$shared" "$root/.ci/dev.lock" > "$target.new/constraints.txt"
 "$target.new/bin/python" -m pip --disable-pip-version-check install --quiet \
   --constraint "$target.new/constraints.txt" "mlserver==1.7.1"
 "$target.new/bin/python" -c "import pathlib, sysconfig, sys
-pathlib.Path(sysconfig.get_paths()['purelib'], 'zz-tests.pth').write_text(sys.argv[1] + '\n')" "$home"
+pathlib.Path(sysconfig.get_paths()['purelib'], 'zz-tests.pth').write_text('\n'.join(sys.argv[1:]) + '\n')" "$home" "$root"
 "$target.new/bin/python" -c "import mlserver, torch, transformers, safetensors, bbprompt"
 rm -rf "$target" && mv "$target.new" "$target"
 echo "MLServer is ready in $target"
