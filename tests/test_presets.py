@@ -16,7 +16,7 @@ from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
 from bbprompt.backends.scale import measure
 from bbprompt.baselines.settings import BoostingConfig, InContextConfig, LabelWordsConfig
 from bbprompt.config import TuneConfig, load_method, method_names
-from bbprompt.connect import language_backbone
+from bbprompt.language import language_backbone
 from bbprompt.predict import load_prompt
 from bbprompt.random_projection import clipped_std
 from bbprompt.result import Result
