@@ -96,8 +96,8 @@ def test_splits_that_are_missing_or_too_small(tmp_path: Path, capsys: pytest.Cap
 
 def test_prompts_of_another_shape(tiny_bert_dir: Path) -> None:
     backbone = load_backbone(str(tiny_bert_dir))
-    prompt = tiny_prompt.artifact(tiny_bert_dir, backbone.digest, layers=2)
-    with pytest.raises(ArtifactError, match=r"config\.json says 2 layers, the backbone has 3; fetch them again, or"):
+    prompt = tiny_prompt.artifact(tiny_bert_dir, backbone.digest, layers=4)
+    with pytest.raises(ArtifactError, match=r"config\.json says 4 layers, the backbone has 3; fetch them again, or"):
         check_fit(prompt, backbone)
 
 
