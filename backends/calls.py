@@ -184,7 +184,8 @@ class Retries:
         except Transient as error:
             tried = retrying.statistics["attempt_number"]
             raise OracleError(
-                f"{self._url}: {error} (tries: {tried}); check that the server runs, then go on with `bbprompt resume`"
+                f"{self._url}: {error} (tries: {tried}); check that the server runs; a run that was begun goes on with "
+                "`bbprompt resume`"
             ) from error
 
     def _closed(self) -> OracleError:

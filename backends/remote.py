@@ -93,13 +93,14 @@ def read_info(model: Any) -> OracleInfo:
     Raises:
         ValueError, TypeError, LookupError: It is none.
     """
-    # What may be unknown is 0.
-    return OracleInfo(
-        **{
-            field.name: _typed(model[field.name], str(field.type), 0 if field.default == 0 else 1)
-            for field in fields(OracleInfo)
-        }
-    )
+    # What may be unknown is 0, and is not said by a server of before it was asked for.
+    values = {
+        field.name: _typed(model.get(field.name, 0), "int", 0)
+        if field.default == 0
+        else _typed(model[field.name], str(field.type))
+        for field in fields(OracleInfo)
+    }
+    return OracleInfo(**values)
 
 
 def read_size(value: Any) -> int:

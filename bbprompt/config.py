@@ -136,6 +136,8 @@ class MethodConfig(Settings):
         """Whether words for labels are read by a language model that no prompt artifact names."""
         if self.baseline is not None:
             return not isinstance(self.baseline, BaselineConfig)
+        if self.projection is not None and (self.projection.start or self.projection.head) is not None:
+            return False
         return self.own_prompt is not None and self.own_prompt.readout == "verbalizer"
 
     @property

@@ -33,6 +33,7 @@ __all__ = [
     "open_language_model",
     "open_oracle",
     "read_token",
+    "server_kind",
     "single_precision",
 ]
 
@@ -292,6 +293,14 @@ def ask_server(url: str, workers: int = 1, *, resend: bool = True) -> Oracle:
 
     token, policy = _token_for(url), Policy(resend=resend)
     return (OipOracle if url.startswith("kserve") else HttpOracle)(url, token, workers=workers, policy=policy)
+
+
+def server_kind(url: str) -> str:
+    """Of a backend's URL what it speaks, with or without TLS."""
+    scheme = url.partition("://")[0]
+    return {"https": "http", "kserve+https": "kserve", "kserve+grpcs": "kserve+grpc"}.get(
+        scheme, scheme.replace("+https", "+http")
+    )
 
 
 def is_vllm(backend: str) -> bool:

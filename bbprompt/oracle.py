@@ -85,7 +85,8 @@ class OracleInfo:
         max_tokens: Longest sequence in tokens.
         readout: How it scores options.
         versions: Of the libraries that decide its last bits; empty where they are not known.
-        batch_tokens: Tokens that run through it at once, which decides last bits, too; 0 where that is not known.
+        batch_tokens: Tokens that run through it at once, as it was opened, which decides last bits, too; 0 where that
+            is not known. Where memory runs out it computes with fewer from then on, and says so in its log.
         piece: Candidates of a request to a server, into which populations are cut; 0 where none are.
     """
 

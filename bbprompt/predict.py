@@ -27,7 +27,7 @@ from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.readable import NamingOracle
 from bbprompt.readout import Readout
 from bbprompt.result import read_result
-from bbprompt.run import limited, reopen
+from bbprompt.run import limited, reopen, server_of
 from bbprompt.scoring import labelled, score_split
 from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
 from bbprompt.tasks.data import SplitName, data_digest, open_data
@@ -264,6 +264,7 @@ def load_prompt(
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] | None = None,
     batch_tokens: int | None = None,
     threads: int | None = None,
+    backend: str | None = None,
 ) -> TunedPrompt:
     """Open a run for use: its manifest and what it tuned, which it writes when its search has ended.
 
@@ -273,9 +274,10 @@ def load_prompt(
         dtype: Precision; None for that of the run.
         batch_tokens: Tokens at once; None for the device's default.
         threads: CPU threads; None for all cores.
+        backend: The server, where it is no longer where the run began.
 
     Raises:
-        UsageError: There is no run, or it has not come to what it tuned.
+        UsageError: There is no run, `backend` is of another kind than the run's, or it has not come to what it tuned.
         ArtifactError: Backbone or prompts are missing, or are not those the run was tuned with.
         DiskError: A file of the run is damaged.
     """
@@ -288,7 +290,7 @@ def load_prompt(
         use: dict[str, Any] = {
             "device": device,
             "dtype": dtype or config.dtype,
-            "batch_tokens": batch_tokens or config.batch_tokens,
+            "batch_tokens": batch_tokens,
             "threads": threads,
         }
         method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
@@ -300,7 +302,7 @@ def load_prompt(
             return TunedPrompt(directory, config, load_baseline(directory, method.baseline, task, model), nothing)
         prompt, point = read_tuned(directory, config)
         oracle = open_oracle(
-            config.backend,
+            server_of(config.backend, backend),
             prompt,
             backbone=config.backbone,
             max_tokens=config.max_tokens,

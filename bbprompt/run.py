@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
-from bbprompt.connect import cores, is_vllm, measure_backbone, open_oracle
+from bbprompt.connect import cores, is_vllm, measure_backbone, open_oracle, server_kind
 from bbprompt.embedding import can_embed
 from bbprompt.errors import DataError, ResumeMismatch, UsageError
 from bbprompt.frozen import frozen_tensors
@@ -118,9 +118,7 @@ def prepare(config: TuneConfig, moved: str | None = None) -> Opened:
         UsageError: A setting is wrong, or the budget does not hold one population.
         DataError: Data or artifact are wrong, or an example does not fit a model that is here.
     """
-    if moved is not None:
-        _check_moved(config.backend, moved)
-    run = _opened(config, moved or config.backend)
+    run = _opened(config, server_of(config.backend, moved))
     try:
         warn_of_shorter_input(run.config.max_tokens, run.model)
         known = (*run.few.train, *run.few.dev)
@@ -131,17 +129,19 @@ def prepare(config: TuneConfig, moved: str | None = None) -> Opened:
     return run
 
 
-def _check_moved(began: str, now: str) -> None:
-    """See that a run goes on at another server of the kind that it began at.
+def server_of(began: str, now: str | None) -> str:
+    """Where the model of a run is: where it began, or at another server of the same kind.
 
     Raises:
-        UsageError: It began with a model here, or asks for another kind.
+        UsageError: It began with a model here, or is asked for at another kind of server.
     """
-    kinds = [url.partition("://")[0].removesuffix("s") for url in (began, now)]  # with TLS or without
+    if now is None:
+        return began
     if began == "local":
         raise UsageError(f"--backend {now}: the run began with a model here, and goes on with it; leave it out")
-    if kinds[0] != kinds[1]:
+    if server_kind(began) != server_kind(now):
         raise UsageError(f"--backend {now}: the run began at {began}; it goes on at a server of the same kind only")
+    return now
 
 
 def _opened(config: TuneConfig, backend: str) -> Opened:
@@ -158,7 +158,7 @@ def _opened(config: TuneConfig, backend: str) -> Opened:
         )
     if method.reads_words and config.backbone is None and (backend == "local" or is_vllm(backend)):
         # Into the manifest: what is installed later must not change a run.
-        config = config.model_copy(update={"backbone": language_backbone(task.language)})
+        config = config.model_copy(update={"backbone": language_backbone(task)})
     if method.loss == "hinge" and task.type == "extractive":
         raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
     data = open_data(task, config.data)

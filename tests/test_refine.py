@@ -60,6 +60,8 @@ def test_two_stages_share_the_budget(tmp_path: Path) -> None:
         {
             "router": None,
             "prompt.popsize": 6,
+            "prompt.keep": "all-time",
+            "tempered": False,
             "refine": {"step": 0.2, "share": 0.5},
             "calibrate": False,
             "select": "dev-loss",

@@ -14,11 +14,13 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
+import torch
 from servers import TOKEN, answering, serving, start, stop
 
 from bbprompt import cli, wire
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.local import LocalOracle
+from bbprompt.connect import server_kind
 from bbprompt.oracle import Scores
 from bbprompt.prompts import ModularPrompt
 from bbprompt.store.rundir import RESULT
@@ -80,7 +82,8 @@ def place(tiny_prompts: Path, tiny_pair_data: Path, tmp_path_factory: pytest.Tem
     prompt = ModularPrompt.load(tiny_prompts)
     backbone = load_backbone(prompt.config.backbone)
     process, good = start(tiny_prompts, env={"BBPROMPT_TOKEN": TOKEN})
-    road = Road(good)
+    road, threads = Road(good), torch.get_num_threads()
+    torch.set_num_threads(1)  # as that one says of itself
     try:
         with ExitStack() as open_, pytest.MonkeyPatch.context() as patch:
             patch.setenv("BBPROMPT_TOKEN", TOKEN)
@@ -102,6 +105,7 @@ def place(tiny_prompts: Path, tiny_pair_data: Path, tmp_path_factory: pytest.Tem
             yield replace(found, digest=json.loads((root / "whole" / RESULT).read_text())["digest"])
     finally:
         road.client.close()
+        torch.set_num_threads(threads)
         assert stop(process) == 0
 
 
@@ -250,4 +254,14 @@ def test_a_server_that_has_moved_is_gone_on_with(
     failed(place.resume(tmp_path / "run", "--backend", moved.replace("http", "vllm+http")), 2, "same kind", capsys)
     failed(place.resume(tmp_path / "run", "--backend", place.others["prompts"]), 69, "holds other prompts", capsys)
     assert place.resume(tmp_path / "run", "--backend", moved) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["digest"] == place.digest
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["digest"] == place.digest
+    assert cli.run(["eval", str(tmp_path / "run"), "--backend", moved, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["value"] == found["test"]["value"]
+
+
+def test_kinds_of_servers_are_the_same_with_and_without_tls() -> None:
+    for plain, secret in (("http", "https"), ("kserve", "kserve+https"), ("kserve+grpc", "kserve+grpcs")):
+        assert server_kind(f"{plain}://a:1/m") == server_kind(f"{secret}://b:2/m")
+    assert server_kind("vllm+http://a:1") == server_kind("vllm+https://b:2")
+    assert len({server_kind(f"{kind}://a:1") for kind in ("http", "kserve", "kserve+grpc", "vllm+http")}) == 4

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Debug", "Device", "Dtype", "Json", "Quiet", "Ray", "RunDir", "Threads", "Workers"]
+__all__ = ["Debug", "Device", "Dtype", "Json", "Moved", "Quiet", "Ray", "RunDir", "Threads", "Workers"]
 
 Json = Annotated[
     bool,
@@ -16,6 +16,12 @@ Json = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no logs.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", show_default=False, help="Directory of a run.")]
+Moved = Annotated[
+    str | None,
+    typer.Option(
+        "--backend", metavar="URL", show_default=False, help="The server, where it is no longer where the run began."
+    ),
+]
 Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option("--device", show_default=False, help="Where the model runs; auto takes CUDA if there is one."),

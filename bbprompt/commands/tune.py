@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Ray, RunDir, Threads, Workers
+from bbprompt.commands.flags import Debug, Device, Dtype, Json, Moved, Quiet, Ray, RunDir, Threads, Workers
 from bbprompt.commands.output import command, write, write_json
 from bbprompt.commands.stop import Stop, stop_of
 from bbprompt.errors import UsageError
@@ -169,10 +169,7 @@ def tune(
 def resume(
     context: typer.Context,
     run_dir: RunDir,
-    backend: Annotated[
-        str | None,
-        typer.Option(metavar="URL", show_default=False, help="The server, where it is no longer where the run began."),
-    ] = None,
+    backend: Moved = None,
     ray: Ray = None,
     workers: Workers = None,
     quiet: Quiet = False,

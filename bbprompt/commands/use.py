@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, RunDir, Threads
+from bbprompt.commands.flags import Debug, Device, Dtype, Json, Moved, Quiet, RunDir, Threads
 from bbprompt.commands.output import abandon, whole_file, write, write_json
 from bbprompt.errors import DataError, DiskError, TextError, UsageError
 
@@ -38,6 +38,7 @@ def evaluate(
     test_limit: Annotated[
         int | None, typer.Option(min=1, show_default=False, help="Score at most so many examples.")
     ] = None,
+    backend: Moved = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -52,7 +53,7 @@ def evaluate(
     console = open_console(quiet)
     with (
         logging_to(console),
-        load_prompt(run_dir, device=device or "auto", dtype=dtype, threads=threads) as prompt,
+        load_prompt(run_dir, device=device or "auto", dtype=dtype, threads=threads, backend=backend) as prompt,
     ):
         meters: list[Meter] = []
 
@@ -84,6 +85,7 @@ def predict(
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="JSON Lines; - is standard output.")],
+    backend: Moved = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -108,7 +110,7 @@ def predict(
     counts: dict[str, int] = {}
     with (
         logging_to(console),
-        load_prompt(run_dir, device=device or "auto", dtype=dtype, threads=threads) as prompt,
+        load_prompt(run_dir, device=device or "auto", dtype=dtype, threads=threads, backend=backend) as prompt,
         _target(output) as stream,
     ):
         meter = Meter(console, None)

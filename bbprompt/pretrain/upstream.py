@@ -23,7 +23,7 @@ from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 
 __all__ = ["data_beside", "evaluation_inputs", "load_upstream", "upstream_tasks"]
 
-#: Of so many training examples one at most is validated on, where there is no dev split.
+#: Of so many training examples, or the rest of them, one at most is validated on, where there is no dev split.
 _HELD_OUT = 5
 
 log = logging.getLogger("bbprompt")
@@ -105,8 +105,8 @@ def load_upstream(
 
     From a `seen` task the few-shot pools of `spare_seeds` are left out, so that tuning on them later is true
     few-shot; from every task, what a test split of the evaluation side holds as well (`evaluation_inputs`).
-    Validation comes from the dev split, else a fifth at most of the shuffled training split is kept for it. Examples
-    whose question and options alone do not fit are left out and counted.
+    Validation comes from the dev split, else a fifth at most, rounded up, of the shuffled training split is kept for
+    it. Examples whose question and options alone do not fit are left out and counted.
 
     Args:
         tasks: The tasks.
@@ -158,7 +158,10 @@ def load_upstream(
             raise DataError(f"task {task.name}: no example fits {frame.limit} tokens; raise max_tokens")
         if not kept or not check:
             lacks = "validate" if kept else "train"
-            raise DataError(f"task {task.name}: no example is left to {lacks} on; add examples, or a dev split")
+            raise DataError(
+                f"task {task.name}: no example is left to {lacks} on; add examples or a dev split, or raise "
+                f"max_tokens above {frame.limit}"
+            )
         log.info("%s: %d of %d examples, %d to validate", task.name, len(kept), len(pool.train), len(check))
         loaded.append(Upstream(task, kept, check, store, source.where))
     return loaded

@@ -194,8 +194,10 @@ def search(
         settings = method.prompt
         traces.append(run.stage(stage, settings.popsize, settings.dev_every, most=own, patience=settings.patience))
     if method.refine is not None:
-        # It goes on from the lowest train loss, whatever dev says of it; dev chooses in the end.
-        start = run.settled().incumbent if method.prompt is None else run.measured(stage.incumbent)
+        # It goes on from the lower train loss, whatever dev says of it; dev chooses in the end.
+        start = run.settled().incumbent
+        if method.prompt is not None:
+            start = min(start, run.measured(stage.incumbent), key=lambda each: each.loss)
         stage = refine_stage(method.refine, start, evaluator.left - 1, space.fixed)
         traces.append(run.stage(stage, 1, method.refine.dev_every, patience=method.refine.patience))
     if evaluator.calibrates:
@@ -293,9 +295,10 @@ class _Search:
 
         A point that a stage put together from several candidates was never scored as it is.
         """
-        if not self._evaluator.left:
+        try:
+            return replace(incumbent, loss=float(self._evaluator.train(incumbent.point[None])[0]))
+        except BudgetExhausted:  # nothing is left, or calls that a crash lost were charged
             return incumbent
-        return replace(incumbent, loss=float(self._evaluator.train(incumbent.point[None])[0]))
 
     def report(self, stage: str, train_loss: float, *later: Look) -> None:
         """Tell where the search stands, with what was looked at outside the choice."""

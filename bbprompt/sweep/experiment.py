@@ -107,7 +107,7 @@ class Experiment(BaseModel):
         """
         found: dict[tuple[str, str], str] = {}
         for method in self.methods:
-            settings = load_method(method).baseline
+            settings = method_with(load_method(method), self.settings.get("set") or {}).baseline
             if settings is None:
                 continue
             for task in self.tasks:
