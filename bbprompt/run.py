@@ -373,9 +373,9 @@ def _tensors(run: Prepared, found: Found) -> dict[str, NDArray[Any]]:
     """What was tuned: the point, and where there are such its router, the options' offsets, prompts of no artifact."""
     chosen = found.chosen.incumbent
     tensors: dict[str, NDArray[Any]] = {"point": chosen.point.astype(np.float32)}
-    if chosen.mixture is not None:
-        tensors["router"] = chosen.mixture.router.astype(np.float32)
-        tensors["weights"] = chosen.mixture.weights.astype(np.float32)
+    if chosen.routing is not None:
+        tensors["router"] = chosen.routing.router.astype(np.float32)
+        tensors["weights"] = chosen.routing.weights.astype(np.float32)
     if run.method.projection is not None:
         tensors |= frozen_tensors(run.prompt, chosen.point)
     if found.chosen.readout.offsets:

@@ -69,7 +69,7 @@ def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> 
 def fake_run(folder: Path, task: str, method: str, seed: int, test: float | None, **keys: Any) -> Path:
     """A run directory of a bundled task and method; without a `test` score it is not finished.
 
-    `keys` as in `fake_result`; also `curve` (rows of calls, stage, loss, dev), `split`, `router`, `named`.
+    `keys` as in `fake_result`; also `curve` (rows of calls, stage, loss, dev), `split`, `router`, `weights`, `named`.
     """
     path = folder / keys.get("named", f"{task}-{method}-{seed}")
     manifest = {
@@ -88,6 +88,8 @@ def fake_run(folder: Path, task: str, method: str, seed: int, test: float | None
             tensors = {"point": np.zeros((2, 3), np.float32)}
             if "router" in keys:
                 tensors["router"] = np.asarray(keys["router"], np.float32)
+            if "weights" in keys:
+                tensors["weights"] = np.asarray(keys["weights"], np.float32)
             directory.write_bytes(PROMPT, save(tensors))
             directory.write_json(RESULT, fake_result(task, method, seed, test, **keys).model_dump(mode="json"))
     return path

@@ -155,6 +155,14 @@ def test_router_of_a_run(tmp_path: Path) -> None:
     assert text.count("0.25") == 6  # binary gates, the mean over K = 4
 
 
+def test_weights_that_a_run_mixed_by_are_shown_as_they_are(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6, router=[[1.0, -1.0]], weights=[[0.37, 0.63]])
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "r.html"), "--no-test"]) == 0
+    text = checked(tmp_path / "r.html").text
+    assert "0.37" in text
+    assert "0.63" in text, "not what the method's rule would make of the router"
+
+
 def test_prompts(tmp_path: Path) -> None:
     name, path = next(iter(bundled_prompts().items()))
     assert cli.run(["report", str(path), "--out", str(tmp_path / "r.html")]) == 0

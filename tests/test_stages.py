@@ -131,14 +131,14 @@ def test_the_router_of_the_incumbent_is_known() -> None:
     for name, rule in (("binary", PAPER), ("continuous", CODE)):
         stage = STAGES[name](start)
         drive(stage, 5)
-        mixture = stage.incumbent.mixture
-        assert mixture is not None
-        assert mixture.router.shape == SPACE.router_shape
-        np.testing.assert_allclose(SPACE.mix(mixture.router, rule), stage.incumbent.point, rtol=1e-12)
-        np.testing.assert_allclose(compose(mixture.weights, SPACE.modules), stage.incumbent.point, rtol=1e-12)
+        routing = stage.incumbent.routing
+        assert routing is not None
+        assert routing.router.shape == SPACE.router_shape
+        np.testing.assert_allclose(SPACE.mix(routing.router, rule), stage.incumbent.point, rtol=1e-12)
+        np.testing.assert_allclose(compose(routing.weights, SPACE.modules), stage.incumbent.point, rtol=1e-12)
         after = prompt_stage(LAYERWISE, stage.incumbent, 3)
         drive(after, 6)
-        assert after.incumbent.mixture is mixture, "stage II keeps what it started from"
+        assert after.incumbent.routing is routing, "stage II keeps what it started from"
 
 
 def test_the_upstream_routers_are_tried_first() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load, save, save_file
 
-from bbprompt.tensorfile import pack, unpack
+from bbprompt.tensorfile import pack, unpack, written
 
 TENSORS = {"point": np.arange(12, dtype=np.float32).reshape(3, 4), "offsets": np.array([0.5, -0.5])}
 
@@ -42,3 +45,19 @@ def test_every_bit_flip_is_noticed_or_means_nothing() -> None:
 def test_what_is_cut_is_refused(end: int) -> None:
     with pytest.raises((SafetensorError, ValueError)):
         unpack(pack(TENSORS)[:end])
+
+
+def test_a_file_of_tensors_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    with written(tmp_path / "model.safetensors"):
+        save_file(TENSORS, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_the_system_said_is_what_is_raised(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught, written(tmp_path / "full"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC
+    nowhere = tmp_path / "no" / "model.safetensors"
+    with pytest.raises(FileNotFoundError), written(nowhere):
+        save_file(TENSORS, nowhere)

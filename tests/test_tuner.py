@@ -112,7 +112,7 @@ def test_stage_two_starts_from_the_chosen_router(tmp_path: Path) -> None:
     found, _, _ = toyruns.run(tmp_path, method, 100)
     start, end = found.stages[0].chosen.incumbent, found.stages[1].chosen.incumbent
     np.testing.assert_allclose(end.point, start.point, atol=1e-6)
-    assert end.mixture is start.mixture
+    assert end.routing is start.routing
 
 
 def test_a_look_at_the_same_point_costs_nothing(tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def test_the_upstream_mixtures_are_tried_before_the_search(tmp_path: Path) -> No
     assert first.calls == 2 * len(known.routers), "each upstream task on train and on dev"
     best = first.chosen.incumbent
     assert best is found.before.incumbent or any(np.array_equal(best.point, mixture) for mixture in mixtures)
-    if best.mixture is not None:
-        np.testing.assert_allclose(compose(best.mixture.weights, known.modules), best.point, rtol=1e-12)
+    if best.routing is not None:
+        np.testing.assert_allclose(compose(best.routing.weights, known.modules), best.point, rtol=1e-12)
 
 
 def test_the_bare_backbone_is_tried_before_the_mixtures(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def _majority(run: FinishedRun) -> float:
     return run.result.before.majority
 
 
-def _cheapest(run: FinishedRun) -> float:
+def _best_cheap(run: FinishedRun) -> float:
     return max(rival.test for rival in run.result.baselines)
 
 
@@ -201,7 +201,7 @@ def _untuned(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, S
                 break
         else:
             shared.append(([name], values))
-    cheap = _scores((run for run in runs if run.result.baselines), _cheapest)
+    cheap = _scores((run for run in runs if run.result.baselines), _best_cheap)
     before = {BEFORE if len(shared) == 1 else f"{BEFORE} ({', '.join(names)})": values for names, values in shared}
     return ({MAJORITY: majority} if majority else {}) | ({CHEAP: cheap} if cheap else {}) | before
 
@@ -261,7 +261,7 @@ def _differences(
         rivals: list[tuple[str, Scores]] = [
             (BEFORE, _scores(own, _before)),
             (MAJORITY, _scores((run for run in own if run.result.before.majority), _majority)),
-            (CHEAP, _scores((run for run in own if run.result.baselines), _cheapest)),
+            (CHEAP, _scores((run for run in own if run.result.baselines), _best_cheap)),
         ]
         if name != baseline:
             rivals.append((baseline, scores[baseline]))

@@ -66,7 +66,7 @@ class RefineStage:
         if losses[lowest] < self._best.loss:
             point = self._centre.copy()
             point[self._layer] += padded(self._asked[lowest], self._fixed)
-            self._best = Incumbent(point, float(losses[lowest]), self._best.mixture)
+            self._best = Incumbent(point, float(losses[lowest]), self._best.routing)
         self._used += len(losses)
         self._asked = None
         if self._used >= self._calls or self._search.stop is not None:

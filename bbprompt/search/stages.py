@@ -20,13 +20,13 @@ from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
 from bbprompt.stage_settings import PromptStageConfig, RouterStageConfig
 
-__all__ = ["Incumbent", "LayerStage", "Mixture", "RowStage", "Stage", "padded", "prompt_stage", "router_stage"]
+__all__ = ["Incumbent", "LayerStage", "Routing", "RowStage", "Stage", "padded", "prompt_stage", "router_stage"]
 
 Points = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
+class Routing:
     """How modules were mixed into a point: the router `(L, K)` and the weights `(L, K)` that it stands for."""
 
     router: NDArray[np.float64]
@@ -35,11 +35,11 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True)
 class Incumbent:
-    """The best of a stage: its point `(L, d)`, train loss and the mixture it came from, if any."""
+    """The best of a stage: its point `(L, d)`, train loss and the routing it came from, if any."""
 
     point: Points
     loss: float
-    mixture: Mixture | None = None
+    routing: Routing | None = None
 
 
 class Stage(Protocol):
@@ -77,7 +77,7 @@ class RowStage:
         search: The optimizer over rows.
         decode: Rows `(n, dim)` to points `(n, L, d)`.
         start: The point to beat; it stays the incumbent until a candidate has a lower loss.
-        mixed: What a row mixes, where rows are routers, so that the incumbent says what it came from.
+        routed: What a row mixes, where rows are routers, so that the incumbent says what it came from.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class RowStage:
         search: Optimizer,
         decode: Callable[[NDArray[np.float64]], Points],
         start: Incumbent,
-        mixed: Callable[[NDArray[np.float64]], Mixture] | None = None,
+        routed: Callable[[NDArray[np.float64]], Routing] | None = None,
     ) -> None:
         self.name, self.optimizer = name, optimizer
-        self._search, self._decode, self._best, self._mixed = search, decode, start, mixed
+        self._search, self._decode, self._best, self._routed = search, decode, start, routed
         self._asked: tuple[NDArray[np.float64], Points] | None = None
 
     @property
@@ -117,9 +117,9 @@ class RowStage:
         self._search.tell(rows, losses)
         lowest = int(losses.argmin())
         if losses[lowest] < self._best.loss:
-            mixture = self._best.mixture if self._mixed is None else self._mixed(rows[lowest])
+            routing = self._best.routing if self._routed is None else self._routed(rows[lowest])
             # The very point that was scored: made alone it may differ in the last bit.
-            self._best = Incumbent(points[lowest].copy(), float(losses[lowest]), mixture)
+            self._best = Incumbent(points[lowest].copy(), float(losses[lowest]), routing)
         self._asked = None
 
 
@@ -182,7 +182,7 @@ class LayerStage:
             offset, loss = self._asked[lowest], float(losses[lowest])
         if self._keep == "all-time" or loss < self._current.loss:
             self._offsets[self._layer] = padded(offset, self._fixed)
-            self._current = Incumbent(self._start.point + self._offsets, loss, self._start.mixture)
+            self._current = Incumbent(self._start.point + self._offsets, loss, self._start.routing)
         self._visit += 1
         self._asked = None
 
@@ -206,11 +206,11 @@ def router_stage(
         def decode(rows: NDArray[np.float64]) -> Points:
             return space.mix(rows.reshape(-1, layers, modules), rule)
 
-        def mixed(row: NDArray[np.float64]) -> Mixture:
+        def routed(row: NDArray[np.float64]) -> Routing:
             router = row.reshape(layers, modules)
-            return Mixture(router, space.weights(router, rule))
+            return Routing(router, space.weights(router, rule))
 
-        return RowStage("router", label, search, decode, start, mixed)
+        return RowStage("router", label, search, decode, start, routed)
 
     if config.optimizer == "enumerate":
         if dim > 16:

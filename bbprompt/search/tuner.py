@@ -21,7 +21,7 @@ from bbprompt.prompts import PromptSpace
 from bbprompt.readout import Readout
 from bbprompt.search.evaluate import DevScore, Evaluator
 from bbprompt.search.refine import refine_stage
-from bbprompt.search.stages import Incumbent, Mixture, Stage, prompt_stage, router_stage
+from bbprompt.search.stages import Incumbent, Routing, Stage, prompt_stage, router_stage
 from bbprompt.stage_settings import RouterStageConfig
 from bbprompt.store.ledger import BudgetExhausted
 
@@ -267,7 +267,7 @@ class _Search:
         except BudgetExhausted:  # calls that a crash lost were charged, these among them
             train_loss, ended = chosen.loss, "budget"
         else:
-            chosen = Incumbent(chosen.point, train_loss, chosen.mixture)
+            chosen = Incumbent(chosen.point, train_loss, chosen.routing)
             look = Look(chosen, score, self._evaluator.readout(chosen.point), self._train(chosen), searched=True)
         self.report("calibration", train_loss, look)
         spent = self._evaluator.spent - first
@@ -315,9 +315,9 @@ class _Search:
         began, first = time.monotonic(), self._evaluator.spent
         best, ended = self.chosen.incumbent.loss, "calls"
         weights = space.weights(space.routers, space.rule)
-        mixtures = map(Mixture, space.routers, weights)
-        candidates: list[tuple[NDArray[np.float64], Mixture | None]] = list(
-            zip(space.mix(space.routers, space.rule), mixtures, strict=True)
+        routings = map(Routing, space.routers, weights)
+        candidates: list[tuple[NDArray[np.float64], Routing | None]] = list(
+            zip(space.mix(space.routers, space.rule), routings, strict=True)
         )
         if config.bare:
             candidates.insert(0, (np.zeros(space.shape), None))
@@ -328,7 +328,7 @@ class _Search:
                 break
             losses = self._evaluator.train(np.stack([point for point, _ in batch]))
             told = zip(batch, losses, strict=True)
-            self.looks([Incumbent(point, float(loss), mixture) for (point, mixture), loss in told])
+            self.looks([Incumbent(point, float(loss), routing) for (point, routing), loss in told])
             best = min(best, float(losses.min()))
             self.report("upstream", best)
         return StageTrace(
