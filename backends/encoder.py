@@ -152,6 +152,13 @@ class _Layer:
     down: FrozenLinear
     norm: tuple[Tensor, Tensor]
 
+    @property
+    def tail(self) -> tuple[Tensor, ...]:
+        """The weights of `_tail`, in its order."""
+        out, up, down = self.attention_out, self.up, self.down
+        maps = (out.weight, out.bias, up.weight, up.bias, down.weight, down.bias)
+        return (*maps, *self.attention_norm, *self.norm)
+
 
 class Encoder:
     """The frozen encoder, one layer at a time.
@@ -164,6 +171,8 @@ class Encoder:
         prepack: Keep a second copy of the weights in the layout that forward calls on a CPU run fastest on.
         linear: What becomes of the weights.
         learns: Gradients reach the model's own parameters, as they are now: the weights are read where they stand.
+        compiled: Where gradients are asked for, what follows attention in a layer is compiled, once for all layers
+            and lengths.
 
     Raises:
         ArtifactError: The model is of another family.
@@ -178,6 +187,7 @@ class Encoder:
         prepack: bool = True,
         linear: type[FrozenLinear] = FrozenLinear,
         learns: bool = False,
+        compiled: bool = False,
     ) -> None:
         check_family(model)
         config = model.config
@@ -193,6 +203,7 @@ class Encoder:
         self._first_position = 0 if config.model_type in ("bert", "electra", "ernie") else int(padding or 0) + 1
         self._embeddings = model.embeddings
         self._projection = getattr(model, "embeddings_project", None)  # ELECTRA with narrow embeddings
+        self._tail = torch.compile(_tail, dynamic=True) if compiled else None
         prepack = prepack and self.device.type == "cpu" and packable(dtype)
         self.layers = tuple(self._read_layer(layer, prepack, linear) for layer in model.encoder.layer)
 
@@ -289,6 +300,8 @@ class Encoder:
                 if projected is None:
                     projected = self.project(index, states, keys_only=True)
                 mixed = self._looked_up(weights.query(residual), projected, layout)
+        if self._tail is not None and torch.is_grad_enabled():
+            return self._tail(mixed, residual, weights.tail, self.epsilon)
         summed = weights.attention_out.onto(mixed, residual)
         inner = F.layer_norm(summed, (h,), *weights.attention_norm, self.epsilon)
         summed = weights.down.onto(weights.up(inner, "gelu"), inner)
@@ -352,6 +365,15 @@ class Encoder:
                 scores = scores + mask.logical_not().to(scores.dtype) * torch.finfo(scores.dtype).min
             return scores.softmax(-1) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _tail(mixed: Tensor, residual: Tensor, weights: tuple[Tensor, ...], epsilon: float) -> Tensor:
+    """What follows attention in a layer, in plain operations that a compiler can fuse; see `Encoder.layer`."""
+    out, out_bias, up, up_bias, down, down_bias, *norms = weights
+    shape = residual.shape[-1:]
+    inner = F.layer_norm(residual + F.linear(mixed, out, out_bias), shape, *norms[:2], epsilon)
+    summed = inner + F.linear(F.gelu(F.linear(inner, up, up_bias)), down, down_bias)
+    return F.layer_norm(summed, shape, *norms[2:], epsilon)
 
 
 def _grids(rows: Tensor, layout: Layout) -> Iterator[tuple[Group, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -12,11 +13,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.tokens import frame_for
 from bbprompt.pretrain.card import _curve
+from bbprompt.pretrain.linear import DifferentiableLinear
 from bbprompt.pretrain.mixture import thin_options
 from bbprompt.pretrain.model import ModularPrompts, Phase, collate, relaxed_bernoulli, span_loss
 from bbprompt.router import CODE
@@ -63,6 +68,38 @@ def test_points_are_routed_mixtures(tiny_bert_dir: Path) -> None:
     np.testing.assert_allclose(
         mean, np.einsum("glk,lkd->gld", 1 / (1 + np.exp(-router)) / 4, bank), rtol=1e-4, atol=1e-6
     )
+
+
+# ------------------------------------------------------------------------------------------ compiled layers
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at what it is given
+def test_compiled_layers_are_the_same_and_compiled_once_for_all_lengths(
+    tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced and differentiated as ever; the code generator alone, which takes a minute, is left out.
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    backbone = load_backbone(str(tiny_bert_dir))
+    frame = frame_for(backbone.tokenizer, (300, 301), 64)
+    layers = backbone.layers
+    prompts = ModularPrompts(2, layers, 4, 6, frame, backbone.hidden, 0.05, torch.Generator().manual_seed(0))
+    made = {way: Encoder(backbone.model, linear=DifferentiableLinear, compiled=way) for way in (False, True)}
+
+    def gradients(encoder: Encoder, lengths: tuple[int, ...]) -> list[Tensor]:
+        items = [Encoded((2, 300, 301, *range(5, 2 + n), 3), ((4, 5), (6, 6)), (0, 0), (), 0) for n in lengths]
+        batch = collate(items, [0, 1, 1], [0, 1, 1])
+        prompts.zero_grad()
+        each, _ = span_loss(prompts(encoder, batch, Phase(noise=False), torch.Generator()), batch)
+        torch.autograd.backward(each.mean())
+        return [each.detach(), *(p.grad.clone() for p in prompts.parameters() if p.grad is not None)]
+
+    for lengths in ((10, 12, 19), (9, 9, 14), (30, 31, 11)):
+        for plain, compiled in zip(gradients(made[False], lengths), gradients(made[True], lengths), strict=True):
+            torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-6)
+        assert plain.abs().max() > 0
+    # One for the layers of all rows, one for the last layer's few; each perhaps once more for sizes that vary.
+    assert 2 <= graphs.frame_count <= 4
 
 
 # --------------------------------------------------------------------------------------------- options

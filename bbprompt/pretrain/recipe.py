@@ -114,6 +114,8 @@ class PretrainConfig(BaseModel):
         save_every: Steps between two checkpoints.
         dtype: Precision of the frozen model; what is trained stays float32. "auto" is bfloat16 where the device
             multiplies it in hardware, else float32; the directory and the artifact say which.
+        compile: Have `torch.compile` fuse what follows attention in a layer, of encoders of the BERT family; takes some
+            time at the start. "auto" does on a GPU with Triton; on a CPU it gained nothing.
         threads: CPU threads; None for torch's default.
         ppt: Settings of kind `ppt`; None for the others.
         note: What a reader of the model card should know.
@@ -166,6 +168,7 @@ class PretrainConfig(BaseModel):
     keep: Literal["last", "best"] = "last"
     save_every: Count = 250
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: Annotated[bool, Field(strict=True)] | Literal["auto"] = False
     threads: Count | None = None
     ppt: PptSettings | None = None
     note: str = ""

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,9 @@ def pretrain(
     team, device = join(device)
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": training_precision(device)})
+    if config.compile == "auto":
+        # Into the directory, as the precision: what is fused rounds otherwise.
+        config = config.model_copy(update={"compile": device.startswith("cuda") and find_spec("triton") is not None})
     try:
         with claimed(RealDisk(), out, config, resume) if team.leads else nullcontext():
             team.wait()
@@ -123,7 +127,7 @@ def _pretrain(
     torch.set_num_threads(config.threads or torch.get_num_threads())
     start = None if config.start is None else ModularPrompt.load(resolve_prompts(config.start))
     backbone = load_backbone(config.backbone, head=config.readout == "verbalizer")
-    encoder = _frozen(backbone, getattr(torch, config.dtype), device)
+    encoder = _frozen(backbone, getattr(torch, config.dtype), device, config.compile is True)
     causal = backbone.head is not None and backbone.head.causal
     frame = frame_for(backbone.tokenizer, config.placeholders, config.max_tokens, open_end=causal)
     head: PrototypeHead | LanguageHead | None = None if backbone.head is None else backbone.head.to(encoder.device)
@@ -195,10 +199,11 @@ def _pretrain(
     return scores
 
 
-def _frozen(backbone: Backbone, dtype: torch.dtype, device: str) -> Encoder | StockModel:
+def _frozen(backbone: Backbone, dtype: torch.dtype, device: str, compiled: bool) -> Encoder | StockModel:
     """The backbone as a training runs it."""
     if backbone.head is None or backbone.head.kind == "masked":
-        return Encoder(backbone.model, dtype, device, backbone.token_type, linear=DifferentiableLinear)
+        token_type, linear = backbone.token_type, DifferentiableLinear
+        return Encoder(backbone.model, dtype, device, token_type, linear=linear, compiled=compiled)
     place = torch.device(device)
     return StockModel(body_of(backbone, place, dtype), dtype, place, backbone.hidden, range(backbone.layers))
 
