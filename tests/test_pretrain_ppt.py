@@ -82,6 +82,25 @@ def test_examples_are_made_once_and_drawn_alike(
     assert single.present.sum(1).unique().tolist() == [2]
 
 
+def test_pairs_are_cut_at_their_outer_ends(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    file = corpus(tmp_path / "corpus.txt", 60)
+    tokenizer = load_backbone(str(tiny_bert_dir)).tokenizer
+    written = {}
+    for limit in (34, 200):
+        frame = frame_for(tokenizer, (300, 301), limit)
+        given = {"cache": tmp_path / "cache", "tokenizer_digest": "t", "seed": 1}
+        stores, _ = open_ppt(settings(file, formats=["pair"]), tokenize_with(tokenizer), frame, **given)
+        store = stores["pair"]
+        written[limit] = [tokenizer.decode(store[i][0].ids).replace(" ", "") for i in range(len(store.keys))]
+    short = 0
+    for cut, whole in zip(written[34], written[200], strict=True):
+        (before, behind), (first, second) = (text.split('"')[1::2] for text in (cut, whole))
+        assert first.endswith(before)
+        assert second.startswith(behind)
+        short += cut != whole
+    assert short > 20
+
+
 def recipe(file: Path, backbone: Path, **changes: Any) -> PretrainConfig:
     values = {
         "kind": "ppt",

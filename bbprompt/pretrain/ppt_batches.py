@@ -19,7 +19,7 @@ from bbprompt.errors import DataError, UsageError
 from bbprompt.pretrain.cloze import ClozeBatch, collate_cloze, write_cloze
 from bbprompt.pretrain.model import SpanBatch, collate
 from bbprompt.pretrain.ppt_corpus import Document, documents, sentences, usable, windows
-from bbprompt.pretrain.ppt_examples import CHOICE, choice, pair, pseudo_labelled, unified_caps
+from bbprompt.pretrain.ppt_examples import CHOICE, around_gap, choice, pair, pseudo_labelled, unified_caps
 from bbprompt.pretrain.ppt_forms import span_task
 from bbprompt.pretrain.recipe import PptSettings
 from bbprompt.pretrain.schedule import positions, visits
@@ -39,6 +39,8 @@ _Write = Callable[[Example], Encoded]
 #: N texts -> probabilities (N, L).
 Annotator = Callable[[Sequence[str]], NDArray[np.floating]]
 
+#: Version of how examples are made; goes into their digest, so that none made otherwise is taken from the cache.
+_RULES = 2
 #: Of so many documents one is validated on (PPT kept 5 % apart).
 _HELD_OUT = 20
 #: Of so many sentences one is asked about.
@@ -155,7 +157,7 @@ def open_ppt(
         DiskError: The cache cannot be written.
     """
     parts = [
-        FORMAT,
+        f"{FORMAT} {_RULES}",
         settings.model_dump_json(exclude={"corpus", "terms", "annotator", "formats", "hybrid"}),
         *map(file_digest, map(Path, settings.corpus)),
         tokenizer_digest,
@@ -173,6 +175,8 @@ def open_ppt(
             write = _span_writer(span_task(form, settings.language, words), tokenize, frame)
         else:
             write = _cloze_writer(form, settings, words, head)
+        if form == "pair":
+            write = _pair_writer(write, tokenize, frame)
         rng = np.random.default_rng((seed, 3, number))
 
         def examples(
@@ -198,6 +202,16 @@ def _span_writer(task: Task, tokenize: _Tokenize, frame: Frame) -> _Write:
         return encode(task.render(whole), tokenize, frame)
 
     return write
+
+
+def _pair_writer(write: _Write, tokenize: _Tokenize, frame: Frame) -> _Write:
+    """Writes pairs, of which an over-long one loses what is farthest from the gap (PPT's code)."""
+
+    @functools.cache
+    def room() -> int:
+        return max(frame.limit - len(write(Example({"text_a": "", "text_b": ""}, (), 0, (), "")).ids), 2)
+
+    return lambda example: write(around_gap(example, room(), tokenize))
 
 
 def _cloze_writer(form: Format, settings: PptSettings, words: Sequence[str], head: VerbalizerHead) -> _Write:

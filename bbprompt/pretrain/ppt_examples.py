@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from bbprompt.pretrain.ppt_corpus import Document
 from bbprompt.tasks.example import Example, input_uid
 
-__all__ = ["CHOICE", "Caps", "choice", "pair", "pseudo_labelled", "unified_caps"]
+__all__ = ["CHOICE", "Caps", "around_gap", "choice", "pair", "pseudo_labelled", "unified_caps"]
 
 #: Labels of a pair.
 OTHER, SAME, ADJACENT = 0, 1, 2
@@ -87,6 +87,26 @@ def pair(
         return None
     fields = {"text_a": document[at], "text_b": second}
     return Example(fields, (), label, (), input_uid(fields))
+
+
+def around_gap(
+    example: Example, room: int, tokenize: Callable[[str], tuple[Sequence[int], Sequence[tuple[int, int]]]]
+) -> Example:
+    """A pair that is too long, both texts shortened in proportion: what stands nearest to the gap between them stays.
+
+    Args:
+        example: With the fields text_a and text_b.
+        room: Most tokens of both together, at least 2.
+        tokenize: Text to token ids and their character offsets.
+    """
+    before, behind = example.fields["text_a"], example.fields["text_b"]
+    (_, first), (_, second) = tokenize(before), tokenize(behind)
+    total = len(first) + len(second)
+    if total <= room or not first or not second:
+        return example
+    kept = min(max(round(room * len(first) / total), 1), room - 1)
+    fields = {"text_a": before[first[-kept][0] :], "text_b": behind[: second[room - kept - 1][1]]}
+    return Example(fields, example.options, example.label, (), input_uid(fields))
 
 
 def choice(

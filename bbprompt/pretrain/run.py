@@ -199,7 +199,7 @@ def _pretrain(
     return scores
 
 
-def _frozen(backbone: Backbone, dtype: torch.dtype, device: str, compiled: bool) -> Encoder | StockModel:
+def _frozen(backbone: Backbone, dtype: torch.dtype, device: str, compiled: bool = False) -> Encoder | StockModel:
     """The backbone as a training runs it."""
     if backbone.head is None or backbone.head.kind == "masked":
         token_type, linear = backbone.token_type, DifferentiableLinear
