@@ -130,6 +130,8 @@ class DataSource:
             have = ", ".join(self.splits) or "none"
             what = f"the split {name!r} of task {self._task.name}"
             add = f"; add {name}.jsonl, {name}.tsv or the like, or give another --data" if self.source != "hub" else ""
+            if Path(self.id).is_file():
+                add = f"; one file is a test split alone, so give a folder with {name}.jsonl, {name}.tsv or the like"
             raise DataError(f"{self.id}: {what} is missing; there is {have}{add}")
         return name
 
