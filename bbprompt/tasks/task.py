@@ -175,11 +175,12 @@ class Task(BaseModel):
             raise ValueError(
                 'words: a word or a list of words for each label, in the same order; of a choice for "0", "1" and so on'
             )
-        given = [word for own in self._listed_words for word in own]
-        for word in given:
-            if given.count(word) > 1:
-                raise ValueError(f"words: {word!r} stands twice; each word belongs to one label")
-        if self.type == "choice" and len(given) > len(self.words):
+        seen: set[str] = set()
+        for word in (word for own in self._listed_words for word in own):
+            if word in seen:
+                raise ValueError(f"words: {short(word)} stands twice; each word belongs to one label")
+            seen.add(word)
+        if self.type == "choice" and len(seen) > len(self.words):
             raise ValueError("words: in a choice each option has one letter, not a list")
         if self.listing is not None and (
             self.type != "choice" or sorted(_pieces_of(self.listing)) != ["letter", "option"]
