@@ -54,6 +54,8 @@ class MethodConfig(Settings):
         mixing: "mean" or "normalized", see `bbprompt.router`.
         support: Positions that the loss is normalised over.
         legacy_decision: Decide by the product of raw logits (released code).
+        synonyms: A label scores by the mean over all words that its task gives it, in place of the first. For a readout
+            by words ("verbalizer"); see `bbprompt.synonyms`.
         loss: What the search minimises: "ce" is cross-entropy, "hinge" the margin of 2 over the options' scores (BBT).
         baseline: The method is no search but this.
         projection: A random subspace; `prompts` must be "none".
@@ -83,6 +85,7 @@ class MethodConfig(Settings):
     mixing: Literal["mean", "normalized"] = "mean"
     support: Literal["candidates", "sequence"] = "candidates"
     legacy_decision: bool = False
+    synonyms: Annotated[bool, Field(strict=True)] = False
     loss: Literal["ce", "hinge"] = "ce"
     baseline: AnyBaseline | None = None
     projection: ProjectionConfig | None = None
@@ -111,6 +114,15 @@ class MethodConfig(Settings):
             raise ValueError(
                 "calibrate: offsets belong to the sum of log-probabilities over candidates; set it to false for a "
                 "baseline, with legacy_decision, or with support 'sequence'"
+            )
+        if self.synonyms and (self.baseline is not None or self.gradient is not None):
+            raise ValueError(
+                "synonyms: goes with a search over prompts, not with a baseline or gradients; set it to false"
+            )
+        if self.synonyms and self.projection is not None and self.projection.readout != "verbalizer":
+            raise ValueError(
+                f"synonyms: the readout '{self.projection.readout}' reads no label words; set it to false, or "
+                "projection.readout to verbalizer"
             )
         if self.tempered and (self.baseline is not None or self.gradient is not None or self.legacy_decision):
             raise ValueError("tempered: goes with a search and the sum of log-probabilities; set it to false")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +145,7 @@ def _facts(directory: RunDirectory, method: MethodConfig, prompt: ModularPrompt)
             "legacy_decision": method.legacy_decision,
             "pooling": config.pooling.model_dump(mode="json") if config.pooling is not None else None,
             "offsets": list(read_offsets(directory)),
+            "synonyms": method.synonyms,
         },
         "license": config.license,
         "task": validate(Task, manifest["task"], str(directory.path / MANIFEST)).model_dump(mode="json"),
@@ -181,12 +182,13 @@ def _rows(
         rows = key_value_prefix(front) if prefix else virtual_tokens(front)
     except UsageError as error:
         raise UsageError(f"--format {form}: {error}; use --format safetensors") from None
-    text, options = _cloze(Task.model_validate(facts["task"]))
-    if text and "literal" in text[-1]:  # else the token that a word begins with may depend on the text
-        ids = option_tokens(backbone, text[-1]["literal"], [option["word"] for option in options])
-        options = [{**option, "token": token} for option, token in zip(options, ids, strict=True)]
+    text, words = _cloze(Task.model_validate(facts["task"]), facts["readout"]["synonyms"])
+    options = [{"label": label} | _one_or_list("word", own) for label, own in words.items()]
+    readable = bool(text) and "literal" in text[-1]  # else the token that a word begins with may depend on the text
+    if readable:
+        tokens = [option_tokens(backbone, text[-1]["literal"], own) for own in words.values()]
+        options = [option | _one_or_list("token", own) for option, own in zip(options, tokens, strict=True)]
         text[-1]["literal"] = text[-1]["literal"].rstrip()  # white space before the gap belongs to the word
-    readable = bool(options) and "token" in options[0]
     facts |= {"rows": {"count": len(rows), "special": list(front.frame.first)}, "text": text, "options": options}
     if form == "prompt-embeds":
         files = {"prompt_embeds.safetensors": save({"prompt_embeds": rows}, metadata={"format": "pt"})}
@@ -224,16 +226,22 @@ def _adapter(
     return config, save({"prompt_embeddings": flat}, metadata={"format": "pt"})
 
 
-def _cloze(task: Task) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
-    """The text up to the gap in pieces, and the options' words; nothing where each example has options of its own."""
+def _one_or_list(name: str, values: Sequence[str | int]) -> dict[str, Any]:
+    """A value by its name, several by its plural."""
+    return {name: values[0]} if len(values) == 1 else {f"{name}s": list(values)}
+
+
+def _cloze(task: Task, synonyms: bool) -> tuple[list[dict[str, str]], dict[str, tuple[str, ...]]]:
+    """The text up to the gap in pieces, and each label's words; nothing where each example has options of its own."""
     if not task.labelled:
-        return [], []
+        return [], {}
     fields = {name: f"{{{name}}}" for name in task.field_names}
     form = cloze_form(task, Example(fields, task.options, -1, (), ""))
     names = {id(text): name for name, text in fields.items()}
     parts = form.parts[: form.gap]
     text = [{"field": names[id(part.text)]} if id(part.text) in names else {"literal": part.text} for part in parts]
-    return text, [{"label": label, "word": word} for label, word in zip(task.labels, form.options, strict=True)]
+    words = (task.synonyms[word] if synonyms else (word,) for word in form.options)
+    return text, dict(zip(task.labels, words, strict=True))
 
 
 def _json(value: object) -> bytes:

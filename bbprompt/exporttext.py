@@ -45,6 +45,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokenizer.backend_tokenizer.encode_special_tokens = True  # "</s>" in a text is text
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    tokens = [option.get("tokens") or [option["token"]] for option in facts["options"]]
     embed = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).get_input_embeddings()
     with torch.no_grad():
         rows = torch.cat([load_file(HERE / "prompt_embeds.safetensors")["prompt_embeds"], embed(ids)])
@@ -59,7 +60,7 @@ def main() -> None:
         "max_tokens": 1,
         "temperature": 0,
         "logprobs": 0,
-        "logprob_token_ids": [option["token"] for option in facts["options"]],
+        "logprob_token_ids": [token for own in tokens for token in own],
         "return_tokens_as_token_ids": True,
     }
     request = urllib.request.Request(
@@ -70,7 +71,7 @@ def main() -> None:
     with urllib.request.urlopen(request, timeout=60) as reply:
         found = json.load(reply)["choices"][0]["logprobs"]["top_logprobs"][0]
     try:
-        scores = [found[f"token_id:{option['token']}"] for option in facts["options"]]
+        scores = [sum(found[f"token_id:{token}"] for token in own) / len(own) for own in tokens]
     except KeyError as missing:
         raise SystemExit(f"the server left out {missing}; it needs a vLLM that knows logprob_token_ids") from None
     offsets = facts["readout"]["offsets"] or [0.0] * len(scores)
@@ -131,7 +132,8 @@ _READOUTS = {
     "verbalizer": (
         "The text ends at, or has, a gap for an option word (`task.cloze`, or `task.template` up to its last question "
         "mark). A masked model scores a word by the mean logit of its tokens at mask tokens, a causal one by the logit "
-        "of its first token at the last position."
+        "of its first token at the last position. With `readout.synonyms` an option scores by the mean over all words "
+        "of its label in `task.words`, and the mask tokens are as many as the longest of all words has."
     ),
 }
 
@@ -169,7 +171,7 @@ def rows_card(facts: Mapping[str, Any]) -> str:
         f"`python client.py http://127.0.0.1:8000 {usage}` labels a text by a vLLM server that was started with\n"
         "`--enable-prompt-embeds` (and `--dtype float32`, to be exact). Where the server has an `--api-key`,\n"
         "set the environment variable `BBPROMPT_TOKEN` to it; it is sent as `Authorization: Bearer`."
-        if facts["options"] and "token" in facts["options"][0]
+        if facts["options"] and facts["options"][0].keys() & {"token", "tokens"}
         else "There is no client here: the words that options are read by depend on the example."
     )
     shape = f"[{facts['rows']['count']}, {facts['prompt']['hidden']}]"
@@ -213,8 +215,8 @@ Tokenize the text **without** special tokens, one text at a time or padded on th
 
 
 _VERBALIZER = (
-    "An option scores the logit of its `token` behind the last token of the text, plus its offset where\n"
-    "`readout.offsets` has some; the best one wins."
+    "An option scores the logit of its `token` (the mean over its `tokens`, where it has several) behind the last\n"
+    "token of the text, plus its offset where `readout.offsets` has some; the best one wins."
 )
 
 

@@ -30,6 +30,7 @@ from bbprompt.result import read_result
 from bbprompt.run import limited, reopen, server_of
 from bbprompt.scoring import labelled, score_split
 from bbprompt.store.rundir import MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.synonyms import with_synonyms
 from bbprompt.tasks.data import SplitName, data_digest, open_data
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.task import Task
@@ -231,7 +232,6 @@ class TunedPrompt:
                 lambda done: report(done, len(examples)),
             )
             values, cut = score.values[0], score.cut
-        gold = [example.label for example in examples]
         return Evaluation(
             split=split,
             source=source.source,
@@ -240,7 +240,7 @@ class TunedPrompt:
             value=float(values.mean()),
             stderr=standard_error(values),
             n=len(values),
-            majority=majority(gold, len(self.task.options)) if self.task.labelled else 0.0,
+            majority=majority([each.label for each in examples], len(self.task.options)) if self.task.labelled else 0.0,
             cut_tokens=cut,
         )
 
@@ -294,10 +294,10 @@ def load_prompt(
             "threads": threads,
         }
         method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
+        task = validate(Task, directory.manifest["task"], str(directory.path / MANIFEST))
         if method.baseline is not None:
             model = open_model(config, method, **use)
             _check_backbone(directory, model.info.backbone_digest if model is not None else "")
-            task = validate(Task, directory.manifest["task"], str(directory.path / MANIFEST))
             nothing = np.zeros((0, 0), dtype=np.float32)
             return TunedPrompt(directory, config, load_baseline(directory, method.baseline, task, model), nothing)
         prompt, point = read_tuned(directory, config)
@@ -310,7 +310,7 @@ def load_prompt(
             weights=_read_tensors(directory) if method.tunes_model else None,
             **use,
         )
-        return TunedPrompt(directory, config, oracle, point, read_offsets(directory))
+        return TunedPrompt(directory, config, with_synonyms(oracle, method, task), point, read_offsets(directory))
 
 
 def _unfinished(run_dir: Path | str) -> str:

@@ -38,6 +38,7 @@ from bbprompt.store.curve import CurveClock
 from bbprompt.store.ledger import Ledger
 from bbprompt.store.manifest import manifest_of
 from bbprompt.store.rundir import CHECKPOINT, MANIFEST, PROMPT, RESULT, RunDirectory
+from bbprompt.synonyms import check_synonyms, with_synonyms
 from bbprompt.tasks.data import DataSource, open_data
 from bbprompt.tasks.example import Example
 from bbprompt.tasks.fewshot import FewShot, check_apart, few_shot
@@ -91,8 +92,8 @@ class Prepared:
 
     @property
     def reader(self) -> Oracle:
-        """What reads the texts."""
-        return self.oracle
+        """What reads the texts: the model, asked about all words of a label where the method says so."""
+        return with_synonyms(self.oracle, self.method, self.task)
 
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the result: settings, digests, versions, threads."""
@@ -180,6 +181,7 @@ def _opened(config: TuneConfig, backend: str) -> Opened:
     config = config.model_copy(update={"threads": threads})
     with named(data, few.train):
         prompt = _prompt(config, backend, method, task, few)
+    check_synonyms(method, prompt.config.readout)
     warn_of_seen_examples(config, task, prompt)
     oracle = open_oracle(
         backend,
@@ -319,7 +321,7 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
     train = labelled(run.task, run.few.train, for_loss=True, readout=kind)
     dev = labelled(run.task, run.few.dev, for_loss=True, readout=kind)
     charge = not run.config.resends
-    oracle = NamingOracle(run.oracle, run.task, run.data, (*run.few.train, *run.few.dev, *run.test))
+    oracle = NamingOracle(run.reader, run.task, run.data, (*run.few.train, *run.few.dev, *run.test))
     evaluator = Evaluator(
         oracle, ledger, run.readout, run.task, train, dev, charge=charge, calibrates=run.method.calibrate
     )

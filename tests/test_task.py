@@ -133,6 +133,18 @@ def test_unknown_names_are_refused(name: str) -> None:
         ({"labels": {"0": "矛盾", "1": " 相似"}}, "white space"),
         ({"labels": {"0": "", "1": "相似"}}, "labels.0"),
         ({"labels": {"0": 1, "1": "相似"}}, "labels.0"),
+        ({"words": {"0": "否"}}, "words: a word or a list of words for each label, in the same order"),
+        ({"words": {"0": [], "1": "是"}}, "words: '0' needs a word or a list of words, not []"),
+        ({"words": {"0": "否", "1": ["是", ""]}}, "words: '1' needs a word or a list of words, not ['是', '']"),
+        ({"words": {"0": "否", "1": ["是", 1]}}, "words: '1' needs a word or a list of words"),
+        ({"words": {"0": 0, "1": "是"}}, "words: '0' needs a word or a list of words, not 0"),
+        ({"words": {"0": ["否", "不", "否"], "1": "是"}}, "words: '否' stands twice"),
+        ({"words": {"0": ["否", "不"], "1": ["是", "不"]}}, "words: '不' stands twice"),
+        ({"words": {"0": "是", "1": "是"}}, "words: '是' stands twice"),
+        (
+            CHOICE | {"words": {"0": "甲", "1": ["乙", "丙"]}},
+            "words: in a choice each option has one letter, not a list",
+        ),
         ({"metric": "f1"}, "scored by 'accuracy'"),
         ({"metric": "bleu"}, "metric"),
         ({"sources": []}, "sources"),
@@ -152,6 +164,41 @@ def test_wrong_settings_are_refused(keys: dict[str, Any], words: str) -> None:
         make(**keys)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "first", "all_"),
+    [
+        ({}, ("矛盾", "相似"), [("矛盾",), ("相似",)]),
+        ({"words": {"0": "否", "1": "是"}}, ("否", "是"), [("否",), ("是",)]),
+        ({"words": {"0": ["否"], "1": ["是", "对", "同"]}}, ("否", "是"), [("否",), ("是", "对", "同")]),
+        (CHOICE, (), []),
+        (CHOICE | {"words": {"0": "甲", "1": "乙"}}, ("甲", "乙"), [("甲",), ("乙",)]),
+    ],
+)
+def test_words_of_labels(keys: dict[str, Any], first: tuple[str, ...], all_: list[tuple[str, ...]]) -> None:
+    task = make(**keys)
+    assert task.gap_words == first
+    assert list(task.synonyms.items()) == list(zip(first, all_, strict=True))
+    assert validate(Task, task.model_dump(mode="json"), "manifest") == task
+
+
+FIRST_WORDS = {
+    "sst2": "bad great",
+    "agnews": "world sports business tech",
+    "trec": "abbreviation definition thing person place number",
+    "rte": "Yes No",
+    "mrpc": "No Yes",
+    "cb": "No Yes Maybe",
+    "chnsenticorp": "负面 正面",
+    "waimai": "负面 正面",
+    "lcqmc": "矛盾 相似",
+}
+
+
+def test_the_first_words_are_those_of_methods_that_read_one() -> None:
+    several = [name for name in task_names() if any(len(own) > 1 for own in load_task(name).synonyms.values())]
+    assert {name: " ".join(load_task(name).gap_words) for name in several} == FIRST_WORDS
 
 
 def test_templates_split_into_literals_and_fields() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from bbprompt.errors import DataError, UsageError
 from bbprompt.tasks.example import Answer, Example, Form, Part, input_uid
@@ -82,8 +82,9 @@ class Task(BaseModel):
         cloze: What a language model reads: the text with `{gap}` where an option word goes; None: the template, up
             to its last question mark, then the gap. In a `choice`, `{options}` is where the options are listed, the
             end by default. See `bbprompt.texts.forms`.
-        words: Raw label -> word for the gap; empty: the option words. Of a `choice` number of the option, from "0" ->
-            letter that it stands behind; empty: A to P.
+        words: Raw label -> word for the gap, or a list of words: the first is the one for the gap, all of them are
+            what a method with `synonyms` reads; empty: the option words. No word stands twice. Of a `choice` number of
+            the option, from "0" -> letter that it stands behind; empty: A to P.
         listing: How a `choice` lists an option in its cloze, with `{letter}` and `{option}` in it; None:
             "{letter}、{option}；".
         skip_empty: Skip and count records with a blank field of the template; else an error.
@@ -111,9 +112,19 @@ class Task(BaseModel):
     same: Annotated[str, Field(min_length=1, strict=True)] | None = None
     prototype: _Text | None = None
     cloze: _Text | None = None
-    words: dict[_Text, _Text] = Field(default_factory=dict)
+    words: dict[_Text, _Text | list[_Text]] = Field(default_factory=dict)
     listing: _Text | None = None
     hub: Hub | None = None
+
+    @field_validator("words", mode="before")
+    @classmethod
+    def _word_or_list(cls, value: Any) -> Any:
+        """One message where a label has neither; the two forms would tell of one each."""
+        for label, given in value.items() if isinstance(value, dict) else ():
+            own = given if isinstance(given, list) and given else [given]
+            if not all(isinstance(word, str) and word for word in own):
+                raise ValueError(f"{short(label)} needs a word or a list of words, not {short(given)}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -161,7 +172,16 @@ class Task(BaseModel):
                 raise ValueError("cloze: holds {gap} once and the fields of the template")
         numbers = [str(i) for i in range(len(self.words))]
         if self.words and list(self.words) != (numbers if self.type == "choice" else list(self.labels)):
-            raise ValueError('words: one word for each label, in the same order; of a choice for "0", "1" and so on')
+            raise ValueError(
+                'words: a word or a list of words for each label, in the same order; of a choice for "0", "1" and so on'
+            )
+        seen: set[str] = set()
+        for word in (word for own in self._listed_words for word in own):
+            if word in seen:
+                raise ValueError(f"words: {short(word)} stands twice; each word belongs to one label")
+            seen.add(word)
+        if self.type == "choice" and len(seen) > len(self.words):
+            raise ValueError("words: in a choice each option has one letter, not a list")
         if self.listing is not None and (
             self.type != "choice" or sorted(_pieces_of(self.listing)) != ["letter", "option"]
         ):
@@ -193,6 +213,21 @@ class Task(BaseModel):
     def options(self) -> tuple[str, ...]:
         """The option words in order; empty for `choice` and `extractive`."""
         return tuple(self.labels.values())
+
+    @property
+    def gap_words(self) -> tuple[str, ...]:
+        """The word of each label for the gap: the first of `words`, else the option word; of a choice its letters."""
+        return tuple(own[0] for own in self._listed_words) or self.options
+
+    @property
+    def synonyms(self) -> Mapping[str, tuple[str, ...]]:
+        """The word of each label for the gap -> all words of the label, that one first."""
+        return {own[0]: own for own in self._listed_words or tuple((word,) for word in self.options)}
+
+    @property
+    def _listed_words(self) -> tuple[tuple[str, ...], ...]:
+        """`words` as a list for each label."""
+        return tuple((own,) if isinstance(own, str) else tuple(own) for own in self.words.values())
 
     @property
     def cut_fields(self) -> frozenset[str]:

@@ -62,9 +62,9 @@ def cloze_form(task: Task, example: Example, pattern: str | None = None) -> Form
     Raises:
         UsageError: A multiple choice of more options than there are letters.
     """
-    cut, words, shown = task.cut_fields, tuple(task.words.values()) or example.options, ""
+    cut, words, shown = task.cut_fields, task.gap_words, ""
     if task.type == "choice":
-        letters = tuple(task.words.values()) or _LETTERS
+        letters = task.gap_words or _LETTERS
         if len(example.options) > len(letters):
             raise UsageError(
                 f"task {task.name}: a gap takes at most {len(letters)} options, an example has {len(example.options)}"

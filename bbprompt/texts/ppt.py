@@ -109,8 +109,8 @@ def in_pattern(task: Task, pattern: Pattern, *, causal: bool = False) -> Task:
     """The task with a pattern as its cloze, and the words that may fill the gap.
 
     A pair of two or three labels has PPT's words where they are its options or `same` says which label is which. Else
-    the words are the task's own: `words`, else its options. In the unified format they are letters, and the options
-    stand in the text: those of a pair from no to yes (3.3).
+    the words are the task's own, its `gap_words`. In the unified format they are letters, and the options stand in the
+    text: those of a pair from no to yes (3.3).
 
     Args:
         task: Any task but an extraction.
@@ -160,4 +160,4 @@ def _own_words(task: Task, language: Language) -> Sequence[str]:
             return task.options
         if task.same is not None:
             return words if task.same == list(task.labels)[-1] else words[::-1]
-    return tuple(task.words.values()) or task.options
+    return task.gap_words
