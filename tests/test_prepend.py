@@ -1,0 +1,259 @@
+"""Prompts as rows before the text, which are no tokens: every family against its stock forward, and whole runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import tiny
+import tiny_prompt
+import torch
+from reference import PlainOracle, compare, points_of, prepended_states
+from safetensors.numpy import load_file
+from test_verbalizer import batch_for, causal_dir, load_tiny, points_for
+from tiny_prompt import batch_of
+from tiny_run import begin, go_on
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+from bbprompt.backends.backbone import Backbone, load_backbone
+from bbprompt.backends.language import LocalLanguageModel
+from bbprompt.backends.local import LocalOracle
+from bbprompt.backends.scale import facts_of
+from bbprompt.backends.stock import StockOracle
+from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.config import TuneConfig
+from bbprompt.errors import ArtifactError
+from bbprompt.oracle import ReadoutKind, Support, check_scores
+from bbprompt.predict import load_prompt
+from bbprompt.prompts import ModularPrompt, Pooling
+from bbprompt.random_projection import random_prompt
+from bbprompt.run import Watcher, prepare
+from bbprompt.stage_settings import ProjectionConfig
+from bbprompt.tasks.example import Form
+from bbprompt.texts.cloze import word_tokens
+from bbprompt.texts.mrc import NO_TOKEN
+
+LENGTH = 3
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
+MASKED, STOCK = ("bert", "roberta"), ("gpt2", "llama", "qwen2", "t5", "mt5")
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    made = {family: causal_dir(root / family, family) for family in STOCK if not family.endswith("t5")}
+    made |= {"t5": tiny.t5_dir(root / "t5"), "mt5": tiny.t5_dir(root / "mt5", kind="mt5")}
+    return made | {"bert": tiny_bert_dir, "roberta": tiny.roberta_dir(root / "roberta", positions=128)}
+
+
+def prepended(backbone: Backbone, readout: ReadoutKind = "verbalizer", **changes: Any) -> ModularPrompt:
+    subspace = ProjectionConfig(
+        readout=readout, injection="prepend", layers="input", prompt_length=LENGTH, dim=4, scale=1.0, **changes
+    )
+    return random_prompt(subspace, facts_of(backbone), 3)
+
+
+def with_head(backbone: Backbone) -> ModularPrompt:
+    """A prepended prompt that a span head reads."""
+    rows, head = prepended(backbone, "span"), tiny_prompt.artifact(Path(backbone.id), backbone.digest)
+    return ModularPrompt(rows.config, rows.projection, rows.modules, rows.routers, head.head_weight, head.head_bias)
+
+
+# ------------------------------------------------------------------------------------- as the stock models compute
+
+
+def expected(backbone: Backbone, stock: Any, family: str, form: Form, prompt: np.ndarray) -> list[float]:
+    """The logit of each option's word, the prompt `(P, H)` before all tokens of the text."""
+    tokenizer, rows = backbone.tokenizer, torch.from_numpy(prompt)[None]
+    tokenize = tokenize_with(tokenizer)
+    words = [word_tokens(form.parts[-1].text, word, tokenize) for word in form.options]
+    text = tokenize("".join(part.text for part in form.parts))[0]
+    with torch.no_grad():
+        if family in MASKED:
+            gap = max(map(len, words))
+            ids = [tokenizer.cls_token_id, *text, *[tokenizer.mask_token_id] * gap, tokenizer.sep_token_id]
+            states = torch.from_numpy(prepended_states(stock.base_model, [ids], prompt)[0])
+            logits = (stock.cls if family == "bert" else stock.lm_head)(states[None])[0]
+            at = len(prompt) + 1 + len(text)
+            return [float(np.mean([float(logits[at + j, token]) for j, token in enumerate(word)])) for word in words]
+        if family.endswith("t5"):
+            sentinel = tokenizer.get_vocab()["<extra_id_0>"]
+            ids, told = [*text, sentinel, 1], torch.tensor([[0, sentinel]])
+        else:
+            ids, told = [tokenizer.cls_token_id, *text], None
+        embeds = torch.cat([rows, stock.get_input_embeddings()(torch.tensor([ids]))], dim=1)
+        found = stock(inputs_embeds=embeds, **({} if told is None else {"decoder_input_ids": told})).logits[0, -1]
+        return [float(found[word[0]]) for word in words]
+
+
+@pytest.mark.parametrize("family", [*MASKED, *STOCK])
+def test_label_words_equal_the_stock_forward(family: str, folders: dict[str, Path]) -> None:
+    backbone = load_tiny(folders[family]) if family not in MASKED else load_backbone(str(folders[family]), head=True)
+    loader = AutoModelForMaskedLM if family in MASKED else AutoModelForCausalLM
+    loader = AutoModelForSeq2SeqLM if family.endswith("t5") else loader
+    stock: Any = loader.from_pretrained(folders[family], dtype=torch.float32).eval()
+    prompt, batch = prepended(backbone), batch_for("pair")
+    oracle = (LocalOracle if family in MASKED else StockOracle)(backbone, prompt, batch_tokens=64)
+    points = points_for(prompt)
+    scores = check_scores(oracle.score(batch, points), batch, 3, channels=1)
+    for n, point in enumerate(points):
+        logits = [
+            value for form in batch.forms for value in expected(backbone, stock, family, form, prompt.prompts(point)[0])
+        ]
+        np.testing.assert_allclose(scores.logits[n, :, 0], logits, **CLOSE)
+    assert np.abs(scores.logits[0] - scores.logits[1]).max() > 1e-3, "the prompt matters"
+    bare = LocalLanguageModel(backbone).words(batch.forms)
+    assert np.abs(scores.logits[0] - bare.logits[0]).max() > 1e-3, "rows of zeros are attended to"
+
+
+@pytest.mark.parametrize("support", ["candidates", "sequence"])
+@pytest.mark.parametrize("kind", ["pair", "single", "choice", "extract"])
+def test_spans_equal_the_stock_forward(kind: str, support: Support, backbone: Backbone) -> None:
+    prompt, batch = with_head(backbone), batch_of(kind)
+    points, longest = points_of(prompt, 3), 3 if kind == "extract" else None
+    scores = LocalOracle(backbone, prompt, batch_tokens=100).score(batch, points, support, longest)
+    compare(scores, PlainOracle(backbone, prompt), batch, points, support)
+
+
+def test_cpt(tmp_path: Path) -> None:
+    backbone = load_backbone(str(tiny.cpt_dir(tmp_path, words=400, positions=96)))
+    prompt, batch = with_head(backbone), batch_of("pair", 5)
+    points = points_of(prompt, 2)
+    scores = LocalOracle(backbone, prompt).score(batch, points)
+    compare(scores, PlainOracle(backbone, prompt), batch, points, "candidates")
+
+
+@pytest.mark.parametrize("pool_prompt", [False, True])
+def test_its_rows_are_pooled_where_that_is_asked_for(pool_prompt: bool, backbone: Backbone) -> None:
+    prompt = prepended(backbone, "prototype", pooling=Pooling(scale=7.0, prefix="问：", pool_prompt=pool_prompt))
+    frame = frame_for(backbone.tokenizer, (), 128)
+    batch, (point,) = batch_of("single", 4), points_of(prompt, 1)
+
+    def embedding(text: str) -> np.ndarray:
+        ids = [*frame.first, *tokenize_with(backbone.tokenizer)("问：" + text)[0], *frame.last]
+        states = prepended_states(backbone.model, [ids], prompt.prompts(point)[0])[0]
+        mean: np.ndarray = states[0 if pool_prompt else LENGTH :].astype(np.float64).mean(0)
+        return mean / np.linalg.norm(mean)
+
+    logits = [
+        7.0 * float(embedding("".join(part.text for part in form.parts)) @ embedding(option))
+        for form in batch.forms
+        for option in form.options
+    ]
+    np.testing.assert_allclose(LocalOracle(backbone, prompt).score(batch, point[None]).logits[0, :, 0], logits, **CLOSE)
+
+
+def test_tokens_count_the_rows(backbone: Backbone, folders: dict[str, Path]) -> None:
+    batch = batch_of("pair", 5)
+    written = PlainOracle(backbone, with_head(backbone)).encoded(batch)
+    bare = [tokenize_with(backbone.tokenizer)("".join(part.text for part in form.parts))[0] for form in batch.forms]
+    assert LocalOracle(backbone, with_head(backbone)).count_tokens(batch) == sum(len(item.ids) for item in written)
+    assert all(len(item.ids) > LENGTH + 2 + len(text) for item, text in zip(written, bare, strict=True))
+    gpt = load_tiny(folders["gpt2"])
+    short, long = (StockOracle(gpt, prompt).count_tokens(batch_for("pair")) for prompt in (prepended(gpt), added(gpt)))
+    assert short == long
+
+
+def added(backbone: Backbone) -> ModularPrompt:
+    subspace = ProjectionConfig(readout="verbalizer", layers="input", prompt_length=LENGTH, dim=4, scale=1.0)
+    return random_prompt(subspace, facts_of(backbone), 3)
+
+
+# ------------------------------------------------------------------------------------- savings that change nothing
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_candidates_together_equal_candidates_alone(family: str, folders: dict[str, Path]) -> None:
+    backbone = load_tiny(folders[family]) if family != "bert" else load_backbone(str(folders[family]), head=True)
+    prompt, batch = prepended(backbone), batch_for("single")
+    make = LocalOracle if family == "bert" else StockOracle
+    oracle, points = make(backbone, prompt), points_of(prompt, 5)
+    together = oracle.score(batch, points)
+    for n in range(5):
+        alone = make(backbone, prompt, batch_tokens=60).score(batch, points[n : n + 1])
+        np.testing.assert_allclose(together.logits[n], alone.logits[0], **CLOSE)
+
+
+def test_deviations_are_those_of_the_prompt(backbone: Backbone) -> None:
+    prompt, batch = with_head(backbone), batch_of("single")
+    points = (points_of(prompt, 9) * 0.05).astype(np.float32)
+    exact, mixed = (LocalOracle(backbone, prompt, dtype=dtype) for dtype in ("float32", "mixed"))
+    right, found = exact.score(batch, points).logits, mixed._deviations(batch, points, "candidates", None).logits
+    assert np.abs(found - right).max() < 0.1 * np.abs(right - right[:1]).max()
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("fault", ["scales", "takes none"])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_model_that_reads_embeddings_otherwise(family: str, fault: str, folders: dict[str, Path]) -> None:
+    backbone = load_tiny(folders[family])
+    model: Any = backbone.model if family == "llama" else backbone.model.get_encoder()
+    forward = model.forward
+
+    def scales(input_ids: Any = None, inputs_embeds: Any = None, **more: Any) -> Any:
+        return forward(
+            input_ids=input_ids, inputs_embeds=None if inputs_embeds is None else inputs_embeds * 1.01, **more
+        )
+
+    def takes_none(input_ids: Any = None, **more: Any) -> Any:
+        return forward(input_ids=input_ids, **more)
+
+    model.forward = scales if fault == "scales" else takes_none
+    with pytest.raises(ArtifactError, match=r"reads embeddings otherwise .* set projection\.injection=add"):
+        StockOracle(backbone, prepended(backbone))
+    StockOracle(backbone, added(backbone))
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+def settings_for(folder: Path, data: Path, **changes: Any) -> TuneConfig:
+    small = {"projection.dim": 6, "projection.prompt_length": LENGTH, "prompt.popsize": 4, "prompt.dev_every": 8}
+    keys = {"task": str(data / "task.yaml"), "data": str(data), "method": "bbt", "backbone": str(folder), "budget": 40}
+    keys |= {"threads": 1, "test_limit": 6, "baselines": False, "set": small | {"projection.injection": "prepend"}}
+    return TuneConfig.model_validate(keys | changes)
+
+
+class Death(Exception):
+    """The end of a run that nothing foresaw."""
+
+
+class Dies(Watcher):
+    """Ends the run behind so many settled calls."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def status(self, status: Any) -> None:
+        if status.calls >= self.calls:
+            raise Death
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_run_that_died_ends_the_same(
+    family: str, folders: dict[str, Path], tiny_pair_data: Path, tmp_path: Path
+) -> None:
+    run = prepare(settings_for(folders[family], tiny_pair_data))
+    whole = begin(run, tmp_path / "whole")
+    with pytest.raises(Death):
+        begin(run, tmp_path / "run", Dies(9))
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert go_on(run, tmp_path / "run").digest == whole.digest
+    assert (
+        begin(prepare(settings_for(folders[family], tiny_pair_data, seed=5)), tmp_path / "other").digest != whole.digest
+    )
+    tensors = load_file(tmp_path / "run" / "prompt.safetensors")
+    assert (tensors["prompt"].shape, tensors["placeholders"].tolist()) == (
+        (1, LENGTH, tiny.HIDDEN),
+        [NO_TOKEN] * LENGTH,
+    )
+    with load_prompt(tmp_path / "run") as used:
+        assert used.evaluate().value == whole.test.value
+        batch, oracle, there = batch_for("pair"), cast("Any", used._oracle), run.prompt.prompts(tensors["point"])
+        np.testing.assert_array_equal(tensors["prompt"], there)
+        here = run.oracle.score(batch, tensors["point"][None])
+        np.testing.assert_allclose(oracle.score(batch, used.point[None]).logits, here.logits, **CLOSE)
