@@ -2,34 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import tiny_prompt
 import torch
+from clients import EAGER, close_all, kept
 from reference import PlainOracle, compare, points_of, prepended_states
 from safetensors.numpy import load_file
-from test_verbalizer import batch_for, causal_dir, load_tiny, points_for
+from test_export import code_in
+from test_verbalizer import CAUSAL, MASKED, batch_for, causal_dir, load_tiny, points_for
+from test_vllm import shares
 from tiny_prompt import batch_of
 from tiny_run import begin, go_on
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from vllmdouble import MODEL, Double
 
 from bbprompt.backends.backbone import Backbone, load_backbone
+from bbprompt.backends.completions import Completions
 from bbprompt.backends.language import LocalLanguageModel
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.backends.vllm import VllmOracle
 from bbprompt.config import TuneConfig
-from bbprompt.errors import ArtifactError
+from bbprompt.errors import ArtifactError, OracleError
+from bbprompt.export import export_prompt
 from bbprompt.oracle import ReadoutKind, Support, check_scores
 from bbprompt.predict import load_prompt
 from bbprompt.prompts import ModularPrompt, Pooling
 from bbprompt.random_projection import random_prompt
-from bbprompt.run import Watcher, prepare
+from bbprompt.run import Prepared, Watcher, prepare
 from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.tasks.example import Form
 from bbprompt.texts.cloze import word_tokens
@@ -37,13 +45,13 @@ from bbprompt.texts.mrc import NO_TOKEN
 
 LENGTH = 3
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
-MASKED, STOCK = ("bert", "roberta"), ("gpt2", "llama", "qwen2", "t5", "mt5")
+STOCK = (*CAUSAL, "t5", "mt5")
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    made = {family: causal_dir(root / family, family) for family in STOCK if not family.endswith("t5")}
+    made = {family: causal_dir(root / family, family) for family in CAUSAL}
     made |= {"t5": tiny.t5_dir(root / "t5"), "mt5": tiny.t5_dir(root / "mt5", kind="mt5")}
     return made | {"bert": tiny_bert_dir, "roberta": tiny.roberta_dir(root / "roberta", positions=128)}
 
@@ -233,27 +241,87 @@ class Dies(Watcher):
             raise Death
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_a_run_that_died_ends_the_same(
-    family: str, folders: dict[str, Path], tiny_pair_data: Path, tmp_path: Path
-) -> None:
-    run = prepare(settings_for(folders[family], tiny_pair_data))
-    whole = begin(run, tmp_path / "whole")
+@pytest.fixture(scope="module", params=["bert", "gpt2"])
+def whole(
+    request: pytest.FixtureRequest,
+    folders: dict[str, Path],
+    tiny_pair_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, Prepared, Path]:
+    """A finished run: the model's family, what it was prepared as, its directory."""
+    run, path = prepare(settings_for(folders[request.param], tiny_pair_data)), tmp_path_factory.mktemp("run") / "run"
+    begin(run, path)
+    return request.param, run, path
+
+
+def test_a_run_that_died_ends_the_same(whole: tuple[str, Prepared, Path], tmp_path: Path) -> None:
+    _, run, path = whole
     with pytest.raises(Death):
         begin(run, tmp_path / "run", Dies(9))
     assert not (tmp_path / "run" / "result.json").exists()
-    assert go_on(run, tmp_path / "run").digest == whole.digest
-    assert (
-        begin(prepare(settings_for(folders[family], tiny_pair_data, seed=5)), tmp_path / "other").digest != whole.digest
-    )
-    tensors = load_file(tmp_path / "run" / "prompt.safetensors")
-    assert (tensors["prompt"].shape, tensors["placeholders"].tolist()) == (
-        (1, LENGTH, tiny.HIDDEN),
-        [NO_TOKEN] * LENGTH,
-    )
-    with load_prompt(tmp_path / "run") as used:
-        assert used.evaluate().value == whole.test.value
-        batch, oracle, there = batch_for("pair"), cast("Any", used._oracle), run.prompt.prompts(tensors["point"])
-        np.testing.assert_array_equal(tensors["prompt"], there)
-        here = run.oracle.score(batch, tensors["point"][None])
-        np.testing.assert_allclose(oracle.score(batch, used.point[None]).logits, here.logits, **CLOSE)
+    result = go_on(run, tmp_path / "run")
+    assert result.digest == json.loads((path / "result.json").read_text(encoding="utf-8"))["digest"]
+    for name in ("prompt.safetensors", "journal.log"):
+        assert (tmp_path / "run" / name).read_bytes() == (path / name).read_bytes()
+
+
+def test_a_finished_run_at_work(whole: tuple[str, Prepared, Path]) -> None:
+    _, run, path = whole
+    tensors, batch = load_file(path / "prompt.safetensors"), batch_for("pair")
+    assert tensors["placeholders"].tolist() == [NO_TOKEN] * LENGTH
+    np.testing.assert_array_equal(tensors["prompt"], run.prompt.prompts(tensors["point"]))
+    with load_prompt(path) as used:
+        assert used.evaluate().value == json.loads((path / "result.json").read_text(encoding="utf-8"))["test"]["value"]
+        oracle: Any = used._oracle
+        found = oracle.score(batch, used.point[None]).logits
+    np.testing.assert_allclose(found, run.oracle.score(batch, tensors["point"][None]).logits, **CLOSE)
+
+
+def test_plain_tensors_are_applied_as_the_readme_says(
+    whole: tuple[str, Prepared, Path], folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, _, path = whole
+    out = tmp_path / "tensors"
+    export_prompt(path, "safetensors", out)
+    rows, facts = load_file(out / "prompt.safetensors"), json.loads((out / "bbprompt.json").read_text(encoding="utf-8"))
+    assert (rows["placeholders"].tolist(), facts["prompt"]["injection"]) == ([NO_TOKEN] * LENGTH, "prepend")
+    monkeypatch.chdir(out)
+    names: dict[str, Any] = {}
+    exec(code_in(out / "README.md"), names)
+    ids = torch.tensor([[2, 400, 401, 402, 3]])
+    model = load_backbone(str(folders[family]), head=True).model
+    with torch.no_grad():
+        if family == "bert":
+            found = names["encoder_states"](model, ids)
+            expected = torch.from_numpy(prepended_states(model, ids.tolist(), rows["prompt"][0])[0])
+        else:
+            known = model.get_input_embeddings()(ids)
+            expected = model(
+                inputs_embeds=torch.cat([torch.from_numpy(rows["prompt"]), known], dim=1)
+            ).last_hidden_state
+            found = model(inputs_embeds=names["embeddings"](model, ids)).last_hidden_state
+    assert float((found - expected).abs().max()) < 1e-5
+
+
+# -------------------------------------------------------------------------------------------- behind a server
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_vllm_server_is_sent_the_same_rows(family: str, folders: dict[str, Path]) -> None:
+    whole, part = (load_tiny(folders[family], layers) for layers in (None, 1))
+    models = {name: AutoModelForCausalLM.from_pretrained(folders[name]).eval() for name in ("gpt2", "llama", family)}
+    prompt, batch = prepended(whole), batch_for("pair")
+    points = points_of(prompt, 3).astype(np.float32)
+
+    def remote(model: Any) -> VllmOracle:
+        server = Completions(f"vllm+http://test:80/{MODEL}", None, EAGER, 1, Double(model).transport())
+        return kept(VllmOracle(server, part, prompt, policy=EAGER))
+
+    try:
+        there, here = remote(models[family]).score(batch, points), StockOracle(whole, prompt).score(batch, points)
+        assert np.abs(shares(there, batch) - shares(here, batch)).max() < 1e-4
+        # Other weights are noticed, although no row of the prompt is a token.
+        with pytest.raises(OracleError, match="are not those of"):
+            remote(models["llama" if family == "gpt2" else "gpt2"])
+    finally:
+        close_all()
