@@ -136,8 +136,7 @@ def random_prompt(
         else:
             bound = 1.0 / math.sqrt(settings.dim)
             projection[layer, : settings.dim] = rng.uniform(-bound, bound, projection[layer, : settings.dim].shape)
-    # The usual injection is not told, so that prompts keep the digests that they had before there was another.
-    told = settings.model_dump(mode="json", exclude={"injection"} if settings.injection == "add" else None)
+    told = settings.model_dump(mode="json", exclude=settings.untold)
     config = PromptConfig(
         kind="random",
         backbone=facts.id,

@@ -261,6 +261,9 @@ def test_a_run_that_died_ends_the_same(whole: tuple[str, Prepared, Path], tmp_pa
     assert not (tmp_path / "run" / "result.json").exists()
     result = go_on(run, tmp_path / "run")
     assert result.digest == json.loads((path / "result.json").read_text(encoding="utf-8"))["digest"]
+    method = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["method"]
+    assert method == run.method.model_dump(mode="json")
+    assert method["projection"]["injection"] == "prepend"
     for name in ("prompt.safetensors", "journal.log"):
         assert (tmp_path / "run" / name).read_bytes() == (path / name).read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,8 @@ def test_a_run_keeps_its_prompt(tiny_pair_data: Path, tiny_prompts: Path, tmp_pa
     tensors = load_file(tmp_path / "run" / "prompt.safetensors")
     assert tensors["prompt"].shape == (3, 3, 32)
     assert tensors["point"].shape == (3, 6)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["method"]["projection"].keys() == ProjectionConfig.model_fields.keys() - {"injection"}
     with load_prompt(tmp_path / "run") as used:
         assert used.evaluate().value == result.test.value
     assert begin(run, tmp_path / "again").digest == result.digest
