@@ -71,7 +71,9 @@ def front_of(backbone: Backbone, prompt: ModularPrompt, point: NDArray[np.floati
     """
     check_fit(prompt, backbone)
     if backbone.head is None or not backbone.head.causal:
-        raise UsageError(f"backbone {backbone.id} is no causal model: its prompt {no_rows(prompt.config.injection)}")
+        own = "is its encoder's, and these forms are of models that have none"
+        reason = no_rows(prompt.config.injection) if backbone.packed else own
+        raise UsageError(f"backbone {backbone.id} is no causal model: its prompt {reason}")
     frame = frame_for(backbone.tokenizer, prompt.config.placeholders, backbone.max_positions)
     return Front(backbone.model, frame, torch.from_numpy(prompt.prompts(point)))
 

@@ -29,9 +29,10 @@ from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.scale import facts_of
 from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.tokens import frame_for, tokenize_with
+from bbprompt.backends.virtual_tokens import front_of
 from bbprompt.backends.vllm import VllmOracle
 from bbprompt.config import TuneConfig
-from bbprompt.errors import ArtifactError, OracleError
+from bbprompt.errors import ArtifactError, OracleError, UsageError
 from bbprompt.export import export_prompt
 from bbprompt.oracle import ReadoutKind, Support, check_scores
 from bbprompt.predict import load_prompt
@@ -214,6 +215,14 @@ def test_a_model_that_reads_embeddings_otherwise(family: str, fault: str, folder
     with pytest.raises(ArtifactError, match=r"reads embeddings otherwise .* set projection\.injection=add"):
         StockOracle(backbone, prepended(backbone))
     StockOracle(backbone, added(backbone))
+
+
+@pytest.mark.parametrize("make", [prepended, added])
+def test_a_prompt_of_an_encoder_decoder_is_not_exported_as_rows(make: Any, folders: dict[str, Path]) -> None:
+    backbone = load_tiny(folders["t5"])
+    prompt = make(backbone)
+    with pytest.raises(UsageError, match="no causal model: its prompt is its encoder's"):
+        front_of(backbone, prompt, prompt.space.even())
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
