@@ -1,12 +1,15 @@
 """How a family of language models runs by its stock forward, with prompts or without.
 
 A body gives for each text the state that tells the word in the gap. Prompts are added before the blocks that read the
-placeholders, by hooks, so that everything else is transformers' own code.
+placeholders, by hooks, so that everything else is transformers' own code. The rows of a prepended prompt are embeddings
+of zeros: other than in an encoder of the BERT family they take the first positions, as the rows of PEFT's prompt tuning
+and vLLM's `prompt_embeds` do, and a model that has embeddings of positions adds them.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -16,9 +19,23 @@ from torch import Tensor, nn
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.precision import warn_of_slow
-from bbprompt.texts.mrc import Encoded, Frame
+from bbprompt.errors import ArtifactError
+from bbprompt.texts.mrc import NO_TOKEN, Encoded, Frame
 
-__all__ = ["Body", "CausalBody", "SentinelBody", "blocks_of", "body_of", "prompted"]
+__all__ = [
+    "Body",
+    "CausalBody",
+    "SentinelBody",
+    "blocks_of",
+    "body_of",
+    "check_embeds",
+    "embedded",
+    "inputs_of",
+    "prompted",
+]
+
+#: Largest difference of two states, relative to the largest entry, of one computation in two forms.
+_SAME = 1e-4
 
 
 class Body(Protocol):
@@ -65,13 +82,14 @@ class CausalBody:
             if front != self._front:
                 self._front, self._seen = front, self.run(front).past_key_values if front else None
             return self._behind(sequences, len(front), copy.deepcopy(self._seen), 1)
-        with prompted(blocks_of(self._model), frame.prompt_start, frame.text_start, prompts):
+        with prompted(blocks_of(self._model), frame.prompt_start, frame.prompt_end, prompts):
             seen = self.run(front, len(prompts)).past_key_values
         return self._behind(sequences, len(front), seen, len(prompts))
 
     def run(self, ids: Sequence[int], times: int = 1) -> Any:
         """The stock output for one sequence of tokens, that many times, with keys and values."""
-        return self._model(input_ids=torch.as_tensor([ids], device=self._model.device).repeat(times, 1), use_cache=True)
+        repeated = torch.as_tensor([ids], device=self._model.device).repeat(times, 1)
+        return self._model(**inputs_of(self._model, repeated), use_cache=True)
 
     def _behind(self, sequences: Sequence[Encoded], front: int, seen: Any, candidates: int) -> Tensor:
         """Run what follows the first `front` tokens; `seen` has a row a candidate and is extended in place."""
@@ -108,8 +126,8 @@ class SentinelBody:
         candidates = 1 if prompts is None else len(prompts)
         ids, mask = (each.repeat(candidates, 1) for each in _padded([item.ids for item in sequences], device))
         rows = torch.zeros(1, 0, 0, 0) if prompts is None else prompts.repeat_interleave(len(sequences), dim=0)
-        with prompted(blocks_of(self._encoder), frame.prompt_start, frame.text_start, rows):
-            read = self._encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        with prompted(blocks_of(self._encoder), frame.prompt_start, frame.prompt_end, rows):
+            read = self._encoder(**inputs_of(self._encoder, ids), attention_mask=mask).last_hidden_state
         states: Tensor = self._decoder(
             input_ids=torch.as_tensor([self._told], device=device).repeat(len(ids), 1),
             encoder_hidden_states=read,
@@ -117,6 +135,41 @@ class SentinelBody:
             use_cache=False,
         ).last_hidden_state
         return states[:, -1].view(candidates, len(sequences), 1, -1)
+
+
+def inputs_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Token ids `(N, S)` as a stock model takes them: as they are, or their embeddings where some are no token."""
+    return {"inputs_embeds": embedded(model, ids)} if bool((ids == NO_TOKEN).any()) else {"input_ids": ids}
+
+
+def embedded(model: Any, ids: Tensor) -> Tensor:
+    """The embeddings `(..., H)` of token ids `(...)` by a stock model's own matrix; zeros where there is no token."""
+    none = ids == NO_TOKEN
+    rows: Tensor = model.get_input_embeddings()(ids.masked_fill(none, 0))
+    return rows.masked_fill(none[..., None], 0.0)
+
+
+@torch.no_grad()
+def check_embeds(backbone: Backbone) -> None:
+    """Refuse a model that reads embeddings otherwise than the tokens that they are of.
+
+    Raises:
+        ArtifactError: It does, so that no rows can stand before the tokens of a text.
+    """
+    model: Any = backbone.model
+    if backbone.head is None or not backbone.head.causal:
+        model = model.get_encoder()
+    same = "inputs_embeds" in inspect.signature(model.forward).parameters
+    if same:
+        ids = torch.arange(4, device=model.device)[None]
+        expected = model(input_ids=ids, use_cache=False).last_hidden_state
+        found = model(inputs_embeds=embedded(model, ids), use_cache=False).last_hidden_state
+        same = bool((found - expected).abs().max() <= _SAME * expected.abs().max())
+    if not same:
+        raise ArtifactError(
+            f"backbone {backbone.id}: it reads embeddings otherwise than the tokens that they are of, so that no rows "
+            "can stand before a text; set projection.injection=add"
+        )
 
 
 def blocks_of(model: Any) -> Any:
@@ -130,7 +183,7 @@ def prompted(blocks: Any, begin: int, end: int, prompts: Tensor) -> Iterator[Non
 
     Args:
         blocks: Of the model.
-        begin: First position of the placeholders.
+        begin: Position of the first row of a prompt.
         end: Position behind the last of them.
         prompts: `(rows, L, P, H)`, before the first L blocks; a row for each of the model's input, or one for all.
     """

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from bbprompt.backends.linear import FrozenLinear, packable
 from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
+from bbprompt.texts.mrc import NO_TOKEN
 
 __all__ = ["Encoder", "Group", "Layout", "check_family", "pack"]
 
@@ -233,8 +234,12 @@ class Encoder:
         )
 
     def embed(self, ids: Sequence[Sequence[int]], layout: Layout) -> Tensor:
-        """Embed token ids: the packed states `(T, H)` entering layer 0, before any prompt is added."""
-        texts = [ids[i] for i in layout.order]
+        """Embed token ids: the packed states `(T, H)` entering layer 0, before any prompt is added.
+
+        A row of `NO_TOKEN` is zero and takes no position from the tokens, which keep those that they have without it.
+        """
+        rows = torch.as_tensor([token != NO_TOKEN for i in layout.order for token in ids[i]])
+        texts = [[token for token in ids[i] if token != NO_TOKEN] for i in layout.order]
         flat = torch.as_tensor([token for text in texts for token in text], dtype=torch.long)
         positions = torch.cat([torch.arange(len(text)) for text in texts]) + self._first_position
         types = torch.full_like(flat, self._token_type)
@@ -245,7 +250,10 @@ class Encoder:
             states: Tensor = self._embeddings(input_ids=flat, position_ids=positions, token_type_ids=types)
             if self._projection is not None:
                 states = self._projection(states)
-            return states[0].to(self.device, self.dtype)
+            states = states[0].to(self.device, self.dtype)
+            if len(states) == len(rows):
+                return states
+            return states.new_zeros(len(rows), self.hidden).index_put((rows.to(self.device),), states)
 
     def last_states(self, ids: Sequence[Sequence[int]], layout: Layout) -> Tensor:
         """Run token ids through all layers without any prompt: packed states `(1, T, H)`."""

@@ -51,7 +51,7 @@ class Place:
 
     Attributes:
         layout: Where the tokens lie.
-        slots: Packed rows of the placeholders, text by text.
+        slots: Packed rows that the prompt is added to (placeholders, or rows of its own), text by text.
         read: `(N, R)` packed rows that are read; None for all.
     """
 

@@ -93,7 +93,7 @@ class PrototypeHead:
     def plan(self, sequences: Sequence[Encoded], layout: Layout, support: Support) -> PrototypePlan:
         """Average over the rows of each sequence."""
         weights = torch.zeros(len(sequences), sum(len(item.ids) for item in sequences))
-        first, last = self._frame.prompt_start, self._frame.text_start
+        first, last = self._frame.prompt_start, self._frame.prompt_end
         for number, (item, start) in enumerate(zip(sequences, layout.starts.tolist(), strict=True)):
             weights[number, start : start + len(item.ids)] = 1.0
             if not self._pool_prompt:

@@ -1,8 +1,9 @@
 """The local oracle for models that run by their stock forward: causal ones and encoder-decoders, with a verbalizer.
 
 As in BBT and BBTv2 for GPT-2, placeholder tokens stand at the front and the prompt of layer l is added to their states
-before block l; a shallow prompt is the one before the first. How a family runs is its body's business. Only the state
-that tells the word in the gap is read, and only the output rows of the option words.
+before block l; a shallow prompt is the one before the first. A prepended one has rows of its own in front. How a family
+runs is its body's business. Only the state that tells the word in the gap is read, and only the output rows of the
+option words.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.body import Body, body_of
+from bbprompt.backends.body import Body, body_of, check_embeds
 from bbprompt.backends.encoder import pack
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.tokens import frame_for, tokenize_with
@@ -40,7 +41,7 @@ class StockOracle:
         max_tokens: Longest sequence; None for the backbone's limit.
 
     Raises:
-        ArtifactError: The prompts are for another backbone or readout.
+        ArtifactError: The prompts are for another backbone or readout, or the backbone takes no rows before a text.
     """
 
     def __init__(
@@ -60,6 +61,8 @@ class StockOracle:
                 f"backbone {backbone.id}: such a language model is read by a verbalizer, not by '{config.readout}'; "
                 "choose other --prompts"
             )
+        if config.injection == "prepend":
+            check_embeds(backbone)
         self._device = torch.device(device)
         self._body: Body = body_of(backbone, self._device, getattr(torch, dtype))
         limit = backbone.limit(max_tokens)

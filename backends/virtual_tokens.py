@@ -10,7 +10,8 @@ nothing but special tokens before them. Two things follow.
   (Li and Liang 2021, arXiv:2101.00190, train such a prefix directly).
 
 Neither is looked up by the name of the model: both ways are computed and must agree. The special tokens before the
-placeholders become part of either, for other tools put their rows before everything else.
+placeholders become part of either, for other tools put their rows before everything else. A prepended prompt has its
+rows there anyhow, and the special tokens follow them.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.body import blocks_of, prompted
+from bbprompt.backends.body import blocks_of, embedded, inputs_of, prompted
 from bbprompt.backends.fit import check_fit
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import UsageError
+from bbprompt.exporttext import no_rows
 from bbprompt.prompts import ModularPrompt
 from bbprompt.texts.cloze import word_tokens
 from bbprompt.texts.mrc import Frame
@@ -56,8 +58,8 @@ class Front:
 
     @property
     def ids(self) -> Tensor:
-        """`(1, F + P)` token ids."""
-        return torch.tensor([[*self.frame.first, *self.frame.placeholders]])
+        """`(1, F + P)` token ids; `NO_TOKEN` at the rows of a prepended prompt."""
+        return torch.tensor([self.frame.front])
 
 
 def front_of(backbone: Backbone, prompt: ModularPrompt, point: NDArray[np.floating]) -> Front:
@@ -69,10 +71,9 @@ def front_of(backbone: Backbone, prompt: ModularPrompt, point: NDArray[np.floati
     """
     check_fit(prompt, backbone)
     if backbone.head is None or not backbone.head.causal:
-        raise UsageError(
-            f"backbone {backbone.id} is no causal model: its prompt is added behind the LayerNorm of the embeddings, "
-            "to tokens that stand after the first one, which nothing before the text can represent"
-        )
+        own = "is its encoder's, and these forms are of models that have none"
+        reason = no_rows(prompt.config.injection) if backbone.packed else own
+        raise UsageError(f"backbone {backbone.id} is no causal model: its prompt {reason}")
     frame = frame_for(backbone.tokenizer, prompt.config.placeholders, backbone.max_positions)
     return Front(backbone.model, frame, torch.from_numpy(prompt.prompts(point)))
 
@@ -88,10 +89,10 @@ def virtual_tokens(front: Front) -> NDArray[np.float32]:
         raise UsageError(
             f"the prompt is added before {len(front.prompts)} layers, and rows before the text reach the first alone"
         )
-    rows = front.model.get_input_embeddings()(front.ids).clone()
-    rows[0, len(front.frame.first) :] += front.prompts[0]
+    rows = embedded(front.model, front.ids)
+    rows[0, front.frame.prompt_start : front.frame.prompt_end] += front.prompts[0]
     with _prompted(front):
-        expected = _entering(front, input_ids=front.ids)
+        expected = _entering(front, **inputs_of(front.model, front.ids))
     _check(_entering(front, inputs_embeds=rows), expected, "embeddings before its first block")
     found: NDArray[np.float32] = rows[0].numpy().astype(np.float32)
     return found
@@ -133,7 +134,7 @@ def _check(found: Tensor, expected: Tensor, what: str) -> None:
 
 def _prompted(front: Front) -> AbstractContextManager[None]:
     """Add the prompts before the blocks, as the oracle does, while the context is open."""
-    return prompted(blocks_of(front.model), front.frame.prompt_start, front.frame.text_start, front.prompts[None])
+    return prompted(blocks_of(front.model), front.frame.prompt_start, front.frame.prompt_end, front.prompts[None])
 
 
 def _entering(front: Front, **inputs: Tensor) -> Tensor:

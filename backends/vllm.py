@@ -1,14 +1,15 @@
 """The oracle of a vLLM server: prompts of causal models at the input layer, label words by the model's own output.
 
 vLLM takes embeddings in place of a text, and nothing for later layers. So what stands before a text (special tokens,
-placeholders with the prompt added) and the text itself are embedded here, with the tokenizer and the embedding matrix
-of the backbone; the layers are the server's. Of the layers one is loaded, never run: what enters it shows whether the
-model reads embeddings as they are.
+placeholders with the prompt added or the rows of a prepended one) and the text itself are embedded here, with the
+tokenizer and the embedding matrix of the backbone; the layers are the server's. Of the layers one is loaded, never run:
+what enters it shows whether the model reads embeddings as they are.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
+from bbprompt.backends.body import embedded
 from bbprompt.backends.calls import Policy
 from bbprompt.backends.completions import Completions
 from bbprompt.backends.remote import Pieces
@@ -26,6 +28,7 @@ from bbprompt.backends.virtual_tokens import front_of, virtual_tokens
 from bbprompt.errors import OracleError, UsageError
 from bbprompt.oracle import OracleInfo, ReadoutKind, Scores, Support, TextBatch, check_points, check_scores
 from bbprompt.prompts import ModularPrompt
+from bbprompt.random_projection import placeholders_for
 from bbprompt.texts.mrc import Frame
 
 __all__ = ["VllmOracle", "check_prompts"]
@@ -97,7 +100,7 @@ class VllmOracle:
             self._frame = frame_for(backbone.tokenizer, prompt.config.placeholders, limit, open_end=True)
             self._head = _head(backbone, self._frame)
             self._embed = backbone.model.get_input_embeddings()
-            self._before = self._embed(front.ids[0]).detach()
+            self._before = embedded(backbone.model, front.ids[0]).detach()
             self._projection = torch.from_numpy(prompt.projection[0])
             self._info = OracleInfo(
                 backbone=backbone.id,
@@ -110,7 +113,7 @@ class VllmOracle:
                 max_tokens=limit,
                 readout="verbalizer",
             )
-            self._check_weights(front.ids[0])
+            self._check_weights()
         except BaseException:
             server.close()
             raise
@@ -158,7 +161,7 @@ class VllmOracle:
         """Scores of one candidate `(1, 1, d)`."""
         before = self._before.clone()
         prompt = torch.from_numpy(point[0, 0]) @ self._projection
-        before[self._frame.prompt_start :] += prompt.view(-1, before.shape[1])
+        before[self._frame.prompt_start : self._frame.prompt_end] += prompt.view(-1, before.shape[1])
         logits: list[NDArray[np.float64]] = []
         for first, last in texts.groups:
             words = texts.words[first:last]
@@ -175,13 +178,16 @@ class VllmOracle:
         return check_scores(scores, batch, 1, channels=1)
 
     @torch.no_grad()
-    def _check_weights(self, before: Tensor) -> None:
+    def _check_weights(self) -> None:
         """Have the server embed a few tokens and compare with what their embeddings give.
 
         Raises:
             OracleError: They give something else, or the server does not take this width.
         """
-        ids, rows = before[-_PROBE:].tolist(), self._before[-_PROBE:]
+        ids: Sequence[int] = self._frame.front[-_PROBE:]
+        if self._frame.prepended:  # rows that the server has no tokens for
+            ids = placeholders_for(self._embed.num_embeddings, _PROBE)
+        rows = self._embed(torch.tensor(ids))
         tokens = np.linspace(0, self._embed.num_embeddings - 1, _PROBE).astype(int).tolist()
         difference = self._server.difference(ids, rows, tokens)
         if not difference <= _SAME:

@@ -7,7 +7,8 @@
                    where it is an input prompt, keys and values (PREFIX_TUNING) where it is deep
 =================  ====================================================================================
 
-An encoder's prompt is added to states that look at the text in every layer, which neither form can represent.
+An encoder's prompt is added to states that look at the text in every layer, which neither form can represent; nor can
+they put rows behind the LayerNorm of its embeddings.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from safetensors.numpy import save
 from bbprompt import __version__
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.errors import UsageError
-from bbprompt.exporttext import CLIENT, peft_card, rows_card, tensors_card
+from bbprompt.exporttext import CLIENT, no_rows, peft_card, rows_card, tensors_card
 from bbprompt.predict import read_offsets, read_tuned
 from bbprompt.prompts import ModularPrompt
 from bbprompt.result import read_result
@@ -104,9 +105,8 @@ def export_prompt(run_dir: Path | str, form: ExportFormat, out: Path | str) -> E
         prompt, point = read_tuned(directory, config)
         if form != "safetensors" and prompt.config.readout != "verbalizer":
             raise UsageError(
-                f"--format {form}: a '{prompt.config.readout}' readout is of an encoder, whose prompt is added behind "
-                "the LayerNorm of the embeddings, to tokens that stand after the first one, which nothing before the "
-                "text can represent; use --format safetensors"
+                f"--format {form}: a '{prompt.config.readout}' readout is of an encoder, whose prompt "
+                f"{no_rows(prompt.config.injection)}; use --format safetensors"
             )
         facts = _facts(directory, method, prompt)
         if form == "safetensors":

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["CLIENT", "peft_card", "rows_card", "tensors_card"]
+from bbprompt.prompts import Injection
+
+__all__ = ["CLIENT", "no_rows", "peft_card", "rows_card", "tensors_card"]
 
 #: Labels one text through a vLLM server; it stands on its own beside `prompt_embeds.safetensors` and `bbprompt.json`.
 CLIENT = '''\
@@ -116,6 +118,31 @@ def add_prompt(blocks, special=1):
 ```
 """
 
+_PREPEND = """\
+```python
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+here = Path(".")  # this directory
+facts = json.loads((here / "bbprompt.json").read_text(encoding="utf-8"))
+tensors = load_file(here / "prompt.safetensors")
+
+
+def encoder_states(model, ids):
+    \"\"\"Last states [1, P + S, H] of BERT and its kin for one text `ids` [1, S]; the first P are the prompt's.\"\"\"
+    rows = model.embeddings(input_ids=ids)  # with token_type_ids of ones for CPT
+    return model.encoder(torch.cat([tensors["prompt"], rows], dim=1)).last_hidden_state
+
+
+def embeddings(model, ids):
+    \"\"\"What a causal model or T5's encoder takes as `inputs_embeds` [1, P + S, H] for one text `ids` [1, S].\"\"\"
+    return torch.cat([tensors["prompt"], model.get_input_embeddings()(ids)], dim=1)
+```
+"""
+
 _READOUTS = {
     "span": (
         "The options stand behind the text, each closed by `，`. With `head.weight` and `head.bias` a last state has a "
@@ -123,7 +150,7 @@ _READOUTS = {
         "log-probability at its last, both normalised over `readout.support` (the options, or the sequence)."
     ),
     "prototype": (
-        "The mean of a text's last states (placeholders left out unless `readout.pooling.pool_prompt`) is its "
+        "The mean of a text's last states (those at the prompt left out unless `readout.pooling.pool_prompt`) is its "
         "embedding, `readout.pooling.prefix` before the text. An option is embedded as `task.prototype` says and "
         "scores `readout.pooling.scale` times the cosine. A pair whose task has `same` is two texts; with g going "
         "evenly from 1 for that option to -1 for the last on the other side, an option scores g times the scale times "
@@ -142,15 +169,23 @@ def tensors_card(facts: Mapping[str, Any]) -> str:
     """`README.md` of plain tensors."""
     prompt, kind = facts["prompt"], facts["readout"]["kind"]
     layers, length = prompt["layers"], prompt["length"]
+    prepended = prompt["injection"] == "prepend"
     head = ", `head.weight` [2, H] and `head.bias` [2]" if kind == "span" else ""
     offsets = ", `offsets` of the options" if facts["readout"]["offsets"] else ""
     return f"""{_title(facts)}
 `prompt.safetensors` holds `prompt` [{layers}, {length}, {prompt["hidden"]}] (layers, positions, hidden size; float32),
-`placeholders` [{length}] (token ids){head}{offsets}.
+`placeholders` [{length}] ({"-1 for no token" if prepended else "token ids"}){head}{offsets}.
 `bbprompt.json` says the rest: backbone, readout, task.
 
 ## How to apply it
 
+{_prepended(length) if prepended else _added(length, layers)}
+{_READOUTS[kind]} Offsets, where there are some, are added to the scores. The best option wins.
+{_weights(facts)}"""
+
+
+def _added(length: int, layers: int) -> str:
+    return f"""\
 A sequence is: the special token that the tokenizer puts first ([CLS], <s>; some have none), the {length} placeholders,
 the text, and for encoders the special token at the end. Positions count from the front as always. Before each of the
 first {layers} blocks, `prompt[layer]` is **added** to the states at the placeholders; behind the embeddings and their
@@ -159,9 +194,30 @@ LayerNorm, where there is one. CPT models get token type 1 everywhere, others 0.
 {_HOOKS}
 `add_prompt(model.encoder.layer)` does it for BERT and its kin, `add_prompt(model.layers)` for Llama and the like,
 `add_prompt(model.h)` for GPT-2; `special=0` where the tokenizer puts nothing first.
+"""
 
-{_READOUTS[kind]} Offsets, where there are some, are added to the scores. The best option wins.
-{_weights(facts)}"""
+
+def _prepended(length: int) -> str:
+    return f"""\
+A sequence is: the {length} rows of the prompt, the special token that the tokenizer puts first ([CLS], <s>; some have
+none), the text, and for encoders the special token at the end. The rows are **no tokens**. An encoder has them behind
+its embedding layer, without position, token type or LayerNorm, and its tokens keep the positions that they have without
+them. A causal model and T5 are given them as embeddings, in the first positions. All tokens attend to them.
+
+{_PREPEND}"""
+
+
+def no_rows(injection: Injection) -> str:
+    """Why rows before a text that other tools put there cannot be the prompt of an encoder."""
+    if injection == "prepend":
+        return (
+            "has rows of its own behind the positions and the LayerNorm of the embeddings, which those that other "
+            "tools put before a text go through"
+        )
+    return (
+        "is added behind the LayerNorm of the embeddings, to tokens that stand after the first one, which nothing "
+        "before the text can represent"
+    )
 
 
 def rows_card(facts: Mapping[str, Any]) -> str:
@@ -231,7 +287,8 @@ Tuned by `{run["method"]}` of bbprompt {facts["bbprompt"]} (seed {run["seed"]}):
 
 def _special(facts: Mapping[str, Any]) -> str:
     special = facts["rows"]["special"]
-    return f"\nThe first {len(special)} stand for the tokenizer's own special tokens." if special else ""
+    which = "last" if facts["prompt"]["injection"] == "prepend" else "first"
+    return f"\nThe {which} {len(special)} stand for the tokenizer's own special tokens." if special else ""
 
 
 def _weights(facts: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from bbprompt.errors import ArtifactError
 from bbprompt.oracle import ReadoutKind
 from bbprompt.prompts import ModularPrompt, Pooling, PromptConfig
+from bbprompt.texts.mrc import NO_TOKEN
 
 __all__ = ["frozen_prompt", "frozen_tensors", "written_out"]
 
@@ -31,7 +32,7 @@ def written_out(
 
     Args:
         prompt: `(L, P, H)`.
-        placeholders: P token ids.
+        placeholders: P token ids, or P times `NO_TOKEN` for a prompt that is prepended.
         head: Weight `(2, H)` and bias `(2,)` of the answer head; `(0, H)` and `(0,)` where the readout has none.
         backbone: Name and digest of the model that it is for.
         readout: How options are scored.
@@ -49,6 +50,7 @@ def written_out(
         intrinsic_dim=1,
         readout=readout,
         pooling=pooling if readout == "prototype" else None,
+        injection="prepend" if NO_TOKEN in placeholders else "add",
         placeholders=tuple(placeholders),
     )
     ones = np.ones((layers, 1), dtype=np.float32)

@@ -24,9 +24,13 @@ from bbprompt.errors import ArtifactError, OracleError
 from bbprompt.oracle import ReadoutKind
 from bbprompt.router import CODE, GateRule, compose, mass
 from bbprompt.tensorfile import written
+from bbprompt.texts.mrc import NO_TOKEN
 from bbprompt.yamlfile import closest
 
-__all__ = ["ModularPrompt", "Pooling", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
+__all__ = ["Injection", "ModularPrompt", "Pooling", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
+
+#: How a prompt enters a model.
+Injection = Literal["add", "prepend"]
 
 FORMAT = 1
 _BUNDLED = Path(__file__).parent / "bundled" / "prompts"
@@ -70,11 +74,16 @@ class PromptConfig(BaseModel):
     fixed: int = Field(
         default=0, ge=0, description="last entries of a point that no search moves, see `random_projection`"
     )
-    injection: Literal["add"] = "add"
+    injection: Injection = Field(
+        default="add", description='"add" to placeholder tokens, or "prepend" rows of its own to the input, see BBT'
+    )
     readout: ReadoutKind = "span"
     pooling: Pooling | None = Field(default=None, description="of a prototype readout, and only there")
     support: Literal["candidates", "sequence"] = "candidates"
-    placeholders: tuple[int, ...] = Field(description="token ids at the prompt positions")
+    placeholders: tuple[int, ...] = Field(
+        description='token ids at the prompt positions; with "prepend" each is -1: no token but a row that is zero '
+        "before the prompt is added, and stands before the first special token"
+    )
     tasks: tuple[str, ...] = Field(default=(), description="upstream tasks, one router each")
     training: dict[str, Any] = Field(default_factory=dict)
     sources: tuple[str, ...] = Field(default=(), description="upstream data sources with their terms")
@@ -92,7 +101,12 @@ class PromptConfig(BaseModel):
             raise ValueError(f"{len(self.placeholders)} placeholders for prompt_length {self.prompt_length}")
         if not self.prompt_length and self.kind != "random":
             raise ValueError(f"prompt_length: 0 for kind {self.kind}, which is a prompt")
-        if min(self.placeholders, default=0) < 0:
+        if self.injection == "prepend":
+            if not self.placeholders or set(self.placeholders) != {NO_TOKEN}:
+                raise ValueError(f"placeholders: injection 'prepend' has no tokens, so that each is {NO_TOKEN}")
+            if self.layers != 1:
+                raise ValueError(f"layers: {self.layers} for injection 'prepend', which is of the input layer alone")
+        elif min(self.placeholders, default=0) < 0:
             raise ValueError("placeholders: a token id is negative")
         if self.kind == "mp2-shallow" and self.layers != 1:
             raise ValueError(f"layers: {self.layers} for kind mp2-shallow, which has 1")

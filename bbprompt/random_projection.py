@@ -1,8 +1,8 @@
 """Random subspaces in place of pre-trained ones: BBT and BBTv2 as a prompt that is built, not loaded.
 
 BBT (Sun et al. 2022, arXiv:2201.03514) tunes z in R^d and adds p = z A at the placeholders, where A is random and
-frozen. BBTv2 (Sun et al. 2022, arXiv:2205.11200) does so before every layer and draws the entries of A_l from
-N(0, s_l^2) with
+frozen; with the injection "prepend", p itself stands in rows before the first token (`cat` in the released code).
+BBTv2 (Sun et al. 2022, arXiv:2205.11200) adds before every layer and draws the entries of A_l from N(0, s_l^2) with
 
     s_l = alpha * std_l / (sqrt(d) * sigma),
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from bbprompt.errors import ArtifactError
 from bbprompt.prompts import ModularPrompt, PromptConfig
 from bbprompt.stage_settings import ProjectionConfig
+from bbprompt.texts.mrc import NO_TOKEN
 
 __all__ = [
     "BackboneFacts",
@@ -135,6 +136,7 @@ def random_prompt(
         else:
             bound = 1.0 / math.sqrt(settings.dim)
             projection[layer, : settings.dim] = rng.uniform(-bound, bound, projection[layer, : settings.dim].shape)
+    told = settings.model_dump(mode="json", exclude=settings.untold)
     config = PromptConfig(
         kind="random",
         backbone=facts.id,
@@ -147,12 +149,9 @@ def random_prompt(
         fixed=fixed,
         readout=settings.readout,
         pooling=settings.pooling if settings.readout == "prototype" else None,
-        placeholders=(
-            placeholders_for(facts.vocabulary, settings.prompt_length, settings.placeholder, settings.repeat)
-            if start is None
-            else start.config.placeholders
-        ),
-        training={"projection": settings.model_dump(mode="json"), "seed": seed, "stds": list(facts.stds[:layers])},
+        injection=settings.injection,
+        placeholders=_positions(settings, facts) if start is None else start.config.placeholders,
+        training={"projection": told, "seed": seed, "stds": list(facts.stds[:layers])},
     )
     rows = 2 if settings.readout == "span" else 0  # other readouts have no head of their own
     return ModularPrompt(
@@ -165,12 +164,21 @@ def random_prompt(
     )
 
 
+def _positions(settings: ProjectionConfig, facts: BackboneFacts) -> tuple[int, ...]:
+    """What stands at the prompt positions."""
+    if settings.injection == "prepend":
+        return (NO_TOKEN,) * settings.prompt_length
+    return placeholders_for(facts.vocabulary, settings.prompt_length, settings.placeholder, settings.repeat)
+
+
 def _start_rows(settings: ProjectionConfig, start: ModularPrompt, layers: int) -> NDArray[np.float32]:
     """The untuned prompt of an artifact as a row `(P * H)` for each of `layers` layers; zeros where it has none."""
     config = start.config
     problem = None
     if config.readout != settings.readout:
         problem = f"was trained for the readout '{config.readout}', not '{settings.readout}'"
+    elif config.injection != settings.injection:
+        problem = f"has the injection '{config.injection}', not '{settings.injection}'"
     elif config.layers > layers:
         problem = f"prompts {config.layers} layers; set projection.layers=all"
     elif config.prompt_length != settings.prompt_length:

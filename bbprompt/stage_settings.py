@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from bbprompt.oracle import ReadoutKind
-from bbprompt.prompts import Pooling
+from bbprompt.prompts import Injection, Pooling
 from bbprompt.settings import Count, Positive, Settings
 
 __all__ = ["ProjectionConfig", "PromptStageConfig", "RefineStageConfig", "RouterStageConfig"]
@@ -117,6 +117,9 @@ class ProjectionConfig(Settings):
     Attributes:
         dim: d, intrinsic dimension (BBT: 500).
         prompt_length: P, placeholder positions (BBT: 50).
+        injection: "add" adds the prompt to the embeddings of placeholder tokens; "prepend" puts P rows before the first
+            token, behind the embedding layer, which are the prompt and nothing else (`cat` in BBT's released code; of
+            the input layer alone).
         layers: "input" prompts the input layer alone (BBT), "all" every layer (BBTv2).
         distribution: "normal" draws entries from N(0, s^2) with s = alpha * std / (sqrt(d) * sigma), where std is
             that of the hidden states the prompt is added to; "uniform" from +-1 / sqrt(d).
@@ -127,7 +130,7 @@ class ProjectionConfig(Settings):
         readout: How options are scored.
         head: Prompt artifact whose answer head is used; a span readout needs one.
         start: Prompt artifact whose untuned prompt p0 is searched around, p = z A + p0 (BBT with a pre-trained prompt);
-            length, placeholders and, where `head` names none, the answer head are its own.
+            length, placeholders and, where `head` names none, the answer head are its own. Not with "prepend".
         placeholder: Token id at the first prompt position; None for 1000, as in BBT. The others follow it.
         repeat: Put the same token at every prompt position.
         pooling: How a prototype readout makes embeddings.
@@ -135,6 +138,7 @@ class ProjectionConfig(Settings):
 
     dim: Count = 500
     prompt_length: Count = 50
+    injection: Injection = "add"
     layers: Literal["input", "all"]
     distribution: Literal["normal", "uniform"] = "normal"
     alpha: Positive = 1.0
@@ -146,3 +150,21 @@ class ProjectionConfig(Settings):
     placeholder: Annotated[int, Field(ge=0, strict=True)] | None = None
     repeat: bool = False
     pooling: Pooling = Pooling()
+
+    @property
+    def untold(self) -> set[str]:
+        """Keys that manifests and digests leave out: a newer setting that says what held before there was it."""
+        return {"injection"} if self.injection == "add" else set()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.injection == "prepend":
+            if self.layers != "input":
+                raise ValueError("injection: 'prepend' has rows at the input layer alone; set layers=input")
+            if self.start is not None:
+                raise ValueError(
+                    "injection: 'prepend' takes no start, for the prompts there are were trained to be added to tokens"
+                )
+            if self.placeholder is not None or self.repeat:
+                raise ValueError("injection: 'prepend' has no tokens at the prompt; leave out placeholder and repeat")
+        return self

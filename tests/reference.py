@@ -15,6 +15,25 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.texts.mrc import Encoded, encode
 
 
+def prepended_states(
+    model: Any, ids: Sequence[Sequence[int]], prompt: np.ndarray, token_type: int = 0
+) -> list[np.ndarray]:
+    """Last hidden states `(P + S_i, H)` with the rows of a prompt `(P, H)` before each text.
+
+    They stand behind the stock embedding layer, which sees the tokens alone; the stock encoder sees all.
+    """
+    width, padding = max(map(len, ids)), model.config.pad_token_id or 0
+    batch = torch.tensor([[*text, *[padding] * (width - len(text))] for text in ids])
+    mask = torch.tensor([[1.0] * (len(prompt) + len(text)) + [0.0] * (width - len(text)) for text in ids])
+    with torch.no_grad():
+        embedded = model.embeddings(input_ids=batch, token_type_ids=torch.full_like(batch, token_type))
+        embedded = getattr(model, "embeddings_project", torch.nn.Identity())(embedded)
+        rows = torch.cat([torch.from_numpy(prompt).expand(len(ids), -1, -1), embedded], dim=1)
+        hidden = (1.0 - mask)[:, None, None] * torch.finfo(torch.float32).min
+        out = model.encoder(rows, attention_mask=hidden).last_hidden_state
+    return [states[: len(prompt) + len(text)].numpy() for states, text in zip(out, ids, strict=True)]
+
+
 def plain_states(
     model: Any, ids: Sequence[Sequence[int]], prompts: np.ndarray | None = None, first: int = 1, token_type: int = 0
 ) -> list[np.ndarray]:
@@ -77,13 +96,11 @@ class PlainOracle:
         """Return log-probabilities `(O, 2)`, raw logits `(O, 2)` and the best character span of each text."""
         encoded = self.encoded(batch)
         prompts = self.prompt.prompts(point.astype(np.float32))
-        states = plain_states(
-            self.backbone.model,
-            [item.ids for item in encoded],
-            prompts,
-            self.frame.prompt_start,
-            self.backbone.token_type,
-        )
+        model, ids, token_type = self.backbone.model, [item.ids for item in encoded], self.backbone.token_type
+        if self.prompt.config.injection == "prepend":
+            states = prepended_states(model, [text[len(prompts[0]) :] for text in ids], prompts[0], token_type)
+        else:
+            states = plain_states(model, ids, prompts, self.frame.prompt_start, token_type)
         log_probabilities, raw, best = [], [], []
         for item, rows in zip(encoded, states, strict=True):
             logits = rows.astype(np.float64) @ self.prompt.head_weight.T + self.prompt.head_bias

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from reference import plain_states
+from reference import plain_states, prepended_states
 
 from bbprompt.backends.encoder import Encoder, pack
 from bbprompt.backends.linear import packable
 from bbprompt.errors import ArtifactError
+from bbprompt.texts.mrc import NO_TOKEN
 
 KINDS = ("bert", "roberta", "electra")
 PRECISIONS = (None, torch.float32, torch.bfloat16)
@@ -90,6 +91,26 @@ def test_injection_equals_a_hook_before_each_layer(models: dict[str, Any], kind:
         bare = run(Encoder(models[kind]), ids)
     assert largest_difference(ours, plain_states(models[kind], ids, prompts)) < 1e-5
     assert largest_difference(ours, [one.numpy() for one in bare]) > 0.1, "the prompts must be visible"
+
+
+@pytest.mark.parametrize("fast", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_before_the_first_token(models: dict[str, Any], kind: str, fast: Any) -> None:
+    ids, prompt = texts(), np.random.default_rng(1).normal(size=(3, tiny.HIDDEN)).astype(np.float32)
+    longer = [[NO_TOKEN] * 3 + text for text in ids]
+    with torch.inference_mode():
+        encoder = Encoder(models[kind])
+        ours = run(encoder, longer, torch.from_numpy(prompt)[None], first=0, fast=fast)
+        zero, bare = run(encoder, longer, fast=fast), run(encoder, ids, fast=fast)
+        layout, own = pack([len(text) for text in longer]), pack([len(text) for text in ids])
+        rows, known = encoder.embed(longer, layout), encoder.embed(ids, own)
+    assert largest_difference(ours, prepended_states(models[kind], ids, prompt)) < 1e-5
+    assert largest_difference(zero, prepended_states(models[kind], ids, 0 * prompt)) < 1e-5
+    # Rows of zeros are attended to, although they change no token's own embedding.
+    assert largest_difference([one[3:] for one in zero], [one.numpy() for one in bare]) > 0.1
+    for at, first, text in zip(layout.starts.tolist(), own.starts.tolist(), ids, strict=True):
+        assert not rows[at : at + 3].any()
+        assert torch.equal(rows[at + 3 : at + 3 + len(text)], known[first : first + len(text)])
 
 
 def test_a_zero_prompt_is_no_prompt(models: dict[str, Any]) -> None:

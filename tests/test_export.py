@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import runpy
@@ -47,17 +48,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def causal_runs(
     models: dict[str, Path], tiny_pair_data: Path, tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], Path]:
-    """Finished runs on tiny models, by model and layers; on BERT at the input alone."""
+    """Finished runs on tiny models, by model and layers, or "prepend"; on BERT at the input alone."""
     root = tmp_path_factory.mktemp("runs")
     method = {"name": "cloze", "summary": "s", "source": "s", "prompts": "none", "gates": "sigmoid"}
     method |= {"mixing": "normalized", "select": "both-losses"}
-    projection = {"readout": "verbalizer", "prompt_length": 2, "dim": 4, "scale": 2.0, "placeholder": 300}
+    projection = {"readout": "verbalizer", "prompt_length": 2, "dim": 4, "scale": 2.0}
+    where: dict[str, Any] = {layers: {"layers": layers, "placeholder": 300} for layers in ("input", "all")}
+    where["prepend"] = {"layers": "input", "injection": "prepend"}
     stage = {"popsize": 4, "sigma_first": 1.0, "sigma": 1.0, "keep": "improving", "dev_every": 8}
     runs = {}
-    for family, layers in (*((name, depth) for name in FAMILIES for depth in ("input", "all")), ("bert", "input")):
+    for family, layers in (*itertools.product(FAMILIES, where), ("bert", "input"), ("bert", "prepend")):
         file = root / f"cloze-{layers}.yaml"
         layout = {"layout": "layerwise" if layers == "all" else "joint"}
-        described = method | {"projection": projection | {"layers": layers}, "prompt": stage | layout}
+        described = method | {"projection": projection | where[layers], "prompt": stage | layout}
         file.write_text(yaml.safe_dump(described | {"name": file.stem}), encoding="utf-8")
         runs[family, layers] = root / f"{family}-{layers}"
         bbprompt.tune(
@@ -118,11 +121,15 @@ def agrees(prompt: TunedPrompt, record: dict[str, Any], facts: dict[str, Any], l
 def stock_logits(model: Any, prompt: TunedPrompt, first: int, ids: torch.Tensor) -> torch.Tensor:
     """Logits of the whole vocabulary behind [CLS] (`first`), placeholders and `ids`, by the stock forward.
 
-    The prompt is added before the blocks, as the run did it.
+    The prompt is added before the blocks, as the run did it; a prepended one stands before [CLS].
     """
     directory, config = reopen(prompt.path, writable=False)
     with directory:
         artifact, point = read_tuned(directory, config)
+    if artifact.config.injection == "prepend":
+        known = model.get_input_embeddings()(torch.cat([torch.tensor([[first]]), ids], dim=1))
+        embeds = torch.cat([torch.from_numpy(artifact.prompts(point)), known], dim=1)
+        return torch.as_tensor(model(inputs_embeds=embeds).logits[0, -1])
     front = [first, *artifact.config.placeholders]
     blocks = model.transformer.h if model.config.model_type == "gpt2" else model.model.layers
     hooks = []
@@ -141,7 +148,7 @@ def stock_logits(model: Any, prompt: TunedPrompt, first: int, ids: torch.Tensor)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # read by PEFT
-@pytest.mark.parametrize("layers", ["input", "all"])
+@pytest.mark.parametrize("layers", ["input", "all", "prepend"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_it_and_computes_the_same(
     family: str,
@@ -158,6 +165,8 @@ def test_peft_loads_it_and_computes_the_same(
     kind = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))["peft_type"]
     assert kind == ("PREFIX_TUNING" if layers == "all" else "PROMPT_TUNING")
     assert done.length == facts["rows"]["count"] == 3, "[CLS] and two placeholders"
+    last = "The last 1 stand for the tokenizer's own" in (out / "README.md").read_text(encoding="utf-8")
+    assert last == (layers == "prepend")
     names: dict[str, Any] = {}
     exec(code_in(out / "README.md"), names)
     model = names["load"](str(models[family]), str(out))
@@ -173,17 +182,23 @@ def test_peft_loads_it_and_computes_the_same(
         agrees(prompt, record, facts, logits)
 
 
+@pytest.mark.parametrize("layers", ["input", "prepend"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_before_the_text_are_what_the_run_saw(
-    family: str, models: dict[str, Path], causal_runs: dict[tuple[str, str], Path], tuned: Any, tmp_path: Path
+    family: str,
+    layers: str,
+    models: dict[str, Path],
+    causal_runs: dict[tuple[str, str], Path],
+    tuned: Any,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "rows"
-    done = export_prompt(causal_runs[family, "input"], "prompt-embeds", out)
+    done = export_prompt(causal_runs[family, layers], "prompt-embeds", out)
     assert sorted(done.files) == sorted(path.name for path in out.iterdir())
     facts, rows = facts_of(out), torch.from_numpy(load_file(out / "prompt_embeds.safetensors")["prompt_embeds"])
     tokenizer = AutoTokenizer.from_pretrained(models[family])
     model = AutoModelForCausalLM.from_pretrained(models[family], dtype=torch.float32).eval()
-    embed, prompt = model.get_input_embeddings(), tuned(family, "input")
+    embed, prompt = model.get_input_embeddings(), tuned(family, layers)
     for record in RECORDS:
         ids = tokenizer(text_of(facts, record), add_special_tokens=False, return_tensors="pt").input_ids[0]
         with torch.no_grad():
@@ -296,7 +311,10 @@ def test_what_a_form_cannot_represent_is_refused(
     refused(
         deep_run, form, tmp_path / "out", f"--format {form}: a 'span' readout is of an encoder.*--format safetensors"
     )
-    refused(causal_runs["bert", "input"], form, tmp_path / "out", "is no causal model: .* LayerNorm")
+    refused(
+        causal_runs["bert", "input"], form, tmp_path / "out", "is no causal model: its prompt is added .* LayerNorm"
+    )
+    refused(causal_runs["bert", "prepend"], form, tmp_path / "out", "no causal model: its prompt has rows .* LayerNorm")
     if form == "prompt-embeds":
         refused(causal_runs["gpt2", "all"], form, tmp_path / "out", "before 3 layers, and rows before the text reach")
 

@@ -34,6 +34,21 @@ def test_a_frozen_prompt_is_the_prompt() -> None:
         frozen_prompt({}, NAMES, "span", None)
 
 
+def test_a_prepended_prompt_stays_one() -> None:
+    settings = ProjectionConfig(dim=4, prompt_length=5, layers="input", injection="prepend", scale=1.0)
+    prompt = random_prompt(settings, FACTS, 3)
+    tensors = frozen_tensors(prompt, np.ones((1, 4)))
+    assert tensors["placeholders"].tolist() == [-1] * 5
+    frozen, _ = frozen_prompt(tensors, NAMES, "span", None)
+    assert (frozen.config.injection, frozen.config.placeholders) == ("prepend", (-1,) * 5)
+    for wrong in (
+        tensors | {"placeholders": np.array([-1, -1, 7, -1, -1])},
+        tensors | {"prompt": np.zeros((2, 5, 32))},
+    ):
+        with pytest.raises(ArtifactError, match="damaged"):
+            frozen_prompt(wrong, NAMES, "span", None)
+
+
 def test_a_prompt_written_out_keeps_its_readout(tmp_path: Path) -> None:
     values = np.random.default_rng(2).normal(size=(2, 3, 32)).astype(np.float32)
     none = np.zeros((0, 32)), np.zeros(0)

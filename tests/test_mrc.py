@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from bbprompt.errors import DataError
 from bbprompt.tasks.example import Answer, Form, Part
-from bbprompt.texts.mrc import SEPARATOR, Encoded, Frame, encode
+from bbprompt.texts.cloze import encode_cloze
+from bbprompt.texts.mrc import NO_TOKEN, SEPARATOR, Encoded, Frame, encode
 
 FRAME = Frame(first=(1,), placeholders=(7, 8), last=(2,), limit=64)
 
@@ -51,7 +53,20 @@ def test_layout() -> None:
 
 
 def test_frame_positions() -> None:
-    assert (FRAME.prompt_start, FRAME.text_start, FRAME.room) == (1, 3, 60)
+    assert (FRAME.prompt_start, FRAME.prompt_end, FRAME.text_start, FRAME.room) == (1, 3, 3, 60)
+
+
+def test_a_prepended_prompt_stands_before_the_special_token() -> None:
+    frame = replace(FRAME, placeholders=(NO_TOKEN, NO_TOKEN))
+    assert (frame.prompt_start, frame.prompt_end, frame.text_start, frame.room) == (0, 2, 3, 60)
+    text = form("问：", long("甲乙"), options=["是", "不是"])
+    encoded = encode(text, characters, frame)
+    assert encoded.ids[:3] == (NO_TOKEN, NO_TOKEN, 1)
+    usual = encode(text, characters, FRAME)
+    assert (encoded.ids[3:], encoded.spans) == (usual.ids[3:], usual.spans)
+    gap = encode_cloze(replace(text, gap=1), characters, frame, (9,))
+    assert gap.ids == (NO_TOKEN, NO_TOKEN, 1, *map(ord, "问："), 9, *map(ord, "甲乙"), 2)
+    assert gap.spans == ((5, 5),)
 
 
 words = st.text(st.sampled_from("甲乙丙丁abc123"), min_size=1, max_size=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from safetensors.numpy import load_file
 
 from bbprompt.backends.backbone import load_backbone
@@ -30,6 +32,7 @@ from bbprompt.run import located, prepare, reopen, tune
 from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.tasks.example import Form, Part
+from bbprompt.texts.mrc import NO_TOKEN
 
 FACTS = BackboneFacts("model", "d" * 64, 32, 5000, 3, (0.04, 0.8, 1.2))
 
@@ -111,6 +114,32 @@ def test_the_states_are_measured_as_the_stock_model_has_them(tiny_bert_dir: Path
         assert facts.stds[layer] == pytest.approx(clipped_std(states[layer].numpy()), rel=1e-4)
 
 
+def test_a_prepended_prompt_has_no_tokens() -> None:
+    prompt = random_prompt(settings(layers="input", injection="prepend"), FACTS, 3)
+    assert (prompt.config.injection, prompt.config.placeholders) == ("prepend", (NO_TOKEN,) * 5)
+    added = random_prompt(settings(layers="input"), FACTS, 3)
+    assert (added.config.injection, added.config.placeholders) == ("add", tuple(range(1000, 1005)))
+    assert np.array_equal(prompt.projection, added.projection)
+    assert prompt.digest != added.digest
+    assert "injection" not in added.config.training["projection"]  # so that its digest is the one it always had
+    assert prompt.config.training["projection"]["injection"] == "prepend"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "all"}, "at the input layer alone; set layers=input"),
+        ({"start": "x"}, "takes no start, for the prompts there are were trained to be added"),
+        ({"placeholder": 7}, "leave out placeholder and repeat"),
+        ({"repeat": True}, "leave out placeholder and repeat"),
+        ({"injection": "cat"}, "'add' or 'prepend'"),
+    ],
+)
+def test_what_rows_before_the_text_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        settings(**({"layers": "input", "injection": "prepend"} | changes))
+
+
 # ---------------------------------------------------------------------------------- around a trained prompt
 
 
@@ -152,6 +181,9 @@ def test_a_start_that_does_not_fit_is_refused(tiny_prompts: Path) -> None:
     ):
         with pytest.raises(ArtifactError, match=message):
             random_prompt(settings(start="x", **changes), facts_for(start), 3, start=start)
+    rows = random_prompt(settings(layers="input", injection="prepend"), facts_for(start), 3)
+    with pytest.raises(ArtifactError, match="has the injection 'prepend', not 'add'"):
+        random_prompt(settings(start="x", layers="input"), facts_for(start), 3, start=rows)
     with pytest.raises(ArtifactError, match=r"projection\.start: 'x' was trained for"):
         random_prompt(settings(start="x"), FACTS, 3, start=start)
 
@@ -198,6 +230,8 @@ def test_a_run_keeps_its_prompt(tiny_pair_data: Path, tiny_prompts: Path, tmp_pa
     tensors = load_file(tmp_path / "run" / "prompt.safetensors")
     assert tensors["prompt"].shape == (3, 3, 32)
     assert tensors["point"].shape == (3, 6)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["method"]["projection"].keys() == ProjectionConfig.model_fields.keys() - {"injection"}
     with load_prompt(tmp_path / "run") as used:
         assert used.evaluate().value == result.test.value
     assert begin(run, tmp_path / "again").digest == result.digest

@@ -20,10 +20,11 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "b
 
 def manifest_of(run: Opened) -> dict[str, Any]:
     """Settings, digests, versions and threads of a run."""
-    info = run.model
+    info, projection = run.model, run.method.projection
+    untold = {"projection": projection.untold} if projection is not None else {}
     return {
         "config": run.config.deciding(),
-        "method": run.method.model_dump(mode="json"),
+        "method": run.method.model_dump(mode="json", exclude=untold),
         "task": run.task.model_dump(mode="json"),
         "data": {
             "source": run.data.source,

@@ -1,8 +1,8 @@
 """The cloze form on tokens: a text with a gap, and the words that may fill it.
 
-A sequence is `[first] placeholders text-before gap text-behind [last]`. White space before the gap belongs to the
-word that fills it ("It was {gap}" is filled by " great"), as byte-level vocabularies have it. What does not fit is
-cut as in `bbprompt.texts.mrc`.
+A sequence is `[first] placeholders text-before gap text-behind [last]`, or has a prepended prompt in front. White space
+before the gap belongs to the word that fills it ("It was {gap}" is filled by " great"), as byte-level vocabularies have
+it. What does not fit is cut as in `bbprompt.texts.mrc`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def encode_cloze(form: Form, tokenize: Tokenize, frame: Frame, gap: Sequence[int
     after = [ids[i] for i in kept if i >= boundary]
     at = frame.text_start + len(before)
     return Encoded(
-        (*frame.first, *frame.placeholders, *before, *gap, *after, *frame.last),
+        (*frame.front, *before, *gap, *after, *frame.last),
         ((at, at + len(gap) - 1),),
         (0, 0),
         (),

@@ -1,10 +1,10 @@
 """The machine-reading form on tokens: where options and context stand, and what is cut from a long text.
 
 A sequence is `[first] placeholders text options [last]`: the placeholders are the positions that prompts are
-added to, the options follow the text, each closed by a comma. The whole text is tokenized at once and its
-spans are found by character offsets, so any fast tokenizer serves. When a sequence is too long, tokens are
-taken from the end of the parts marked as cuttable, the longest first; the question and the options are never
-touched.
+added to, the options follow the text, each closed by a comma. A prepended prompt has rows of its own in their place,
+before everything else. The whole text is tokenized at once and its spans are found by character offsets, so any fast
+tokenizer serves. When a sequence is too long, tokens are taken from the end of the parts marked as cuttable, the
+longest first; the question and the options are never touched.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from bbprompt.errors import DataError
 from bbprompt.tasks.example import Answer, Form
 
-__all__ = ["SEPARATOR", "Encoded", "Frame", "Offsets", "encode", "keep", "owners"]
+__all__ = ["NO_TOKEN", "SEPARATOR", "Encoded", "Frame", "Offsets", "encode", "keep", "owners"]
 
 #: Closes each option.
 SEPARATOR = "，"
+
+#: In place of a token id: a row of zeros where the embeddings of tokens stand, which has no position among theirs.
+NO_TOKEN = -1
 
 #: Character span (start, end) of each token.
 Offsets = Sequence[tuple[int, int]]
@@ -30,7 +33,7 @@ class Frame:
 
     Attributes:
         first: Token ids before the placeholders ([CLS] or <s>).
-        placeholders: Token ids at the prompt positions, P of them.
+        placeholders: Token ids at the prompt positions, P of them; all `NO_TOKEN` for a prompt before `first`.
         last: Token ids after the options ([SEP] or </s>).
         limit: Longest sequence in tokens, everything included.
     """
@@ -41,9 +44,24 @@ class Frame:
     limit: int
 
     @property
+    def prepended(self) -> bool:
+        """Whether the prompt has rows of its own, before the first token."""
+        return NO_TOKEN in self.placeholders
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """What stands before every text, in order."""
+        return (*self.placeholders, *self.first) if self.prepended else (*self.first, *self.placeholders)
+
+    @property
     def prompt_start(self) -> int:
-        """Position of the first placeholder."""
-        return len(self.first)
+        """Position of the first row of the prompt."""
+        return 0 if self.prepended else len(self.first)
+
+    @property
+    def prompt_end(self) -> int:
+        """Position behind the last row of the prompt."""
+        return self.prompt_start + len(self.placeholders)
 
     @property
     def text_start(self) -> int:
@@ -61,7 +79,7 @@ class Encoded:
     """One sequence.
 
     Attributes:
-        ids: Token ids.
+        ids: Token ids; `NO_TOKEN` at the rows of a prepended prompt.
         spans: First and last position of each option; for extraction of each given answer that is in sight.
         context: First position of the context and the one after its last; (0, 0) without one.
         offsets: Character span in the context of each of its tokens.
@@ -133,7 +151,7 @@ def encode(
             "--max-tokens if it was set, or take a --backbone with a longer input"
         )
     return Encoded(
-        (*frame.first, *frame.placeholders, *ids, *frame.last),
+        (*frame.front, *ids, *frame.last),
         tuple(spans),
         context,
         tuple(context_offsets),
