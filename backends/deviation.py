@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bbprompt.backends.encoder import Encoder, Layout
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import Layout
 
 __all__ = ["deviate"]
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.fit import info_of
+from bbprompt.backends.layout import pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.embedding import Embeddings
 from bbprompt.oracle import OracleInfo

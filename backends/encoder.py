@@ -2,8 +2,7 @@
 
 The weights stay where transformers put them; only the order of the work is ours. N texts are *packed*: their
 T real tokens stand in one matrix (T, H), so no GEMM, LayerNorm or activation touches padding. Attention alone
-unfolds them to (N, S, H) under a mask. Several candidate prompts for the same texts are a leading dimension
-n.
+unfolds them to (N, S, H) under a mask. Several candidate prompts for the same texts are a leading dimension n.
 """
 
 from __future__ import annotations
@@ -17,114 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bbprompt.backends.layout import Group, Layout
 from bbprompt.backends.linear import FrozenLinear, packable
 from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import NO_TOKEN
 
-__all__ = ["Encoder", "Group", "Layout", "check_family", "pack"]
+__all__ = ["Encoder", "check_family"]
 
 #: Model types whose layers carry BERT's names and post-LayerNorm order.
 FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
-
-#: Attention on a CPU: keys fill whole vectors of so many, as those of the last one otherwise go one by one.
-_ALIGNED = 16
-#: And in bfloat16 between 32 and 64 queries and keys become 64: fewer take a path that several threads do not speed up,
-#: which is no matter up to 32.
-_NARROW, _WIDE = 32, 64
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Texts of similar length that attend together.
-
-    Attributes:
-        first: Packed row where the group begins; its texts stand one after the other.
-        width: W, columns that are asked for: the tokens of the longest text, or a few more.
-        rows: `(G, S)`, S >= W: row within the group of each cell of its padded grid; 0 where the cell is padding.
-        cells: Flat cell of the grid's first W columns for each row of the group.
-        mask: `(G, 1, 1, S)` True where a cell holds a token.
-        texts: `(G,)` which texts these are.
-        even: No cell is padding: the rows are the grid.
-    """
-
-    first: int
-    width: int
-    rows: Tensor
-    cells: Tensor
-    mask: Tensor
-    texts: Tensor
-    even: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How N texts of different length lie in T packed rows: shortest first, in groups.
-
-    Attributes:
-        starts: `(N,)` packed row of the first token of each text; token j of text i is row `starts[i] + j`.
-        order: The texts in packed order.
-        groups: Consecutive groups that cover all T rows.
-    """
-
-    starts: Tensor
-    order: tuple[int, ...]
-    groups: tuple[Group, ...]
-
-
-def pack(
-    lengths: Sequence[int],
-    device: torch.device | str = "cpu",
-    slack: int = 16,
-    fast: torch.dtype | None = None,
-) -> Layout:
-    """Lay texts of the given `lengths` (tokens) out.
-
-    Args:
-        lengths: Tokens of each text.
-        device: Where they are read.
-        slack: Within a group lengths differ by less than this.
-        fast: Widen the grids to what attention in this precision is fastest on; None: as narrow as can be.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    starts = torch.zeros(len(lengths), dtype=torch.long)
-    groups, first, begin = [], 0, 0
-    for end in range(1, len(order) + 1):
-        if end < len(order) and lengths[order[end]] - lengths[order[begin]] < slack:
-            continue
-        members = order[begin:end]
-        sizes = torch.as_tensor([lengths[i] for i in members])
-        width = int(sizes.max())
-        columns = width
-        if fast is not None and torch.device(device).type == "cpu":
-            width, columns = _widened(width, int(sizes.min()) == width, fast)
-        mask = torch.arange(columns)[None, :] < sizes[:, None]
-        rows = torch.zeros(mask.shape, dtype=torch.long)
-        rows[mask] = torch.arange(int(sizes.sum()))
-        starts[members] = first + sizes.cumsum(0) - sizes
-        cells = mask[:, :width].flatten().nonzero().squeeze(1)
-        groups.append(
-            Group(
-                first,
-                width,
-                rows.to(device),
-                cells.to(device),
-                mask[:, None, None, :].to(device),
-                torch.as_tensor(members),
-                bool(mask.all()),
-            )
-        )
-        first, begin = first + int(sizes.sum()), end
-    return Layout(starts.to(device), tuple(order), tuple(groups))
-
-
-def _widened(width: int, even: bool, dtype: torch.dtype) -> tuple[int, int]:
-    """Queries and keys of a text for texts of at most `width` tokens."""
-    columns = -(-width // _ALIGNED) * _ALIGNED
-    if dtype is torch.bfloat16:
-        return (_WIDE, _WIDE) if _NARROW < columns <= _WIDE else (width, columns)
-    # Rows of one length are a grid without a copy, which would cost in float32 what the wider grid saves.
-    return (width, width) if even else (width, columns)
 
 
 def check_family(model: Any) -> None:
@@ -377,11 +278,11 @@ class Encoder:
 
 def _tail(mixed: Tensor, residual: Tensor, weights: tuple[Tensor, ...], epsilon: float) -> Tensor:
     """What follows attention in a layer, in plain operations that a compiler can fuse; see `Encoder.layer`."""
-    out, out_bias, up, up_bias, down, down_bias, *norms = weights
+    out, out_bias, up, up_bias, down, down_bias, scale, shift, last_scale, last_shift = weights
     shape = residual.shape[-1:]
-    inner = F.layer_norm(residual + F.linear(mixed, out, out_bias), shape, *norms[:2], epsilon)
+    inner = F.layer_norm(residual + F.linear(mixed, out, out_bias), shape, scale, shift, epsilon)
     summed = inner + F.linear(F.gelu(F.linear(inner, up, up_bias)), down, down_bias)
-    return F.layer_norm(summed, shape, *norms[2:], epsilon)
+    return F.layer_norm(summed, shape, last_scale, last_shift, epsilon)
 
 
 def _grids(rows: Tensor, layout: Layout) -> Iterator[tuple[Group, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from bbprompt.backends.encoder import Layout
+from bbprompt.backends.layout import Layout
 from bbprompt.errors import DataError, TextError
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.texts.mrc import Encoded

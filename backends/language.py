@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.body import Body, CausalBody, body_of
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.fit import info_of
+from bbprompt.backends.layout import pack
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.head import Head, Plan
+from bbprompt.backends.layout import pack
 from bbprompt.backends.memory import is_exhausted
 from bbprompt.backends.population import Place, Runner, Trunk
 from bbprompt.backends.precision import ENOUGH, ENOUGH_THROUGHOUT, Probe, error_of, log_probabilities, spread_of

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import pack
 from bbprompt.errors import ArtifactError
 
 __all__ = ["PREFIX", "Rows", "overlaid", "rows_read", "weights_of", "with_rows", "written_weights"]

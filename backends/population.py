@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.backends.deviation import deviate
-from bbprompt.backends.encoder import Encoder, Layout
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import Layout
 from bbprompt.units import Unit
 
 __all__ = ["Place", "Runner", "Trunk"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each, one_channel
+from bbprompt.backends.layout import Layout
 from bbprompt.errors import DataError
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.tasks.example import Form, Part

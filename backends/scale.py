@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.oracle import TextBatch

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each
+from bbprompt.backends.layout import Layout
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.texts.mrc import Encoded, Frame, Offsets, encode
 

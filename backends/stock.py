@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.body import Body, body_of, check_embeds
-from bbprompt.backends.encoder import pack
 from bbprompt.backends.fit import check_fit, info_of
+from bbprompt.backends.layout import pack
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import ArtifactError

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bbprompt.backends.encoder import Layout
 from bbprompt.backends.head import each, one_channel
+from bbprompt.backends.layout import Layout
 from bbprompt.backends.lm_head import HeadKind, LanguageHead
 from bbprompt.errors import DataError
 from bbprompt.oracle import Scores, Support, TextBatch

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
-from bbprompt.backends.encoder import Encoder, Layout, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import Layout, pack
 from bbprompt.backends.population import Place, Runner, Trunk
 from bbprompt.units import plan_units
 

@@ -11,7 +11,8 @@ import tiny
 import torch
 from reference import plain_states, prepended_states
 
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import pack
 from bbprompt.backends.linear import packable
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import NO_TOKEN
@@ -221,35 +222,6 @@ def test_bfloat16_is_near(models: dict[str, Any]) -> None:
     theirs = np.concatenate(plain_states(models["bert"], ids))
     mine = torch.cat(ours).float().numpy()
     assert np.abs(mine - theirs).mean() < 0.05
-
-
-@pytest.mark.parametrize("fast", PRECISIONS)
-def test_layout(fast: Any) -> None:
-    layout = pack(LENGTHS, slack=16, fast=fast)
-    assert [LENGTHS[i] for i in layout.order] == sorted(LENGTHS)
-    covered = sorted(
-        row for at, size in zip(layout.starts.tolist(), LENGTHS, strict=True) for row in range(at, at + size)
-    )
-    assert covered == list(range(sum(LENGTHS)))
-    first = 0
-    for group in layout.groups:
-        sizes = [LENGTHS[i] for i in group.texts.tolist()]
-        assert max(sizes) - min(sizes) < 16
-        assert group.first == first
-        assert group.mask.sum().item() == len(group.cells) == sum(sizes)
-        # The grid's cells give back the rows in order.
-        assert group.rows[:, : group.width].flatten()[group.cells].tolist() == list(range(sum(sizes)))
-        columns = group.rows.shape[1]
-        assert group.rows.shape == group.mask[:, 0, 0].shape
-        assert group.even == (set(sizes) == {columns})
-        assert max(sizes) <= group.width <= columns
-        wanted = {None: 1, torch.float32: 16 if len(set(sizes)) > 1 else 1, torch.bfloat16: 16}[fast]
-        assert columns % wanted == 0
-        # In bfloat16 torch's kernel for 33 to 63 tokens does not scale with threads.
-        assert group.width == (64 if fast is torch.bfloat16 and max(sizes) > 32 else max(sizes))
-        first += sum(sizes)
-    assert first == sum(LENGTHS)
-    assert [len(group.texts) for group in layout.groups] == [4, 3, 1]
 
 
 def test_other_models_are_refused() -> None:

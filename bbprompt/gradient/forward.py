@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.body import body_of
-from bbprompt.backends.encoder import Encoder, Layout, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import Layout, pack
 from bbprompt.backends.local import open_head
 from bbprompt.backends.population import Place, Runner, Trunk
 from bbprompt.backends.precision import warn_of_slow

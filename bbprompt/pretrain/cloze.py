@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bbprompt.backends.body import Body
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import pack
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.oracle import TextBatch

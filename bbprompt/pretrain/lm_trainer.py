@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import pack
 from bbprompt.backends.trained_head import Transform
 from bbprompt.errors import ArtifactError, ResumeMismatch, UsageError
 from bbprompt.pretrain.ahead import Ahead

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bbprompt.backends.encoder import Encoder, Layout, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import Layout, pack
 from bbprompt.texts.mrc import Encoded, Frame
 
 __all__ = ["Batch", "ModularPrompts", "Phase", "SpanBatch", "collate", "relaxed_bernoulli", "span_loss"]

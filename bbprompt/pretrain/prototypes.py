@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bbprompt.backends.encoder import Encoder, pack
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import pack
 from bbprompt.backends.prototype_head import PrototypeHead, pieces
 from bbprompt.pretrain.mixture import Mixture
 from bbprompt.pretrain.model import ModularPrompts, Phase
