@@ -1,8 +1,8 @@
 """A process beside this one that answers a question while this one waits for a model elsewhere.
 
-A process and no thread: it does not take turns with the interpreter that hands out work, and the number of BLAS
-threads, which decides last digits, is its own. `python -m bbprompt.optimizers.aside` is that process; it ends when its
-input does.
+A process and no thread: it does not take turns with the interpreter that hands out work, and the number of threads,
+which decides last digits, is its own. So are the libraries that fit, which take seconds to load.
+`python -m bbprompt.optimizers.aside` is that process; it ends when its input does.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import struct
 import subprocess
 import sys
 import weakref
+from contextlib import suppress
+from threading import Thread
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
-from bbprompt.optimizers.proposal import Question
+from bbprompt.optimizers.proposal import Fits, Question
 
 __all__ = ["Aside"]
 
@@ -38,6 +39,7 @@ class Aside:
         """Start nothing yet."""
         self._process: subprocess.Popen[bytes] | None = None
         self._asked: bytes | None = None
+        self._fits = Fits()
         self._failed = False
 
     def start(self) -> None:
@@ -62,10 +64,8 @@ class Aside:
         if self._process is None or self._failed or self._asked is not None:
             return
         self._asked = question.encode()
-        try:
-            _send(_stream(self._process.stdin), self._asked)
-        except OSError as error:
-            self._fail(str(error))
+        # The process may be at its libraries still, and reads nothing before; one that is gone shows at the answer.
+        Thread(target=_sent, args=(_stream(self._process.stdin), self._asked), daemon=True).start()
 
     def answer(self, question: Question) -> NDArray[np.float64]:
         """The answer `(n, dim)`, at once if it is ready; waits for the process if it is at it."""
@@ -76,8 +76,7 @@ class Aside:
                 self._fail(f"it ended with status {self._process.wait()}")
             elif asked == question.encode():
                 return np.frombuffer(reply).reshape(-1, question.taken.shape[1]).copy()
-        with threadpool_limits(limits=1, user_api="blas"):
-            return question.answer()
+        return question.answer(self._fits)
 
     def _fail(self, reason: str) -> None:
         _log.warning("the process that proposes beside this one was lost (%s); proposals are made in turn", reason)
@@ -110,6 +109,12 @@ def _send(stream: IO[bytes], data: bytes) -> None:
     stream.flush()
 
 
+def _sent(stream: IO[bytes], data: bytes) -> None:
+    """Send a message as long as there is somebody at the other end."""
+    with suppress(OSError, ValueError):  # ValueError: closed on this side since
+        _send(stream, data)
+
+
 def _receive(stream: IO[bytes]) -> bytes | None:
     """A message, or None where the other end is closed."""
     head = stream.read(_LENGTH.size)
@@ -120,9 +125,11 @@ def _receive(stream: IO[bytes]) -> bytes | None:
 
 
 def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
-    with threadpool_limits(limits=1, user_api="blas"):
-        while (data := _receive(questions)) is not None:
-            _send(answers, Question.decode(data).answer().tobytes())
+    from bbprompt.optimizers import fitting  # noqa: F401  loaded before there is a question
+
+    fits = Fits()
+    while (data := _receive(questions)) is not None:
+        _send(answers, Question.decode(data).answer(fits).tobytes())
 
 
 if __name__ == "__main__":
