@@ -1,6 +1,6 @@
 """Hyperparameters of a Gaussian process by maximum a posteriori, with botorch and gpytorch.
 
-Apart from `gp.py`, since these libraries take seconds to load: where a process beside this one proposes, it alone fits.
+Apart from `gp.py`, since these libraries take seconds to load and not every process of a search fits (`aside.py`).
 """
 
 from __future__ import annotations

@@ -112,8 +112,7 @@ class GPUCB:
         self._aside = (aside or Aside()) if ahead else None
         if self._aside is not None:
             self._aside.start()
-        else:
-            from bbprompt.optimizers import fitting  # noqa: F401  what it loads is no part of the first fit
+        from bbprompt.optimizers import fitting  # noqa: F401  what it loads is no part of the first fit
 
     def ask(self) -> NDArray[np.float64]:
         """Propose `batch` rows (fewer where no more binary rows are left); see `Optimizer.ask`."""

@@ -115,16 +115,30 @@ class Fits:
         """Nothing fitted yet."""
         self._last: tuple[bytes, Hyperparameters] | None = None
 
+    def known(self, question: Question) -> Hyperparameters | None:
+        """The hyperparameters of a question if they are those of the last fit."""
+        return self._last[1] if self._last is not None and self._last[0] == _key(question) else None
+
+    def keep(self, question: Question, hyper: Hyperparameters) -> None:
+        """Take the hyperparameters of a question from who has fitted them."""
+        self._last = _key(question), hyper
+
     def of(self, question: Question) -> Hyperparameters:
         """The hyperparameters of a question; fits them where the last question had others."""
-        ard = bool(question.integers[6])
-        key = b"".join(each.tobytes() for each in (question.integers[[1, 6]], question.fit_rows, question.fit_targets))
-        if self._last is None or self._last[0] != key:
+        hyper = self.known(question)
+        if hyper is None:
             from bbprompt.optimizers import fitting
 
-            hyper = fitting.fit(question.fit_rows, question.fit_targets, ard=ard, seed=int(question.integers[1]))
-            self._last = key, hyper
-        return self._last[1]
+            seed, ard = int(question.integers[1]), bool(question.integers[6])
+            hyper = fitting.fit(question.fit_rows, question.fit_targets, ard=ard, seed=seed)
+            self.keep(question, hyper)
+        return hyper
+
+
+def _key(question: Question) -> bytes:
+    """What a fit depends on."""
+    rows = (np.ascontiguousarray(question.fit_rows), question.fit_targets)
+    return b"".join(each.tobytes() for each in (question.integers[[1, 6]], *rows))
 
 
 @cache

@@ -84,6 +84,18 @@ def test_the_process_gives_the_same_bits(running: Aside, monkeypatch: pytest.Mon
     found[0, 0] = 0.5  # and it is the caller's own
 
 
+def test_before_it_can_fit_the_fit_is_made_here_and_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = fitting.fit
+    monkeypatch.setattr(fitting, "fit", lambda *given, **named: made.append(1) or original(*given, **named))
+    helper = Aside()
+    monkeypatch.setattr(helper, "_fits_there", lambda: False)
+    for count in (24, 20):
+        helper.begin(question(count))
+        assert helper.answer(question(count)).tobytes() == question(count).answer(helper._fits).tobytes()
+    assert made == [1]
+
+
 def test_another_question_than_was_begun_is_answered_here(running: Aside) -> None:
     running.begin(question(seed=1))
     assert running.answer(question()).tobytes() == question().answer(Fits()).tobytes()

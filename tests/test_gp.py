@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import select
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from bbprompt.optimizers import Optimizer, bits, fitting, gp, proposal
+from bbprompt.optimizers.aside import Aside
 from bbprompt.optimizers.gp import GPUCB
 from bbprompt.optimizers.posterior import Hyperparameters, Posterior
 from bbprompt.optimizers.random import RandomSearch
@@ -124,21 +124,14 @@ def test_ahead_an_ask_knows_the_rows_of_the_last_tell_and_not_their_losses() -> 
     assert len(set(told)) == len(told)
 
 
-def test_ahead_nothing_is_fitted_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process beside fits while rows are scored; here all would wait for it."""
-    search = GPUCB(box(24, 0, 1), seed=1, binary=True, batch=20, n_random=20, ahead=True)
+def test_ahead_nothing_is_fitted_here_once_the_process_beside_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = Aside()
+    helper.start()
+    assert helper._process is not None
+    select.select([helper._process.stdout], [], [])  # it says so
+    search = GPUCB(box(24, 0, 1), seed=1, binary=True, batch=20, n_random=20, ahead=True, aside=helper)
     monkeypatch.setattr(fitting, "fit", lambda *given, **named: pytest.fail("fitted here"))
     assert run(search, lambda x: sphere(x, 0.2), 100) < np.inf
-
-
-def test_ahead_the_libraries_that_fit_are_not_loaded_here() -> None:
-    code = (
-        "import sys; from bbprompt.optimizers.gp import GPUCB;"
-        "s = GPUCB([[0.0] * 24, [1.0] * 24], 1, binary=True, batch=20, n_random=20, ahead=True);"
-        "[s.tell(x, x.sum(1)) for x in (s.ask() for _ in range(4))]; print({'torch', 'botorch'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 def test_a_large_batch_uses_the_best_and_the_latest_rows() -> None:
