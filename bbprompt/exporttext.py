@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -40,17 +41,25 @@ def main() -> None:
     parser.add_argument("fields", nargs="+", metavar="field=text")
     parser.add_argument("--model", default=facts["backbone"]["id"], help="as the server calls it, and as it loads here")
     given = parser.parse_args()
-    fields = dict(field.split("=", 1) for field in given.fields)
-    pieces = (piece["literal"] if "literal" in piece else fields[piece["field"]] for piece in facts["text"])
-    text = "".join(pieces).rstrip()
+    fields = dict(field.partition("=")[::2] for field in given.fields)
+    if set(fields) != (needed := {piece["field"] for piece in facts["text"] if "field" in piece}):
+        raise SystemExit(f"give these fields, each as field=text: {', '.join(sorted(needed))}")
+    text = "".join(piece["literal"] if "literal" in piece else fields[piece["field"]] for piece in facts["text"])
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    tokenizer.backend_tokenizer.encode_special_tokens = True  # "</s>" in a text is text
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    plain = tokenizer.backend_tokenizer
+    plain.no_truncation()
+    plain.encode_special_tokens = True  # "</s>" in a text is text; a call of the tokenizer itself would reset it
+    ids = plain.encode(text, add_special_tokens=False).ids
+    if (unknown := tokenizer.unk_token_id) is not None:  # some vocabularies match special tokens even so
+        ids = [unknown if token in tokenizer.all_special_ids else token for token in ids]
     tokens = [option.get("tokens") or [option["token"]] for option in facts["options"]]
     embed = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).get_input_embeddings()
+    front = load_file(HERE / "prompt_embeds.safetensors")["prompt_embeds"]
     with torch.no_grad():
-        rows = torch.cat([load_file(HERE / "prompt_embeds.safetensors")["prompt_embeds"], embed(ids)])
+        rows = torch.cat([front, embed(torch.tensor(ids, dtype=torch.long))])
+    if (over := len(rows) - facts["backbone"]["max_tokens"]) > 0:
+        raise SystemExit(f"the text is {over} tokens too many for what the prompt was tuned with; shorten it")
     if not rows.isfinite().all():
         raise SystemExit("the embeddings are not finite; the server would answer with garbage")
     packed = io.BytesIO()
@@ -70,14 +79,20 @@ def main() -> None:
     )
     if token := os.environ.get("BBPROMPT_TOKEN"):
         request.add_unredirected_header("Authorization", f"Bearer {token}")  # to this server and no other
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        found = json.load(reply)["choices"][0]["logprobs"]["top_logprobs"][0]
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            found = json.load(reply)["choices"][0]["logprobs"]["top_logprobs"][0]
+    except urllib.error.HTTPError as error:
+        raise SystemExit(f"the server refused: {error}: {error.read(400).decode('utf-8', 'replace')}") from None
+    except urllib.error.URLError as error:
+        raise SystemExit(f"no answer from {given.url}: {error.reason}") from None
     try:
         scores = [sum(found[f"token_id:{token}"] for token in own) / len(own) for own in tokens]
     except KeyError as missing:
         raise SystemExit(f"the server left out {missing}; it needs a vLLM that knows logprob_token_ids") from None
     offsets = facts["readout"]["offsets"] or [0.0] * len(scores)
-    weights = [math.exp(score + offset - max(scores)) for score, offset in zip(scores, offsets)]
+    scores = [score + offset for score, offset in zip(scores, offsets)]
+    weights = [math.exp(score - max(scores)) for score in scores]
     shares = [weight / sum(weights) for weight in weights]
     labels = [option["label"] for option in facts["options"]]
     print(json.dumps({"label": labels[shares.index(max(shares))], "probabilities": dict(zip(labels, shares))}))

@@ -81,7 +81,13 @@ class TestScore(_Values):
 
 
 class Seconds(_Values):
-    """Wall seconds, and where they went."""
+    """Wall seconds, and where they went.
+
+    `total` and `oracle`, which is the search's time in the model, are of all sessions of the run, as far as the rows of
+    `curve.csv` reach: what a session did between its last row and a kill is in neither. `optimizer`, `load`, `test` and
+    the seconds of the stages are of the last session, in which the search is replayed: the optimizer works anew, the
+    calls of the sessions before take no time.
+    """
 
     total: float
     oracle: float

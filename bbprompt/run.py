@@ -329,7 +329,11 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
 
     def report(status: Status) -> None:
         directory.append_curve(
-            status.calls, status.stage, status.train_loss, status.dev_metric, clock.row(status.calls <= replayed)
+            status.calls,
+            status.stage,
+            status.train_loss,
+            status.dev_metric,
+            clock.row(status.calls <= replayed, evaluator.oracle_seconds),
         )
         watcher.status(status)
 
@@ -347,7 +351,7 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
     ended = time.monotonic()
     seconds = Seconds(
         total=round(clock.total + run.load_seconds, 3),
-        oracle=round(evaluator.oracle_seconds, 3),
+        oracle=round(clock.oracle(evaluator.oracle_seconds), 3),
         optimizer=round(found.optimizer_seconds, 3),
         load=round(run.load_seconds, 3),
         test=round(ended - searched, 3),

@@ -1,43 +1,23 @@
 """Bayesian optimization: a Gaussian process and its upper confidence bound (UCB).
 
-botorch and gpytorch fit the hyperparameters. The posterior of the fitted process is then evaluated directly
-(`posterior.py`): the same numbers as botorch's to rounding, many times faster, since an acquisition function
+botorch and gpytorch fit the hyperparameters (`fitting.py`). The posterior of the fitted process is then evaluated
+directly (`posterior.py`): the same numbers as botorch's to rounding, many times faster, since an acquisition function
 of botorch treats every candidate as a batch of its own.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
-from threadpoolctl import ThreadpoolController
 
 from bbprompt.optimizers import bits
 from bbprompt.optimizers.aside import Aside
 from bbprompt.optimizers.checks import checked_bounds, checked_count, checked_seed
 from bbprompt.optimizers.history import History
-from bbprompt.optimizers.posterior import Hyperparameters
-from bbprompt.optimizers.proposal import JOINT_BATCH, Question
-
-with warnings.catch_warnings():
-    # Deprecations inside linear_operator under newer versions of torch.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    import botorch
-    from botorch.exceptions import ModelFittingError
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import SingleTaskGP
-    from gpytorch.constraints import GreaterThan
-    from gpytorch.kernels import MaternKernel
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-    from gpytorch.priors import LogNormalPrior
+from bbprompt.optimizers.proposal import JOINT_BATCH, Fits, Question
 
 __all__ = ["ARD_DIM", "GPUCB"]
 
@@ -45,15 +25,11 @@ ARD_DIM = 20
 """Up to this many dimensions each has its own lengthscale, beyond they share one."""
 
 _INCUMBENTS = 3  # best told rows that the acquisition starts from, beside random rows
-_PRIOR_NOISE = math.exp(-5.0)  # mode of botorch's noise prior LogNormal(-4, 1)
-_MIN_LENGTHSCALE = 2.5e-2
 _GROWTH = 1.2  # at 1.5 searches over 96 bits end 2 % worse
 
 # A large batch leaves no time for more: hyperparameters of the first _FITTED rows, a process given _MODEL rows.
 _FITTED = 256
 _MODEL = 256
-
-_log = logging.getLogger(__name__)
 
 
 class GPUCB:
@@ -75,8 +51,8 @@ class GPUCB:
     best and the latest 128 told rows and hyperparameters of the first 256 at most: a fraction of a millisecond a row.
 
     With `ahead` an ask believes the rows of the last tell to have got their predicted losses. So the rows after next
-    can be worked out while the next ones are scored, in a process of its own (`aside.py`), and nobody waits for either.
-    The price is that each batch learns from the last but one.
+    can be worked out while the next ones are scored, fits included, in a process of its own (`aside.py`), and nobody
+    waits for either. The price is that each batch learns from the last but one.
 
     The refits. Hyperparameters are those of the first m told rows, with m = `n_random` grown by a fifth as
     often as it stays below the number told: a dozen fits up to 200 rows, where each is independent of those
@@ -96,6 +72,7 @@ class GPUCB:
         forbid_zero: bool = True,
         ard: bool | None = None,
         ahead: bool = False,
+        aside: Aside | None = None,
     ) -> None:
         """Set up the search.
 
@@ -111,6 +88,7 @@ class GPUCB:
             forbid_zero: in a binary search, never propose the row without any one.
             ard: a lengthscale for each dimension; None for the rule above.
             ahead: make every ask as if the losses of the last tell were not known yet.
+            aside: the process that then proposes, where it was started before; None for one of its own.
 
         Raises:
             ValueError: an argument is out of range.
@@ -127,12 +105,14 @@ class GPUCB:
         self._binary = binary
         self._forbid_zero = forbid_zero
         self._ard = dim <= ARD_DIM if ard is None else ard
-        self._initial = self._checked_initial(initial)
+        self._initial = {row.tobytes(): row for row in self._checked_initial(initial)}
         self._history = History(dim)
         self._taken: set[bytes] = set()
-        self._fitted: tuple[int, Hyperparameters] | None = None
-        self._ahead = ahead
-        self._aside = Aside() if ahead else None
+        self._ahead, self._fits = ahead, Fits()
+        self._aside = (aside or Aside()) if ahead else None
+        if self._aside is not None:
+            self._aside.start()
+        from bbprompt.optimizers import fitting  # noqa: F401  what it loads is no part of the first fit
 
     def ask(self) -> NDArray[np.float64]:
         """Propose `batch` rows (fewer where no more binary rows are left); see `Optimizer.ask`."""
@@ -149,10 +129,8 @@ class GPUCB:
             else:
                 question = self._question(known, history.tells, rows, history.rows[known:])
                 rows = np.concatenate([rows, self._boxed(self._answered(question))])
-        if self._aside is not None:
-            self._aside.start()
-            if len(history) >= self._n_random:
-                self._aside.begin(self._question(len(history), history.tells + 1, rows[:0], rows))
+        if self._aside is not None and len(history) >= self._n_random:
+            self._aside.begin(self._question(len(history), history.tells + 1, rows[:0], rows))
         return rows
 
     def tell(self, x: ArrayLike, loss: ArrayLike) -> None:
@@ -162,6 +140,9 @@ class GPUCB:
             bits.check_bits(rows)
             valid = rows.any(axis=1) if self._forbid_zero else np.ones(len(rows), dtype=bool)
             self._taken.update(bits.keys(rows[valid]))
+        if self._initial:
+            for row in rows + 0.0:
+                self._initial.pop(row.tobytes(), None)
         self._history.record(rows, losses)
 
     @property
@@ -187,14 +168,11 @@ class GPUCB:
                 raise ValueError("initial must hold only 0 and 1: the search is binary")
             if self._forbid_zero and not rows.any(axis=1).all():
                 raise ValueError("initial holds the row without any one, which forbid_zero excludes")
-        return rows
+        return rows + 0.0  # turns -0.0 into 0.0
 
     def _untold_initial(self) -> NDArray[np.float64]:
         """Return the next initial rows, at most a batch, `(n, dim)`."""
-        told = {row.tobytes() for row in self._history.rows + 0.0}  # + 0.0 turns -0.0 into 0.0
-        rows = {row.tobytes(): row for row in self._initial + 0.0}
-        left = [row for key, row in rows.items() if key not in told]
-        return np.array(left[: self._batch]).reshape(-1, self._history.dim)
+        return np.array(list(self._initial.values())[: self._batch]).reshape(-1, self._history.dim)
 
     def _random(self, rng: np.random.Generator, count: int, chosen: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return rows of the random phase, `(count, dim)`."""
@@ -202,12 +180,15 @@ class GPUCB:
         if self._binary:
             taken = self._taken.union(bits.keys(chosen))
             return bits.draw(rng, count, dim, taken, forbid_zero=self._forbid_zero)
+        from torch import float64  # which loads for a second, and binary searches do without
+        from torch.quasirandom import SobolEngine
+
         # The sequence's own generator is used, not the global one; rows told so far are its position.
-        engine: Any = torch.quasirandom.SobolEngine  # which torch leaves without annotations
+        engine: Any = SobolEngine  # which torch leaves without annotations
         sobol = engine(dim, scramble=True, seed=self._seed)
         if len(self._history) > 0:
             sobol.fast_forward(len(self._history))
-        unit = sobol.draw(count, dtype=torch.float64).numpy()
+        unit = sobol.draw(count, dtype=float64).numpy()
         return np.asarray(self._low + unit * (self._high - self._low), dtype=np.float64)
 
     def _question(self, known: int, asks: int, first: NDArray[np.float64], out: NDArray[np.float64]) -> Question:
@@ -221,14 +202,26 @@ class GPUCB:
         """
         told, losses = self._history.rows, self._history.losses[:known]
         targets, together = _targets(losses), self._batch > JOINT_BATCH
-        hyper = self._hyperparameters(known, together=together)
+        size = _fit_size(known, self._n_random, self._refit_every)
+        if together:
+            size = min(size, _FITTED)
         used = _model_rows(losses) if together else np.arange(known)
         believed = self._unit(np.concatenate([first, out]))
         return Question(
-            lengthscale=hyper.lengthscale,
-            numbers=np.array([hyper.noise, hyper.mean, self._kappa]),
+            fit_rows=self._unit(told[:size]),
+            fit_targets=_targets(losses[:size]),
+            kappa=np.array([self._kappa]),
             integers=np.array(
-                [self._batch - len(first), self._seed, asks, together, self._binary, self._forbid_zero], dtype=np.int64
+                [
+                    self._batch - len(first),
+                    self._seed,
+                    asks,
+                    together,
+                    self._binary,
+                    self._forbid_zero,
+                    self._ard,
+                ],
+                dtype=np.int64,
             ),
             rows=self._unit(told[used]),
             targets=targets[used],
@@ -239,10 +232,7 @@ class GPUCB:
 
     def _answered(self, question: Question) -> NDArray[np.float64]:
         """Rows of the unit cube, `(n, dim)`."""
-        if self._aside is not None:
-            return self._aside.answer(question)
-        with _one_thread():
-            return question.answer()
+        return question.answer(self._fits) if self._aside is None else self._aside.answer(question)
 
     def _boxed(self, unit: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rows of the unit cube as rows of the box."""
@@ -250,19 +240,7 @@ class GPUCB:
 
     def _unit(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Rows of the box as rows of the unit cube."""
-        return (rows - self._low) / (self._high - self._low)
-
-    def _hyperparameters(self, known: int, *, together: bool = False) -> Hyperparameters:
-        """Return the hyperparameters of the last fit that is due, fitting if it was not made yet."""
-        size = _fit_size(known, self._n_random, self._refit_every)
-        if together:
-            size = min(size, _FITTED)
-        if self._fitted is None or self._fitted[0] != size:
-            targets = _targets(self._history.losses[:size])
-            with _one_thread():
-                fitted = _fit(self._unit(self._history.rows[:size]), targets, ard=self._ard, seed=self._seed)
-            self._fitted = (size, fitted)
-        return self._fitted[1]
+        return rows if self._binary else (rows - self._low) / (self._high - self._low)
 
 
 def _fit_size(told: int, first: int, every: int | None) -> int:
@@ -299,83 +277,3 @@ def _targets(losses: NDArray[np.float64]) -> NDArray[np.float64]:
     scaled = (values - values.min()) / spread
     standard: NDArray[np.float64] = (scaled.mean() - scaled) / scaled.std(ddof=1)
     return standard
-
-
-def _fit(rows: NDArray[np.float64], targets: NDArray[np.float64], *, ard: bool, seed: int) -> Hyperparameters:
-    """Fit hyperparameters by maximum a posteriori from a fixed start.
-
-    Where targets do not differ, or no attempt of botorch converges (said in the log), those at the mode of
-    the priors are returned.
-
-    Args:
-        rows: `(n, dim)` in the unit cube.
-        targets: `(n,)`, standardised.
-        ard: whether each dimension has its own lengthscale.
-        seed: for the restarts that botorch makes after a failure.
-    """
-    dim = rows.shape[1]
-    prior = LogNormalPrior(math.sqrt(2.0) + 0.5 * math.log(dim), math.sqrt(3.0))
-    mode = Hyperparameters(
-        lengthscale=np.full(dim, max(float(prior.mode), _MIN_LENGTHSCALE)), noise=_PRIOR_NOISE, mean=0.0
-    )
-    if not np.any(targets):
-        return mode
-    kernel = MaternKernel(
-        nu=2.5,
-        ard_num_dims=dim if ard else None,
-        lengthscale_prior=prior,
-        lengthscale_constraint=GreaterThan(_MIN_LENGTHSCALE, transform=None, initial_value=prior.mode),
-    )
-    with _quiet_torch(seed), botorch.settings.validate_input_scaling(False):
-        model = SingleTaskGP(
-            torch.from_numpy(rows),
-            torch.from_numpy(targets)[:, None],
-            covar_module=kernel,
-            outcome_transform=None,
-        )
-        try:
-            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-        except ModelFittingError:
-            _log.warning("Gaussian process: no fit to %d rows converged, priors are used", len(rows))
-            return mode
-        lengthscale = model.covar_module.lengthscale.detach().numpy().reshape(-1)
-        return Hyperparameters(
-            lengthscale=np.array(np.broadcast_to(lengthscale, dim), dtype=np.float64),
-            noise=float(model.likelihood.noise),
-            mean=float(model.mean_module.constant),
-        )
-
-
-@contextmanager
-def _quiet_torch(seed: int) -> Iterator[None]:
-    """A seeded generator and no warnings inside; everything as before afterwards."""
-    state = torch.random.get_rng_state()
-    try:
-        torch.default_generator.manual_seed(seed % 2**63)
-        with warnings.catch_warnings():
-            # Attempts that botorch repeats; one that fails for good raises ModelFittingError.
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.random.set_rng_state(state)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread inside, as many as before afterwards.
-
-    Small matrices are slower with several threads (100 times where others use the cores), and their number would
-    change the last digits.
-    """
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        with _libraries().limit(limits=1):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()

@@ -83,7 +83,7 @@ def fake_run(folder: Path, task: str, method: str, seed: int, test: float | None
     }
     with RunDirectory.create(path, manifest) as directory:
         for calls, stage, loss, dev in keys.get("curve", [(2, "start", 0.7, 0.5), (90, "prompt", 0.4, 0.75)]):
-            directory.append_curve(calls, stage, loss, dev, 1.0)
+            directory.append_curve(calls, stage, loss, dev, (1.0, 0.0))
         if test is not None:
             tensors = {"point": np.zeros((2, 3), np.float32)}
             if "router" in keys:

@@ -324,11 +324,13 @@ def targets() -> dict[str, Target]:
     def curve(data: bytes) -> object:
         opened = directory(CURVE, data)
         clock = CurveClock(opened)
-        opened.append_curve(1, "prompt", 0.5, None, clock.row(True))
-        opened.write_json(RESULT, {"seconds": clock.total})
+        opened.append_curve(1, "prompt", 0.5, None, clock.row(True, 0.5))
+        opened.write_json(RESULT, {"seconds": clock.total, "oracle": clock.oracle(0.5)})
         return clock
 
-    found["curve"] = Target((b"calls,stage,train_loss,best_dev,seconds\n2,start,0.7,0.5,0.1\n9,a,0,,1\n",), curve, ())
+    found["curve"] = Target(
+        (b"calls,stage,train_loss,best_dev,seconds,oracle_seconds\n2,start,0.7,0.5,0.1,0\n9,a,0,,1,.5\n",), curve, ()
+    )
     point = save({"point": np.ones((3, 4), np.float32), "router": np.ones((3, 2), np.float32)})
     found["prompt"] = Target((point,), lambda data: _read_point(directory(PROMPT, data), (3, 4)), (DiskError,))
     found["result"] = Target((_result(),), lambda data: read_result(directory(RESULT, data)), (DiskError,))

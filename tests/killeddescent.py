@@ -101,7 +101,7 @@ def main() -> None:
             "calls": result["calls"],
             "prompt": hashlib.sha256((folder / "prompt.safetensors").read_bytes()).hexdigest(),
             "journal": hashlib.sha256((folder / "journal.log").read_bytes()).hexdigest(),
-            "curve": [row.rsplit(",", 1)[0] for row in (folder / "curve.csv").read_text().splitlines()],
+            "curve": [row.rsplit(",", 2)[0] for row in (folder / "curve.csv").read_text().splitlines()],
             "files": sorted(path.name for path in folder.iterdir()),
         }
     (out / "summary.json").write_text(json.dumps(summary))

@@ -66,7 +66,7 @@ def work(disk: Disk, model: Model, path: Path = RUN) -> None:
                     assert value is not None
                     model.tell(call_id, value["loss"], disk)
                     best = min(best, value["loss"])
-            run.append_curve(ledger.asked, "prompt", best, None, 0.0)
+            run.append_curve(ledger.asked, "prompt", best, None, (0.0, 0.0))
         ledger.reserve(["test"], "test")
         ledger.settle(["test"], [{"loss": model.score("test", disk)}])
         assert not ledger.unclaimed

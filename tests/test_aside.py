@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from bbprompt.optimizers import aside
+from bbprompt.optimizers import aside, fitting
 from bbprompt.optimizers.aside import Aside
-from bbprompt.optimizers.proposal import Question
+from bbprompt.optimizers.posterior import Hyperparameters
+from bbprompt.optimizers.proposal import Fits, Question
 
 
 def question(count: int = 24, seed: int = 0) -> Question:
@@ -23,15 +25,33 @@ def question(count: int = 24, seed: int = 0) -> Question:
     rows = rng.integers(0, 2, (60, 30)).astype(np.float64)
     targets = rows @ rng.standard_normal(30)
     return Question(
-        lengthscale=np.full(30, 4.0),
-        numbers=np.array([1e-3, 0.0, 2.0]),
-        integers=np.array([count, seed, 3, 1, 1, 1]),
+        fit_rows=rows[:20],
+        fit_targets=targets[:20] - targets[:20].mean(),
+        kappa=np.array([2.0]),
+        integers=np.array([count, seed, 3, 1, 1, 1, 0]),
         rows=rows[:40],
         targets=(targets[:40] - targets.mean()) / targets.std(),
         believed=rows[40:],
         taken=rows,
         incumbents=rows[:3],
     )
+
+
+def test_a_fit_is_made_once_for_questions_that_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    original = fitting.fit
+
+    def counted(rows: NDArray[np.float64], targets: NDArray[np.float64], *, ard: bool, seed: int) -> Hyperparameters:
+        made.append(seed)
+        return original(rows, targets, ard=ard, seed=seed)
+
+    monkeypatch.setattr(fitting, "fit", counted)
+    fits = Fits()
+    first = fits.of(question())
+    assert fits.of(question(count=3)) is first
+    again = fits.of(question(seed=1))
+    assert made == [0, 1]
+    assert again.lengthscale.tobytes() == first.lengthscale.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +71,41 @@ def test_a_question_survives_its_bytes() -> None:
     asked = question()
     read = Question.decode(asked.encode())
     assert read.encode() == asked.encode() != question(seed=1).encode()
-    np.testing.assert_array_equal(read.answer(), asked.answer())
+    np.testing.assert_array_equal(read.answer(Fits()), asked.answer(Fits()))
 
 
 def test_the_process_gives_the_same_bits(running: Aside, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = question().answer()
+    expected = question().answer(Fits())
     running.begin(question())
     with monkeypatch.context() as patched:
-        patched.setattr(Question, "answer", lambda self: pytest.fail("worked out here"))
+        patched.setattr(Question, "answer", lambda self, fits: pytest.fail("worked out here"))
         found = running.answer(question())
     assert found.tobytes() == expected.tobytes()
     found[0, 0] = 0.5  # and it is the caller's own
 
 
+def test_before_it_can_fit_the_fit_is_made_here_and_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    original = fitting.fit
+    monkeypatch.setattr(fitting, "fit", lambda *given, **named: made.append(1) or original(*given, **named))
+    helper = Aside()
+    monkeypatch.setattr(helper, "_fits_there", lambda: False)
+    for count in (24, 20):
+        helper.begin(question(count))
+        assert helper.answer(question(count)).tobytes() == question(count).answer(helper._fits).tobytes()
+    assert made == [1]
+
+
 def test_another_question_than_was_begun_is_answered_here(running: Aside) -> None:
     running.begin(question(seed=1))
-    assert running.answer(question()).tobytes() == question().answer().tobytes()
+    assert running.answer(question()).tobytes() == question().answer(Fits()).tobytes()
     running.begin(question(count=17))
     assert running.answer(question(count=17)).shape == (17, 30)
 
 
 def test_without_a_begin_it_is_answered_here() -> None:
     helper = Aside()
-    assert helper.answer(question()).tobytes() == question().answer().tobytes()
+    assert helper.answer(question()).tobytes() == question().answer(Fits()).tobytes()
     assert helper._process is None
 
 
@@ -87,9 +119,9 @@ def test_a_killed_process_changes_nothing_but_the_log(when: str, caplog: pytest.
     process(helper).wait()
     with caplog.at_level(logging.WARNING, "bbprompt"):
         helper.begin(question())
-        assert helper.answer(question()).tobytes() == question().answer().tobytes()
+        assert helper.answer(question()).tobytes() == question().answer(Fits()).tobytes()
         helper.begin(question(seed=1))
-        assert helper.answer(question(seed=1)).tobytes() == question(seed=1).answer().tobytes()
+        assert helper.answer(question(seed=1)).tobytes() == question(seed=1).answer(Fits()).tobytes()
     assert caplog.text.count("proposes beside this one was lost") == 1
 
 
@@ -98,7 +130,7 @@ def test_one_that_cannot_start_is_said_once(monkeypatch: pytest.MonkeyPatch, cap
     helper = Aside()
     for _ in range(2):
         helper.begin(question())
-        assert helper.answer(question()).tobytes() == question().answer().tobytes()
+        assert helper.answer(question()).tobytes() == question().answer(Fits()).tobytes()
     assert caplog.text.count("was lost") == 1
 
 

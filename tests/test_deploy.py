@@ -112,6 +112,19 @@ def test_the_container_starts_a_server_that_anyone_may_reach_only_with_a_token()
     )
 
 
+def test_the_health_check_asks_where_the_server_says_that_it_is() -> None:
+    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    (entry,) = [json.loads(line.partition(" ")[2]) for line in text.splitlines() if line.startswith("ENTRYPOINT")]
+    (words,) = re.findall(r"^HEALTHCHECK (?:.*\\\n)?\s*CMD (\[.*\])$", text, re.MULTILINE)
+    program, flag, module, file = json.loads(words)
+    assert (program, flag, module) == ("python", "-m", "bbprompt.serve.health")
+    assert entry[entry.index("--ready-file") + 1] == file
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text(encoding="utf-8"))
+    (service,) = compose["services"].values()
+    assert service["read_only"]
+    assert str(Path(file).parent) in service["tmpfs"], "else it could not be written"
+
+
 def test_what_the_container_copies_is_there_and_sent_along() -> None:
     text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
     copied = [word for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for word in line.split()]

@@ -102,9 +102,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 
 def text_of(facts: dict[str, Any], record: dict[str, Any]) -> str:
-    return "".join(
-        piece["literal"] if "literal" in piece else record[piece["field"]] for piece in facts["text"]
-    ).rstrip()
+    return "".join(piece["literal"] if "literal" in piece else record[piece["field"]] for piece in facts["text"])
 
 
 def agrees(prompt: TunedPrompt, record: dict[str, Any], facts: dict[str, Any], logits: torch.Tensor) -> None:

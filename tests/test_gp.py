@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -10,9 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from bbprompt.optimizers import Optimizer, bits, gp, proposal
+from bbprompt.optimizers import Optimizer, bits, fitting, gp, proposal
+from bbprompt.optimizers.aside import Aside
 from bbprompt.optimizers.gp import GPUCB
-from bbprompt.optimizers.posterior import Posterior
+from bbprompt.optimizers.posterior import Hyperparameters, Posterior
 from bbprompt.optimizers.random import RandomSearch
 from bbprompt.testing import OptimizerContract, onemax, sphere
 
@@ -122,6 +124,16 @@ def test_ahead_an_ask_knows_the_rows_of_the_last_tell_and_not_their_losses() -> 
     assert len(set(told)) == len(told)
 
 
+def test_ahead_nothing_is_fitted_here_once_the_process_beside_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = Aside()
+    helper.start()
+    assert helper._process is not None
+    select.select([helper._process.stdout], [], [])  # it says so
+    search = GPUCB(box(24, 0, 1), seed=1, binary=True, batch=20, n_random=20, ahead=True, aside=helper)
+    monkeypatch.setattr(fitting, "fit", lambda *given, **named: pytest.fail("fitted here"))
+    assert run(search, lambda x: sphere(x, 0.2), 100) < np.inf
+
+
 def test_a_large_batch_uses_the_best_and_the_latest_rows() -> None:
     losses = np.concatenate([np.arange(500.0), np.full(200, 1000.0)])
     used = gp._model_rows(losses)
@@ -184,13 +196,13 @@ def test_initial_rows_come_first_unless_told(binary: bool) -> None:
 
 def test_random_phase_ends_after_n_random_told_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = gp._fit
+    original = fitting.fit
 
     def counted(rows: NDArray[np.float64], *rest: Any, **named: Any) -> Any:
         sizes.append(len(rows))
         return original(rows, *rest, **named)
 
-    monkeypatch.setattr(gp, "_fit", counted)
+    monkeypatch.setattr(fitting, "fit", counted)
     run(GPUCB(box(2), seed=0, n_random=5), sphere, 30)
     assert sizes == [5, 6, 7, 8, 9, 10, 12, 14, 16, 19, 22, 26]
     sizes.clear()
@@ -215,9 +227,9 @@ def test_a_failed_fit_is_logged_and_the_prior_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(mll: object) -> None:
-        raise gp.ModelFittingError("no")
+        raise fitting.ModelFittingError("no")
 
-    monkeypatch.setattr(gp, "fit_gpytorch_mll", fails)
+    monkeypatch.setattr(fitting, "fit_gpytorch_mll", fails)
     optimizer = GPUCB(box(2), seed=0, n_random=3)
     assert run(optimizer, sphere, 8) < 10.0
     assert "priors are used" in caplog.text
@@ -271,13 +283,13 @@ def test_small_and_large_dimensions(dim: int, binary: bool) -> None:
     assert (optimizer.stop == "exhausted") is (binary and dim <= 2)
 
 
-def test_repeated_rows_and_many_rows() -> None:
+def test_repeated_rows_and_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     rows = rng.uniform(-5, 5, (500, 4))
     rows[250:300] = rows[0]
     optimizer = GPUCB(box(4), seed=0)
     optimizer.tell(rows, sphere(rows) + 1e-12 * rng.standard_normal(500))
-    optimizer._fitted = (gp._fit_size(500, 20, None), gp.Hyperparameters(np.ones(4), 1e-4, 0.0))
+    monkeypatch.setattr(fitting, "fit", lambda *given, **named: Hyperparameters(np.ones(4), 1e-4, 0.0))
     assert np.all(np.isfinite(optimizer.ask()))
 
 
@@ -286,7 +298,8 @@ def test_shared_lengthscale_beyond_twenty_dimensions() -> None:
         optimizer = GPUCB(box(dim), seed=0, n_random=30, ard=ard)
         rows = np.random.default_rng(0).uniform(-5, 5, (30, dim))
         optimizer.tell(rows, rows[:, 0] * 3 + rows[:, 1:].sum(axis=1))
-        assert len(set(optimizer._hyperparameters(30).lengthscale)) == kinds
+        question = optimizer._question(30, 1, rows[:0], rows[:0])
+        assert len(set(optimizer._fits.of(question).lengthscale)) == kinds
 
 
 def test_shared_lengthscale_predicts_a_dense_loss_better() -> None:
@@ -297,7 +310,7 @@ def test_shared_lengthscale_predicts_a_dense_loss_better() -> None:
     quality = {}
     for ard in (False, True):
         targets = gp._targets(-truth[:60])
-        hyper = gp._fit(rows[:60], targets, ard=ard, seed=0)
+        hyper = fitting.fit(rows[:60], targets, ard=ard, seed=0)
         mean, _ = Posterior.given(hyper, rows[:60], targets).moments(rows[60:])
         quality[ard] = np.corrcoef(mean, truth[60:])[0, 1]
     assert quality[False] > quality[True] + 0.02

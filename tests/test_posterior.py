@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from bbprompt.optimizers.gp import LogNormalPrior, MaternKernel, SingleTaskGP
+from bbprompt.optimizers.fitting import LogNormalPrior, MaternKernel, SingleTaskGP
 from bbprompt.optimizers.posterior import MIN_VARIANCE, Hyperparameters, Posterior
 
 CASES = [(1, 3, False), (8, 20, False), (8, 120, True), (96, 60, False), (192, 100, True)]

@@ -90,7 +90,7 @@ def test_the_fields_of_a_result(finished: Path, pair: Prepared) -> None:
 
 def test_the_curve(finished: Path) -> None:
     lines = (finished / "curve.csv").read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "calls,stage,train_loss,best_dev,seconds"
+    assert lines[0] == "calls,stage,train_loss,best_dev,seconds,oracle_seconds"
     rows = [line.split(",") for line in lines[1:]]
     calls, seconds = [int(row[0]) for row in rows], [float(row[4]) for row in rows]
     result = Result.model_validate_json((finished / "result.json").read_bytes())
@@ -284,9 +284,13 @@ def test_stopped_and_gone_on_with(pair: Prepared, finished: Path, tmp_path: Path
     assert result.digest == Result.model_validate_json((finished / "result.json").read_bytes()).digest
     rows = (folder / "curve.csv").read_text(encoding="utf-8").splitlines()
     assert rows[: len(first) - 1] == first[:-1], "replayed rows keep their seconds"
-    seconds = [float(row.rsplit(",", 1)[1]) for row in rows[1:]]
+    seconds, oracle = ([float(row.split(",")[at]) for row in rows[1:]] for at in (4, 5))
     assert seconds == sorted(seconds)
     assert result.seconds.total >= seconds[-1]
+    assert oracle == sorted(oracle)
+    assert result.seconds.oracle == oracle[-1] > float(first[-2].rsplit(",", 1)[1]) > 0
+    assert result.seconds.total >= result.seconds.oracle
+    assert all(one >= other for one, other in zip(seconds, oracle, strict=True))
 
 
 def test_what_differs_is_named(pair: Prepared, finished: Path, tiny_pair_data: Path, tiny_prompts: Path) -> None:

@@ -233,7 +233,7 @@ def test_a_link_inside_the_run_is_not_followed(tmp_path: Path, name: str) -> Non
             if name.endswith(".tmp"):
                 (path / name).symlink_to(victim)
             run.journal()
-            run.append_curve(1, "prompt", 0.5, 0.5, 1.0)
+            run.append_curve(1, "prompt", 0.5, 0.5, (1.0, 0.0))
             run.write_bytes(PROMPT, b"prompt")
 
     if not name.endswith(".tmp"):
@@ -289,17 +289,17 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
 def test_the_curve_begins_anew_each_time_and_is_durable_with_the_result() -> None:
     disk = FaultDisk()
     with RunDirectory.create(RUN, SETTINGS, disk) as run:
-        run.append_curve(20, 'a "quoted", stage', 0.5, None, 1.23456)
+        run.append_curve(20, 'a "quoted", stage', 0.5, None, (1.23456, 0.0))
     with RunDirectory.open(RUN, disk) as run:
-        run.append_curve(20, "router", 0.25, 0.75, 0.5)
+        run.append_curve(20, "router", 0.25, 0.75, (0.5, 0.0))
         assert disk.durable(RUN / CURVE) == b""
         run.write_json(RESULT, {})
-        run.append_curve(40, "router", 0.125, 1.0, 1.0)
+        run.append_curve(40, "router", 0.125, 1.0, (1.0, 0.0))
     with RunDirectory.open(RUN, disk):
         pass  # opening alone leaves the curve as it is
     rows = disk.files()[str(RUN / CURVE)].decode().splitlines()
-    assert rows == ["calls,stage,train_loss,best_dev,seconds", "40,router,0.125,1.0,1.0"]
-    assert disk.durable(RUN / CURVE).endswith(b"20,router,0.25,0.75,0.5\n")
+    assert rows == ["calls,stage,train_loss,best_dev,seconds,oracle_seconds", "40,router,0.125,1.0,1.0,0.0"]
+    assert disk.durable(RUN / CURVE).endswith(b"20,router,0.25,0.75,0.5,0.0\n")
 
 
 def test_a_reader_takes_no_lock_and_cannot_write(tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_reader_takes_no_lock_and_cannot_write(tmp_path: Path) -> None:
         for write in (
             reader.journal,
             lambda: reader.write_bytes(PROMPT, b""),
-            lambda: reader.append_curve(1, "prompt", 0.5, None, 0.0),
+            lambda: reader.append_curve(1, "prompt", 0.5, None, (0.0, 0.0)),
         ):
             with pytest.raises(ValueError, match="for reading only"):
                 write()

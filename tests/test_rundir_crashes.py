@@ -33,7 +33,7 @@ def test_the_run_left_alone_is_what_it_should_be() -> None:
     assert OPERATIONS > 80
     assert json.loads(FILES[str(RUN / RESULT)])["calls"] == {"train": 30, "dev": 10, "test": 1}
     assert FILES[str(RUN / CURVE)].startswith(
-        b"calls,stage,train_loss,best_dev,seconds\n8,prompt,8.462480959181562e-05,,0.0\n"
+        b"calls,stage,train_loss,best_dev,seconds,oracle_seconds\n8,prompt,8.462480959181562e-05,,0.0,0.0\n"
     )
     assert FILES[str(RUN / CURVE)].count(b"\n") == 6
     disk = FaultDisk()
@@ -131,7 +131,7 @@ def test_a_run_that_may_have_bought_something_is_not_withdrawn(why: str) -> None
     with RunDirectory.create(RUN, SETTINGS, disk) as run:
         run.journal()
         if why == "has a curve":
-            run.append_curve(20, "router", 0.25, 0.75, 0.5)
+            run.append_curve(20, "router", 0.25, 0.75, (0.5, 0.0))
             run.withdraw()
         if why == "had a curve":
             disk.put(RUN / CURVE, b"calls\n", durable=True)

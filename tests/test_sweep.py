@@ -226,6 +226,8 @@ def test_progress_is_the_last_whole_row(tmp_path: Path) -> None:
     curve = tmp_path / "curve.csv"
     curve.write_text("calls,stage,train_loss,best_dev,seconds\n2,start,0.5,0.25,1.0\n14,pro")
     assert job.progress(tmp_path) == job.Progress(2, "start", "0.25")
+    curve.write_text("calls,stage,train_loss,best_dev,seconds,oracle_seconds\n2,start,0.5,0.25,1.0,0.5\n")
+    assert job.progress(tmp_path) == job.Progress(2, "start", "0.25")
     curve.write_text("calls,stage,train_loss,best_dev,seconds\n")
     assert job.progress(tmp_path) == job.Progress(0, "", "")
 

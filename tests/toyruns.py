@@ -174,7 +174,7 @@ def tuned(run: Prepared, path: Path, disk: Disk | None = None, watcher: Watcher 
 def outcome(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Of the files of a finished run what must not depend on its fate: all but the seconds it took."""
     kept = {name: files[name] for name in (MANIFEST, JOURNAL, PROMPT)}
-    kept[CURVE] = b"\n".join(row.rpartition(b",")[0] for row in files[CURVE].splitlines())
+    kept[CURVE] = b"\n".join(row.rsplit(b",", 2)[0] for row in files[CURVE].splitlines())
     result = json.loads(files[RESULT])
     del result["seconds"]
     for stage in result["stages"]:

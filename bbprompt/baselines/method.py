@@ -147,7 +147,7 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
     most = approach.most(run.few, len(run.test))
     began = time.monotonic()
     before, best = approach.solve(run.few, Calls(ledger))
-    directory.append_curve(ledger.asked, "fit", best.train_loss, best.dev, clock.row(replayed=False))
+    directory.append_curve(ledger.asked, "fit", best.train_loss, best.dev, clock.row(False, approach.meter.seconds))
     fitted_in = time.monotonic() - began
 
     began = time.monotonic()
@@ -159,7 +159,7 @@ def tune_baseline(run: PreparedBaseline, directory: RunDirectory, watcher: Watch
     tested = time.monotonic() - began
     seconds = Seconds(
         total=round(clock.total + run.load_seconds, 3),
-        oracle=round(approach.meter.seconds, 3),
+        oracle=round(clock.oracle(approach.meter.seconds), 3),
         optimizer=round(max(fitted_in + tested - approach.meter.seconds, 0.0), 3),
         load=round(run.load_seconds, 3),
         test=round(tested, 3),

@@ -67,6 +67,14 @@ def serve(
     tls_key: Annotated[
         Path | None, typer.Option(metavar="FILE", show_default=False, help="Private key (PEM) of the certificate.")
     ] = None,
+    ready_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            help="Write the address there once it answers, for `python -m bbprompt.serve.health FILE`.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
@@ -81,6 +89,7 @@ def serve(
     from bbprompt.terminal import logging_to, open_console
 
     try:
+        from bbprompt.serve.health import write_ready
         from bbprompt.serve.server import build_server, is_loopback, listen
         from bbprompt.serve.settings import ServeSettings
         from bbprompt.serve.tls import tls_context
@@ -107,6 +116,8 @@ def serve(
         url = f"{'http' if tls is None else 'https'}://{shown}:{listening.getsockname()[1]}"
 
         def ready() -> None:
+            if ready_file is not None:
+                write_ready(ready_file, url, tls_cert)
             info = oracle.info
             if json:
                 write_json({"url": url, "backbone": info.backbone, "device": info.device, "pid": os.getpid()})

@@ -157,10 +157,10 @@ def read_curve(directory: RunDirectory) -> Curve | None:
     except DiskError:
         return None
     rows = list(csv.reader(io.StringIO(text)))
-    if not rows or tuple(rows[0]) != CURVE_COLUMNS:
+    if not rows or tuple(rows[0]) not in (CURVE_COLUMNS, CURVE_COLUMNS[:-1]):  # the latter in runs of earlier versions
         return None
     try:
-        values = [(int(a), b, float(c), float(d) if d else float("nan")) for a, b, c, d, _ in rows[1:]]
+        values = [(int(a), b, float(c), float(d) if d else float("nan")) for a, b, c, d, *_ in rows[1:]]
     except ValueError:
         return None
     calls, stages, losses, devs = zip(*values, strict=True) if values else ((), (), (), ())

@@ -146,7 +146,8 @@ class Descent:
         self._kept: dict[int, dict[str, NDArray[np.float32]]] = {}
         self._cut: dict[Kind, int] = {}
         self._stages: list[GradientStage] = []
-        self._seconds = self._adam_seconds = self._highest = 0.0
+        self._adam_seconds = self._highest = 0.0
+        self.seconds = 0.0
 
     def run(self) -> Descended:
         """All stages.
@@ -172,7 +173,7 @@ class Descent:
             self._chosen,
             {look.key: self._kept[look.key] for look in self._held},
             sum(self._cut.values()),
-            self._seconds,
+            self.seconds,
             self._adam_seconds,
         )
 
@@ -220,7 +221,7 @@ class Descent:
             torch.autograd.backward(losses.sum() / count)
             total += float(losses.detach().double().sum())
         _check_finite(total, stage)
-        self._seconds += time.monotonic() - began
+        self.seconds += time.monotonic() - began
         began = time.monotonic()
         adam.step()
         self._adam_seconds += time.monotonic() - began
@@ -262,7 +263,7 @@ class Descent:
             answers=longest is not None,
             channels=self._forward.channels,
         )
-        self._seconds += time.monotonic() - began
+        self.seconds += time.monotonic() - began
         return call_values(kind, self._readout, scores, data, self._task)[0]
 
     def _tell(self, stage: str, train_loss: float) -> None:

@@ -172,7 +172,11 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
 
     def report(status: Status) -> None:
         directory.append_curve(
-            status.calls, status.stage, status.train_loss, status.dev_metric, clock.row(status.calls <= replayed)
+            status.calls,
+            status.stage,
+            status.train_loss,
+            status.dev_metric,
+            clock.row(status.calls <= replayed, descent.seconds),
         )
         watcher.status(status)
 
@@ -194,7 +198,7 @@ def tune_gradient(run: PreparedGradient, directory: RunDirectory, watcher: Watch
     score, prompts = _tested(run, found, keys, watcher)
     seconds = Seconds(
         total=round(clock.total + run.load_seconds, 3),
-        oracle=round(found.seconds, 3),
+        oracle=round(clock.oracle(found.seconds), 3),
         optimizer=round(found.adam_seconds, 3),
         load=round(run.load_seconds, 3),
         test=round(time.monotonic() - descended, 3),

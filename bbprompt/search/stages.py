@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,20 @@ from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
 from bbprompt.stage_settings import PromptStageConfig, RouterStageConfig
 
-__all__ = ["Incumbent", "LayerStage", "Routing", "RowStage", "Stage", "padded", "prompt_stage", "router_stage"]
+if TYPE_CHECKING:
+    from bbprompt.optimizers.aside import Aside
+
+__all__ = [
+    "Incumbent",
+    "LayerStage",
+    "Routing",
+    "RowStage",
+    "Stage",
+    "padded",
+    "prompt_stage",
+    "router_helper",
+    "router_stage",
+]
 
 Points = NDArray[np.float64]
 
@@ -191,10 +204,26 @@ class LayerStage:
         return self._visit % len(self._searches)
 
 
+def router_helper(config: RouterStageConfig | None) -> Aside | None:
+    """The process that will propose beside a stage I that is ahead, started: it loads for a while; None for others."""
+    if config is None or config.optimizer != "bo" or not config.ahead:
+        return None
+    from bbprompt.optimizers.aside import Aside
+
+    helper = Aside()
+    helper.start()
+    return helper
+
+
 def router_stage(
-    config: RouterStageConfig, space: PromptSpace, rule: GateRule, start: Incumbent, seed: int
+    config: RouterStageConfig,
+    space: PromptSpace,
+    rule: GateRule,
+    start: Incumbent,
+    seed: int,
+    helper: Aside | None = None,
 ) -> RowStage:
-    """Stage I of a method.
+    """Stage I of a method; `helper` as `router_helper` started it, or None for one of its own.
 
     Raises:
         UsageError: Enumeration of a deep router, which has too many entries.
@@ -232,6 +261,7 @@ def router_stage(
         n_random=config.random + (0 if initial is None else len(initial)),
         binary=binary,
         ahead=config.ahead,
+        aside=helper,
     )
     return stage(search, "bo-ucb")
 

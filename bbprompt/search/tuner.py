@@ -21,7 +21,7 @@ from bbprompt.prompts import PromptSpace
 from bbprompt.readout import Readout
 from bbprompt.search.evaluate import DevScore, Evaluator
 from bbprompt.search.refine import refine_stage
-from bbprompt.search.stages import Incumbent, Routing, Stage, prompt_stage, router_stage
+from bbprompt.search.stages import Incumbent, Routing, Stage, prompt_stage, router_helper, router_stage
 from bbprompt.stage_settings import RouterStageConfig
 from bbprompt.store.ledger import BudgetExhausted
 
@@ -173,6 +173,7 @@ def search(
         seed: Of the optimizers.
         report: Told after every batch of calls.
     """
+    helper = router_helper(method.router)  # before the first call, so that it is ready when it is wanted
     run = _Search(method, evaluator, report)
     even = space.even()
     before = run.look(Incumbent(even, float(evaluator.train(even[None])[0])))
@@ -184,7 +185,7 @@ def search(
             traces.append(run.upstream(space, method.router, int(share * evaluator.left)))
         if method.router.optimizer != "listing":
             most = min(method.router.calls, max(int(share * evaluator.left), method.router.batch))
-            stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed)
+            stage: Stage = router_stage(method.router, space, method.rule, run.chosen.incumbent, seed, helper)
             traces.append(run.stage(stage, method.router.batch, method.router.dev_every, most=most))
     if method.prompt is not None:
         start = run.settled().incumbent

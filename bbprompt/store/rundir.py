@@ -38,7 +38,7 @@ PROMPT = "prompt.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 RESULT = "result.json"
 LOCK = "run.lock"
-CURVE_COLUMNS = ("calls", "stage", "train_loss", "best_dev", "seconds")
+CURVE_COLUMNS = ("calls", "stage", "train_loss", "best_dev", "seconds", "oracle_seconds")
 
 _OWN_WAY = (MANIFEST, JOURNAL, CURVE, LOCK)  # these are not for write_bytes
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -177,7 +177,9 @@ class RunDirectory:
             self._journal = Journal(self.path / JOURNAL, self.run_id, self._disk)
         return self._journal
 
-    def append_curve(self, calls: int, stage: str, train_loss: float, best_dev: float | None, seconds: float) -> None:
+    def append_curve(
+        self, calls: int, stage: str, train_loss: float, best_dev: float | None, seconds: tuple[float, float]
+    ) -> None:
         """Add a row to the curve; the first row after opening the directory begins the file anew.
 
         The curve is not made durable row by row: a resumed run replays its journal and so writes every row
@@ -188,13 +190,13 @@ class RunDirectory:
             stage: name of the stage.
             train_loss: the stage's best train loss so far.
             best_dev: the best dev metric so far as a fraction, or None before the first dev call.
-            seconds: wall time since the start of this process's part of the run.
+            seconds: wall time of the run, all its parts together, and how much of it was in the model.
         """
         self._must_be_writable()
         if self._curve is None:
             self._curve = self._disk.open(self.path / CURVE, fresh=True)
             self._disk.write(self._curve, _row(CURVE_COLUMNS))
-        self._disk.write(self._curve, _row((calls, stage, train_loss, best_dev, round(seconds, 3))))
+        self._disk.write(self._curve, _row((calls, stage, train_loss, best_dev, *(round(each, 3) for each in seconds))))
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file atomically and durably; see `write_bytes`."""

@@ -128,7 +128,7 @@ def progress(run: Path) -> Progress:
     """The last whole row of a run's curve."""
     rows = _tail(run / CURVE).split("\n")[:-1]
     cells = rows[-1].split(",") if rows else []
-    if len(cells) != 5 or not cells[0].isdecimal():
+    if len(cells) < 5 or not cells[0].isdecimal():
         return Progress(0, "", "")
     return Progress(int(cells[0]), cells[1], cells[3])
 
