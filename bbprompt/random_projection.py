@@ -136,7 +136,6 @@ def random_prompt(
         else:
             bound = 1.0 / math.sqrt(settings.dim)
             projection[layer, : settings.dim] = rng.uniform(-bound, bound, projection[layer, : settings.dim].shape)
-    told = settings.model_dump(mode="json", exclude=settings.untold)
     config = PromptConfig(
         kind="random",
         backbone=facts.id,
@@ -151,7 +150,7 @@ def random_prompt(
         pooling=settings.pooling if settings.readout == "prototype" else None,
         injection=settings.injection,
         placeholders=_positions(settings, facts) if start is None else start.config.placeholders,
-        training={"projection": told, "seed": seed, "stds": list(facts.stds[:layers])},
+        training={"projection": settings.model_dump(mode="json"), "seed": seed, "stds": list(facts.stds[:layers])},
     )
     rows = 2 if settings.readout == "span" else 0  # other readouts have no head of their own
     return ModularPrompt(

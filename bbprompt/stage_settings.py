@@ -151,11 +151,6 @@ class ProjectionConfig(Settings):
     repeat: bool = False
     pooling: Pooling = Pooling()
 
-    @property
-    def untold(self) -> set[str]:
-        """Keys that manifests and digests leave out: a newer setting that says what held before there was it."""
-        return {"injection"} if self.injection == "add" else set()
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.injection == "prepend":

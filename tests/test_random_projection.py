@@ -121,7 +121,7 @@ def test_a_prepended_prompt_has_no_tokens() -> None:
     assert (added.config.injection, added.config.placeholders) == ("add", tuple(range(1000, 1005)))
     assert np.array_equal(prompt.projection, added.projection)
     assert prompt.digest != added.digest
-    assert "injection" not in added.config.training["projection"]  # so that its digest is the one it always had
+    assert added.config.training["projection"]["injection"] == "add"
     assert prompt.config.training["projection"]["injection"] == "prepend"
 
 
@@ -231,7 +231,7 @@ def test_a_run_keeps_its_prompt(tiny_pair_data: Path, tiny_prompts: Path, tmp_pa
     assert tensors["prompt"].shape == (3, 3, 32)
     assert tensors["point"].shape == (3, 6)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["method"]["projection"].keys() == ProjectionConfig.model_fields.keys() - {"injection"}
+    assert manifest["method"]["projection"].keys() == ProjectionConfig.model_fields.keys()
     with load_prompt(tmp_path / "run") as used:
         assert used.evaluate().value == result.test.value
     assert begin(run, tmp_path / "again").digest == result.digest

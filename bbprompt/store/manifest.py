@@ -20,11 +20,10 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "cma", "b
 
 def manifest_of(run: Opened) -> dict[str, Any]:
     """Settings, digests, versions and threads of a run."""
-    info, projection = run.model, run.method.projection
-    untold = {"projection": projection.untold} if projection is not None else {}
+    info = run.model
     return {
         "config": run.config.deciding(),
-        "method": run.method.model_dump(mode="json", exclude=untold),
+        "method": run.method.model_dump(mode="json"),
         "task": run.task.model_dump(mode="json"),
         "data": {
             "source": run.data.source,
