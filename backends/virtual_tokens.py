@@ -31,8 +31,7 @@ from bbprompt.backends.body import blocks_of, embedded, inputs_of, prompted
 from bbprompt.backends.fit import check_fit
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.errors import UsageError
-from bbprompt.exporttext import no_rows
-from bbprompt.prompts import ModularPrompt
+from bbprompt.prompts import ModularPrompt, no_rows
 from bbprompt.texts.cloze import word_tokens
 from bbprompt.texts.mrc import Frame
 

@@ -9,7 +9,7 @@ from bbprompt.oracle import OracleInfo
 from bbprompt.prompts import ModularPrompt
 from bbprompt.tasks.task import Task
 
-__all__ = ["warn_of_idle_workers", "warn_of_seen_examples", "warn_of_shorter_input"]
+__all__ = ["warn_of_idle_workers", "warn_of_seen_examples", "warn_of_shorter_input", "warn_of_single_words"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -70,4 +70,15 @@ def warn_of_shorter_input(max_tokens: int | None, model: OracleInfo) -> None:
             max_tokens,
             model.backbone,
             model.max_tokens,
+        )
+
+
+def warn_of_single_words(method: MethodConfig, task: Task) -> None:
+    """Say so when a method reads several words a label and the task gives each of them one."""
+    if method.synonyms and all(len(words) == 1 for words in task.synonyms.values()):
+        _log.warning(
+            "the method %s reads several words a label (synonyms=true), and the task %s gives each label one: lists in "
+            "its `words` would be read, such as words: {1: [good, great]}",
+            method.name,
+            task.name,
         )

@@ -28,9 +28,9 @@ from safetensors.numpy import save
 from bbprompt import __version__
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.errors import UsageError
-from bbprompt.exporttext import CLIENT, no_rows, peft_card, rows_card, tensors_card
+from bbprompt.exporttext import CLIENT, peft_card, rows_card, tensors_card
 from bbprompt.predict import read_offsets, read_tuned
-from bbprompt.prompts import ModularPrompt
+from bbprompt.prompts import ModularPrompt, no_rows
 from bbprompt.result import read_result
 from bbprompt.run import reopen
 from bbprompt.store.disk import RealDisk

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bbprompt.prompts import Injection
-
-__all__ = ["CLIENT", "no_rows", "peft_card", "rows_card", "tensors_card"]
+__all__ = ["CLIENT", "peft_card", "rows_card", "tensors_card"]
 
 #: Labels one text through a vLLM server; it stands on its own beside `prompt_embeds.safetensors` and `bbprompt.json`.
 CLIENT = '''\
@@ -220,19 +218,6 @@ its embedding layer, without position, token type or LayerNorm, and its tokens k
 them. A causal model and T5 are given them as embeddings, in the first positions. All tokens attend to them.
 
 {_PREPEND}"""
-
-
-def no_rows(injection: Injection) -> str:
-    """Why rows before a text that other tools put there cannot be the prompt of an encoder."""
-    if injection == "prepend":
-        return (
-            "has rows of its own behind the positions and the LayerNorm of the embeddings, which those that other "
-            "tools put before a text go through"
-        )
-    return (
-        "is added behind the LayerNorm of the embeddings, to tokens that stand after the first one, which nothing "
-        "before the text can represent"
-    )
 
 
 def rows_card(facts: Mapping[str, Any]) -> str:

@@ -27,7 +27,16 @@ from bbprompt.tensorfile import written
 from bbprompt.texts.mrc import NO_TOKEN
 from bbprompt.yamlfile import closest
 
-__all__ = ["Injection", "ModularPrompt", "Pooling", "PromptConfig", "PromptSpace", "bundled_prompts", "resolve_prompts"]
+__all__ = [
+    "Injection",
+    "ModularPrompt",
+    "Pooling",
+    "PromptConfig",
+    "PromptSpace",
+    "bundled_prompts",
+    "no_rows",
+    "resolve_prompts",
+]
 
 #: How a prompt enters a model.
 Injection = Literal["add", "prepend"]
@@ -35,6 +44,19 @@ Injection = Literal["add", "prepend"]
 FORMAT = 1
 _BUNDLED = Path(__file__).parent / "bundled" / "prompts"
 _TENSORS = ("projection", "modules", "routers", "head.weight", "head.bias")
+
+
+def no_rows(injection: Injection) -> str:
+    """Why rows before a text that other tools put there cannot be the prompt of an encoder."""
+    if injection == "prepend":
+        return (
+            "has rows of its own behind the positions and the LayerNorm of the embeddings, which those that other "
+            "tools put before a text go through"
+        )
+    return (
+        "is added behind the LayerNorm of the embeddings, to tokens that stand after the first one, which nothing "
+        "before the text can represent"
+    )
 
 
 class Pooling(BaseModel):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input
+from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input, warn_of_single_words
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, is_vllm, measure_backbone, open_oracle, server_kind
 from bbprompt.embedding import can_embed
@@ -183,6 +183,7 @@ def _opened(config: TuneConfig, backend: str) -> Opened:
         prompt = _prompt(config, backend, method, task, few)
     check_synonyms(method, prompt.config.readout)
     warn_of_seen_examples(config, task, prompt)
+    warn_of_single_words(method, task)
     oracle = open_oracle(
         backend,
         prompt,

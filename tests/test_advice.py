@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from servers import serving
 
-from bbprompt.advice import warn_of_idle_workers
+from bbprompt.advice import warn_of_idle_workers, warn_of_single_words
 from bbprompt.backends.http import HttpOracle
 from bbprompt.config import load_method, method_with
+from bbprompt.tasks.task import load_task
 from bbprompt.testing import ToyOracle
 
 
@@ -49,3 +50,21 @@ def test_workers_without_effect_are_said_in_one_line(
         warn_of_idle_workers(workers, load_method("mp2-deep"), oracle)
         oracle.close()
     assert (not caplog.messages) if expected is None else (len(caplog.messages) == 1 and expected in caplog.messages[0])
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "said"),
+    [
+        ("bbt-rgb", {"0": "bad", "1": "good"}, True),
+        ("bbt-rgb", {}, True),
+        ("bbt-rgb", {"0": "bad", "1": ["good", "great"]}, False),
+        ("bbt", {"0": "bad", "1": "good"}, False),
+    ],
+)
+def test_words_that_a_task_does_not_have_are_said_in_one_line(
+    method: str, words: dict[str, str | list[str]], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = load_task("sst2").model_copy(update={"words": words})
+    warn_of_single_words(load_method(method), task)
+    assert [line for line in caplog.messages if "the task sst2 gives each label one" in line] == caplog.messages
+    assert bool(caplog.messages) == said
