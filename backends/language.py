@@ -43,7 +43,7 @@ class _MaskedBody:
         states = self._encoder.last_states([item.ids for item in sequences], layout)
         width = max(item.spans[0][1] - item.spans[0][0] for item in sequences) + 1
         places = [[min(first + i, last) for i in range(width)] for first, last in (item.spans[0] for item in sequences)]
-        return states[:, layout.starts[:, None] + torch.as_tensor(places, device=self._encoder.device)]
+        return states[:, layout.rows(torch.as_tensor(places))]
 
 
 class LocalLanguageModel:

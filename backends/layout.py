@@ -45,7 +45,7 @@ class Layout:
     """How N texts of different length lie in T packed rows: shortest first, in groups.
 
     Attributes:
-        starts: `(N,)` packed row of the first token of each text; token j of text i is row `starts[i] + j`.
+        starts: `(N,)` packed row of the first token of each text, on the host; token j of text i is `starts[i] + j`.
         order: The texts in packed order.
         groups: Consecutive groups that cover all T rows.
     """
@@ -53,6 +53,10 @@ class Layout:
     starts: Tensor
     order: tuple[int, ...]
     groups: tuple[Group, ...]
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Packed rows `(N, R)` of some tokens of each text, `(N, R)` or `(R,)` on the host."""
+        return (self.starts[:, None] + tokens).to(self.groups[0].rows.device)
 
 
 def pack(
@@ -93,12 +97,12 @@ def pack(
                 rows.to(device),
                 cells.to(device),
                 mask[:, None, None, :].to(device),
-                torch.as_tensor(members),
+                torch.as_tensor(members, device=device),
                 bool(mask.all()),
             )
         )
         first, begin = first + int(sizes.sum()), end
-    return Layout(starts.to(device), tuple(order), tuple(groups))
+    return Layout(starts, tuple(order), tuple(groups))
 
 
 def _widened(width: int, even: bool, dtype: torch.dtype) -> tuple[int, int]:

@@ -334,10 +334,10 @@ class LocalOracle:
         device = self._encoder.device
         lengths = [len(item.ids) for item in encoded]
         layout = pack(lengths, device, _SLACK, self._encoder.dtype)
-        slots = torch.arange(len(self._frame.placeholders), device=device) + self._frame.prompt_start
+        slots = torch.arange(len(self._frame.placeholders)) + self._frame.prompt_start
         plan = self._head.plan(encoded, layout, support)
         states = self._encoder.embed([item.ids for item in encoded], layout)[None]
-        main = _Lane(Place(layout, (layout.starts[:, None] + slots).flatten(), plan.read), Trunk([states]))
+        main = _Lane(Place(layout, layout.rows(slots).flatten(), plan.read), Trunk([states]))
         if self._rough is None:
             return _Chunk(plan, main, None)
         rough = replace(main.place, layout=pack(lengths, device, _SLACK, torch.bfloat16))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -74,10 +75,25 @@ class _Own:
         points: `(m, L, d)`.
         differs: `(L,)` in which layers the candidates of the whole request differ: how a prompt is made must not depend
             on how a request is cut.
+        moved: `(m, D, d)`, the points of the D layers in which they differ, where prompts are made.
     """
 
     points: NDArray[np.float32]
     differs: NDArray[np.bool_]
+    moved: Tensor
+
+    @classmethod
+    def of(cls, points: NDArray[np.float32], differs: NDArray[np.bool_], device: torch.device) -> Self:
+        """Move all that differs at once; a GPU is not waited for."""
+        moved = torch.from_numpy(points[:, differs])
+        if device.type == "cuda":
+            moved = moved.pin_memory()
+        return cls(points, differs, moved.to(device, non_blocking=True))
+
+    def one(self, number: int) -> Self:
+        """One of the candidates."""
+        only = slice(number, number + 1)
+        return type(self)(self.points[only], self.differs, self.moved[only])
 
 
 class Runner:
@@ -119,7 +135,7 @@ class Runner:
         fork = self._first(differs)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
-        own = _Own(points[unit.first : unit.last], differs)
+        own = _Own.of(points[unit.first : unit.last], differs, self._projection.device)
         return self._branch(place, states, shared, own, fork, finish)
 
     def run_deviations(
@@ -133,7 +149,8 @@ class Runner:
         size = max(_HELD_TOKENS // states.shape[1], 8)
         firsts = range(1, len(points), size)
         # The first candidate leads every piece, so that a score does not depend on how it was cut.
-        pieces = [_Own(np.concatenate((points[:1], points[i : i + size])), differs) for i in firsts]
+        device = self._projection.device
+        pieces = [_Own.of(np.concatenate((points[:1], points[i : i + size])), differs, device) for i in firsts]
         done = [self._deviate(place, states, shared, piece, fork, finish) for piece in pieces]
         return torch.cat([done[0], *(piece[1:] for piece in done[1:])])
 
@@ -158,7 +175,7 @@ class Runner:
             trunk.shared = None
         del trunk.states[reach + 1 :]
         trunk.points = point.copy()
-        alone = _Own(point[None], np.zeros(len(point), dtype=np.bool_))
+        alone = _Own.of(point[None], np.zeros(len(point), dtype=np.bool_), self._projection.device)
         for layer in range(reach, fork):
             states = self._add(place, trunk.states[layer].clone(), alone, layer)
             trunk.states.append(self.encoder.layer(layer, states, place.layout))
@@ -213,7 +230,7 @@ class Runner:
             states = deviate(self.encoder, self.rough, layer, states, place.layout, projected)
         done = []
         for n in range(len(own.points)):
-            point = _Own(own.points[n : n + 1], own.differs)
+            point = own.one(n)
             projected = self._projected(place, shared, point, last) if last == fork else None
             ends = self._add(place, states[n : n + 1], point, last)
             done.append(finish(self.encoder.layer(last, ends, place.layout, place.read, projected)))
@@ -222,14 +239,15 @@ class Runner:
     def _prompts(self, own: _Own, layer: int) -> Tensor:
         """Prompts u A of a layer, `(m, P, H)`; `(1, P, H)` where all candidates have the same, which is kept."""
         if own.differs[layer]:
-            return self._made_of(own.points[:, layer], layer)
+            return self._made_of(own.moved[:, int(own.differs[:layer].sum())], layer)
         point, made = own.points[0, layer], self._made.get(layer)
         if made is None or not np.array_equal(made[0], point):
-            made = self._made[layer] = (point.copy(), self._made_of(point[None], layer))
+            moved = torch.from_numpy(point[None]).to(self._projection.device)
+            made = self._made[layer] = (point.copy(), self._made_of(moved, layer))
         return made[1]
 
-    def _made_of(self, points: NDArray[np.float32], layer: int) -> Tensor:
-        prompts = torch.from_numpy(points).to(self._projection.device) @ self._projection[layer]
+    def _made_of(self, points: Tensor, layer: int) -> Tensor:
+        prompts = points @ self._projection[layer]
         return prompts.view(len(points), -1, self.encoder.hidden).to(self.encoder.dtype)
 
     def _projected(self, place: Place, shared: Tensor | None, own: _Own, layer: int) -> Tensor | None:

@@ -92,13 +92,12 @@ class SpanHead:
             padded[1, number, : len(last_rows)] = torch.as_tensor(last_rows)
             present[number, : len(first_rows)] = True
         shared = bool((padded[0] == padded[1]).all())
-        base = layout.starts.cpu()[:, None]
-        read = base + (padded[0] if shared else torch.cat((padded[0], padded[1]), dim=1))
+        read = layout.rows(padded[0] if shared else torch.cat((padded[0], padded[1]), dim=1))
         where = torch.arange(width).expand(2, len(sequences), width).clone()
         if not shared:
             where[1] += width
         return SpanPlan(
-            read.to(self._device),
+            read,
             where.to(self._device),
             present.to(self._device),
             torch.as_tensor(spans, dtype=torch.long).view(-1, 3),
@@ -146,22 +145,22 @@ def _values(plans: Sequence[SpanPlan], parts: Sequence[Tensor]) -> tuple[Tensor,
 
 def _answers(plan: SpanPlan, both: Tensor, longest: int) -> NDArray[np.int64]:
     """Character spans `(n, N, 2)` of the best start <= end within `longest` tokens of the context."""
-    result = np.zeros((both.shape[1], both.shape[2], 2), dtype=np.int64)
+    shown, found = plan.present.sum(1).tolist(), []
     for number, item in enumerate(plan.encoded):
         size = len(item.offsets)
         # With the whole sequence as support the context starts inside it, else it is the support.
-        first = item.context[0] if int(plan.present[number].sum()) > size else 0
+        first = item.context[0] if shown[number] > size else 0
         start = both[0, :, number, first : first + size]
         end = both[1, :, number, first : first + size]
         reach = min(longest, size)
         padded = torch.nn.functional.pad(end, (0, reach - 1), value=-torch.inf)
         window = padded.unfold(1, reach, 1)  # (n, size, reach): ends that each start may take
         score, length = window.max(-1)
-        at = (start + score).argmax(-1)
-        for candidate in range(both.shape[1]):
-            a = int(at[candidate])
-            result[candidate, number] = (
-                item.offsets[a][0],
-                item.offsets[a + int(length[candidate, a])][1],
-            )
+        at = (start + score).argmax(-1, keepdim=True)
+        found.append(torch.cat((at, length.gather(-1, at)), dim=-1))
+    result = np.zeros((both.shape[1], both.shape[2], 2), dtype=np.int64)
+    # Those of all candidates come from the device at once.
+    for number, (item, answers) in enumerate(zip(plan.encoded, torch.stack(found).tolist(), strict=True)):
+        for candidate, (a, steps) in enumerate(answers):
+            result[candidate, number] = item.offsets[a][0], item.offsets[a + steps][1]
     return result

@@ -131,8 +131,7 @@ class VerbalizerHead:
         positions = [
             [min(first + i, last) for i in range(width)] for first, last in (item.spans[0] for item in sequences)
         ]
-        read = layout.starts.cpu()[:, None] + torch.as_tensor(positions)
-        return VerbalizerPlan(read.to(self._device), sum(item.cut for item in sequences))
+        return VerbalizerPlan(layout.rows(torch.as_tensor(positions)), sum(item.cut for item in sequences))
 
     def apply(self, plan: VerbalizerPlan, states: Tensor) -> Tensor:
         """Features before the output matrix, of the same shape as the states `(n, N, R, H)`."""

@@ -103,8 +103,8 @@ class Setting:
         lengths = [max(self.lengths)] * self.texts if padded else self.lengths
         ids = [(row * 2)[:size] for row, size in zip(self.ids, lengths, strict=True)]
         layout = pack(lengths, slack=slack, fast=runner.encoder.dtype)
-        slots = (layout.starts[:, None] + torch.arange(self.prompt) + 1).flatten()
-        rows = layout.starts[:, None] + torch.arange(self.read)[None] + self.prompt + 1
+        slots = layout.rows(torch.arange(self.prompt) + 1).flatten()
+        rows = layout.rows(torch.arange(self.read) + self.prompt + 1)
         place, points = Place(layout, slots, rows if read else None), self.points(layer)
         trunk = Trunk([runner.encoder.embed(ids, layout)[None]])
 

@@ -156,8 +156,8 @@ class Forward:
         return Piece(data, plan, self._bound(sequences, layout, plan))
 
     def _packed(self, encoder: Encoder, sequences: Sequence[Encoded], layout: Layout, plan: Any) -> _Forward:
-        slots = torch.arange(len(self._frame.placeholders), device=self.device) + self._frame.prompt_start
-        place = Place(layout, (layout.starts[:, None] + slots).flatten(), plan.read)
+        slots = torch.arange(len(self._frame.placeholders)) + self._frame.prompt_start
+        place = Place(layout, layout.rows(slots).flatten(), plan.read)
         entering = encoder.embed([item.ids for item in sequences], layout)[None]
 
         def states(prompt: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def _states(
     """States `(N, R, H)` in the gaps, float32."""
     if isinstance(model, Encoder):
         layout = pack([len(ids) for ids in batch.ids], model.device)
-        read = layout.starts[:, None] + batch.gaps.to(model.device)
+        read = layout.rows(batch.gaps)
         return prompts.states(model, batch.ids, batch.tasks, layout, phase, generator, read)
     vectors = prompts.vectors(phase, generator, batch.tasks[:1])
     return model.body.states(batch.sequences, prompts.frame, vectors)[0].float()

@@ -165,7 +165,7 @@ class HeadTrainer:
     def _states(self, batch: MaskedBatch) -> Tensor:
         """Last states `(M, H)` at the places to guess."""
         layout = pack([len(text) for text in batch.ids], self.encoder.device)
-        read = layout.starts[:, None] + batch.places.to(self.encoder.device)
+        read = layout.rows(batch.places)
         states = self.encoder.embed(batch.ids, layout)[None]
         last = len(self.encoder.layers) - 1
         for index in range(last + 1):

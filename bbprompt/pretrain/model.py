@@ -220,7 +220,7 @@ class ModularPrompts(nn.Module):
     def forward(self, encoder: Encoder, batch: SpanBatch, phase: Phase, generator: torch.Generator) -> Tensor:
         """Start and end logits of the batch's candidates, `(N, 2, C)`."""
         layout = pack([len(text) for text in batch.ids], encoder.device)
-        read = layout.starts[:, None] + batch.support.to(encoder.device).flatten(1)
+        read = layout.rows(batch.support.flatten(1))
         states = self.states(encoder, batch.ids, batch.tasks, layout, phase, generator, read)
         logits = F.linear(states, self.head_weight, self.head_bias)  # (N, 2 * C, start and end)
         start, end = logits.view(len(logits), 2, -1, 2).unbind(1)
@@ -242,8 +242,7 @@ class ModularPrompts(nn.Module):
         prompts = self.vectors(phase, generator, groups)
         if phase.left and self.fading is not None:
             prompts = torch.cat([prompts, phase.left * self.fading[groups]], dim=1)
-        slots = torch.arange(length, device=encoder.device) + self.frame.prompt_start
-        at = (layout.starts[:, None] + slots).flatten()
+        at = layout.rows(torch.arange(length) + self.frame.prompt_start).flatten()
         states = encoder.embed(ids, layout)
         member = member.to(prompts.device)
         last = len(encoder.layers) - 1
