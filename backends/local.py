@@ -92,8 +92,8 @@ class LocalOracle:
         backbone: The stock model with its tokenizer.
         prompt: The artifact behind the oracle.
         device: "cpu" or "cuda".
-        dtype: "float32", "bfloat16", or "mixed": populations in bfloat16, or as bfloat16 deviations from a float32
-            reference, where that is exact enough for what tells them apart; everything else in float32.
+        dtype: "float32", "bfloat16", or "mixed": populations in bfloat16, or on a CPU as bfloat16 deviations from a
+            float32 reference, where that is exact enough for what tells them apart; everything else in float32.
         batch_tokens: Tokens that run through the encoder at once (candidates times texts); halved for good
             where memory runs out.
         max_tokens: Longest sequence; None for the backbone's limit.
@@ -124,6 +124,8 @@ class LocalOracle:
         projection = torch.from_numpy(prompt.projection).to(device)
         self._runner = Runner(self._encoder, projection, rough)
         self._rough = None if rough is None else Runner(rough, projection)
+        # Deviations run a candidate and some rows at a time, to stay in a core's cache: no work for a GPU.
+        self._deviates = self._encoder.device.type == "cpu"
         weights = torch.from_numpy(prompt.head_weight), torch.from_numpy(prompt.head_bias)
         self._head = open_head(backbone, config, weights, self._tokenize, self._frame, self._encoder.device)
         self._batch_tokens = batch_tokens
@@ -258,7 +260,7 @@ class LocalOracle:
             if spread_of(scores, batch.sizes) >= ENOUGH_THROUGHOUT * error_of(found, right):
                 self._used["bfloat16"] += 1
                 return scores
-        if worth:
+        if worth and self._deviates:
             scores = self._deviations(batch, points, support, longest_answer)
             found = log_probabilities(scores, batch.sizes)[chosen][:, probe.spans]
             if spread_of(scores, batch.sizes) >= ENOUGH * error_of(found[-1], right[-1]):

@@ -36,11 +36,11 @@ _TEXTS = 8
 
 
 def best_precision(device: str) -> str:
-    """What "auto" means: "mixed" on CPUs that multiply bfloat16 in hardware (AVX-512 BF16 or AMX), else "float32".
+    """What "auto" means: "mixed" where bfloat16 is multiplied in hardware, else "float32".
 
     Depends on the device alone, so that a resumed run finds the precision that it began with.
     """
-    return "mixed" if device == "cpu" and fast_bfloat16(device) else "float32"
+    return "mixed" if fast_bfloat16(device) else "float32"
 
 
 def training_precision(device: str) -> str:

@@ -193,7 +193,7 @@ class TuneConfig(Settings):
             as spent, for a server that charges for every request, and ends the run where an answer is lost. None:
             "charge" for vLLM alone, see `resends`.
         device: "auto" takes CUDA where there is one.
-        dtype: Precision; "auto" is "mixed" on CPUs with AVX-512 BF16 or AMX, else float32.
+        dtype: Precision; "auto" is "mixed" on CPUs with AVX-512 BF16 or AMX and GPUs from Ampere on, else float32.
         batch_tokens: Tokens that run through the model at once; None for the device's default.
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores, or 1 for each worker on Ray.

@@ -81,6 +81,17 @@ def test_few_candidates_that_lie_close_run_in_float32(deep: ModularPrompt, backb
     assert oracle.precisions == {"float32": 1}
 
 
+def test_candidates_that_lie_close_run_in_float32_on_a_gpu(
+    deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, points = batch_of("pair"), population(deep, 1, 1e-3)
+    oracle = LocalOracle(backbone, deep, dtype="mixed")
+    monkeypatch.setattr(oracle, "_deviates", False)
+    exact = LocalOracle(backbone, deep).score(batch, points)
+    np.testing.assert_array_equal(oracle.score(batch, points).logits, exact.logits)
+    assert oracle.precisions == {"float32": 1}
+
+
 def test_mixed_precision_does_not_depend_on_what_was_scored_before(
     deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,8 +74,14 @@ def test_auto(avx: bool, tiles: bool, precision: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     assert best_precision("cpu") == precision
-    assert best_precision("cuda") == "float32"
     assert training_precision("cpu") == ("float32" if precision == "float32" else "bfloat16")
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "mixed"), (False, "float32")])
+def test_auto_on_a_gpu(fast: bool, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: fast and not including_emulation)
+    assert best_precision("cuda") == precision
+    assert training_precision("cuda") == ("float32" if precision == "float32" else "bfloat16")
 
 
 @pytest.mark.parametrize("fast", [True, False])

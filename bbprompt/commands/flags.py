@@ -31,7 +31,8 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         show_default=False,
-        help="Precision of the model; auto is mixed on CPUs with AVX-512 BF16 or AMX, else float32.",
+        help="Precision of the model; auto is mixed where bfloat16 is in hardware (AVX-512 BF16, AMX, "
+        "GPUs from Ampere on), else float32.",
     ),
 ]
 Threads = Annotated[
