@@ -69,16 +69,18 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
         ("mp2-shallow", "mp2-shallow-more"),
         ("mp2-proto", "mp2-proto-more"),
         ("spot", "spot"),
+        ("ppt", "ppt-more"),
     ],
 )
 def test_the_bundled_prompts_come_from_the_bundled_recipes(artifact: str, last_phase: str) -> None:
     made = ModularPrompt.load(resolve_prompts(f"e5-small-{artifact}")).config.training["recipe"]
     recipe = command._recipe(last_phase, Path()).model_dump(mode="json")
     # Threads, notes and where a phase began are a training's own; the deep prompts' steps are those of both phases; the
-    # processor multiplied bfloat16, which is what auto takes then.
+    # processor multiplied bfloat16, which is what auto takes then, and it was no GPU, where auto compiles.
     first = [command._recipe(artifact, Path()).steps] if artifact == "mp2-deep" else []
     assert (recipe["dtype"], made["dtype"]) == ("auto", "bfloat16")
-    own = {"threads", "note", "start", "steps", "dtype"}
+    assert (recipe["compile"], made.get("compile", False)) == ("auto", False)
+    own = {"threads", "note", "start", "steps", "dtype", "compile"}
     assert {key: value for key, value in made.items() if key not in own} == {
         key: recipe[key] for key in made.keys() - own
     }
@@ -179,4 +181,4 @@ def test_the_corpus_of_the_bundled_recipe_is_yours_to_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("bbprompt.pretrain.run.load_backbone", None)  # it does not come to that
     assert cli.run(["pretrain", "ppt", "--device", "cpu", "--quiet"]) == 2
-    assert "ppt.corpus: corpus.txt: no such file" in capsys.readouterr().err
+    assert "ppt.corpus: zh_lctt.txt.gz: no such file" in capsys.readouterr().err

@@ -82,6 +82,28 @@ def test_examples_are_made_once_and_drawn_alike(
     assert single.present.sum(1).unique().tolist() == [2]
 
 
+@pytest.mark.parametrize("examples", [1000, 60])
+def test_every_file_is_trained_on_and_validated_on(examples: int, tiny_bert_dir: Path, tmp_path: Path) -> None:
+    files = [corpus(tmp_path / f"{number}.txt", 60, number) for number in range(2)]
+    for file, mark in zip(files, "甲乙", strict=True):
+        file.write_text(file.read_text(encoding="utf-8").replace("。", f"{mark}。"), encoding="utf-8")
+    tokenizer = load_backbone(str(tiny_bert_dir)).tokenizer
+    frame, few = frame_for(tokenizer, (300, 301), 100), {"corpus": [str(file) for file in files], "examples": examples}
+    stores, digest = open_ppt(
+        settings(files[0], formats=["choice"], **few),
+        tokenize_with(tokenizer),
+        frame,
+        cache=tmp_path / "cache",
+        tokenizer_digest="t",
+        seed=1,
+    )
+    batches = PptBatches(stores, "c", digest, seed=3, tasks_per_step=1, per_task=40, valid_size=40, files=2)
+    marks = {tokenizer.convert_tokens_to_ids(mark) for mark in "甲乙"}
+    (valid,) = batches.valid(0, 1000, 40)
+    for batch in (batches.batch(0), valid):
+        assert {token for ids in batch.ids for token in ids} >= marks
+
+
 def test_pairs_are_cut_at_their_outer_ends(tiny_bert_dir: Path, tmp_path: Path) -> None:
     file = corpus(tmp_path / "corpus.txt", 60)
     tokenizer = load_backbone(str(tiny_bert_dir)).tokenizer

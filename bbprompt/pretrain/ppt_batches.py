@@ -40,7 +40,7 @@ _Write = Callable[[Example], Encoded]
 Annotator = Callable[[Sequence[str]], NDArray[np.floating]]
 
 #: Version of how examples are made; goes into their digest, so that none made otherwise is taken from the cache.
-_RULES = 2
+_RULES = 3
 #: Of so many documents one is validated on (PPT kept 5 % apart).
 _HELD_OUT = 20
 #: Of so many sentences one is asked about.
@@ -63,6 +63,7 @@ class PptBatches:
         slices: Slices of a step.
         bucket: See `bbprompt.pretrain.schedule.epoch_order`.
         cloze: The examples are texts with a gap.
+        files: So many files were read in turn: of each round all documents are trained on, or all are validated on.
 
     Raises:
         DataError: A format has nothing to train or to validate on.
@@ -82,6 +83,7 @@ class PptBatches:
         slices: int = 1,
         bucket: int = 1,
         cloze: bool = False,
+        files: int = 1,
     ) -> None:
         self._stores = tuple(stores.values())
         self._names = tuple(f"ppt-{name}" for name in stores)
@@ -89,7 +91,7 @@ class PptBatches:
         self._seed, self._per_step, self._size = seed, tasks_per_step, per_task * slices
         self._slices, self._bucket = slices, bucket
         self._copies = [(weights or {}).get(name, 1) for name in stores]
-        held = [store.keys % _HELD_OUT == 0 for store in self._stores]
+        held = [store.keys // files % _HELD_OUT == 0 for store in self._stores]
         self._train = [np.flatnonzero(~apart) for apart in held]
         self._valid = [np.flatnonzero(apart)[:valid_size] for apart in held]
         for name, train, valid in zip(stores, self._train, self._valid, strict=True):

@@ -27,26 +27,37 @@ _ENDS = {
 def documents(files: Iterable[str | Path]) -> Iterator[tuple[str, list[str]]]:
     """Yield each document of the files: where it begins, and its lines.
 
+    One of each file in turn, so that whoever stops early has read from all of them.
+
     Args:
         files: Text files, `.gz` ones unpacked on the way; blank lines part documents.
 
     Raises:
         DataError: A file cannot be read or is not UTF-8; names file and line.
     """
-    for file in files:
-        lines: list[str] = []
-        where, found = "", False
-        for number, line in read_lines(file):
-            if line.strip():
-                where = where if lines else f"{file}:{number}"
-                lines.append(line.strip())
-            elif lines:
-                yield where, lines
-                lines, found = [], True
-        if lines:
+    readers = [_documents(file) for file in files]
+    while readers:
+        for reader in tuple(readers):
+            if (document := next(reader, None)) is None:
+                readers.remove(reader)
+            else:
+                yield document
+
+
+def _documents(file: str | Path) -> Iterator[tuple[str, list[str]]]:
+    lines: list[str] = []
+    where, found = "", False
+    for number, line in read_lines(file):
+        if line.strip():
+            where = where if lines else f"{file}:{number}"
+            lines.append(line.strip())
+        elif lines:
             yield where, lines
-        elif not found:
-            raise DataError(f"{file}: there is no text in it")
+            lines, found = [], True
+    if lines:
+        yield where, lines
+    elif not found:
+        raise DataError(f"{file}: there is no text in it")
 
 
 def sentences(lines: Iterable[str], language: str) -> Document:

@@ -252,6 +252,7 @@ def _batches(
             slices=slices,
             bucket=config.bucket,
             cloze=config.readout == "verbalizer",
+            files=len(config.ppt.corpus),
         )
     tasks = load_upstream(
         chosen,
