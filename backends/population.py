@@ -82,14 +82,6 @@ class _Own:
     differs: NDArray[np.bool_]
     moved: Tensor
 
-    @classmethod
-    def of(cls, points: NDArray[np.float32], differs: NDArray[np.bool_], device: torch.device) -> Self:
-        """Move all that differs at once; a GPU is not waited for."""
-        moved = torch.from_numpy(points[:, differs])
-        if device.type == "cuda":
-            moved = moved.pin_memory()
-        return cls(points, differs, moved.to(device, non_blocking=True))
-
     def one(self, number: int) -> Self:
         """One of the candidates."""
         only = slice(number, number + 1)
@@ -135,7 +127,7 @@ class Runner:
         fork = self._first(differs)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
-        own = _Own.of(points[unit.first : unit.last], differs, self._projection.device)
+        own = self._own(points[unit.first : unit.last], differs)
         return self._branch(place, states, shared, own, fork, finish)
 
     def run_deviations(
@@ -149,14 +141,20 @@ class Runner:
         size = max(_HELD_TOKENS // states.shape[1], 8)
         firsts = range(1, len(points), size)
         # The first candidate leads every piece, so that a score does not depend on how it was cut.
-        device = self._projection.device
-        pieces = [_Own.of(np.concatenate((points[:1], points[i : i + size])), differs, device) for i in firsts]
+        pieces = [self._own(np.concatenate((points[:1], points[i : i + size])), differs) for i in firsts]
         done = [self._deviate(place, states, shared, piece, fork, finish) for piece in pieces]
         return torch.cat([done[0], *(piece[1:] for piece in done[1:])])
 
     def fork(self, points: NDArray[np.float32]) -> int:
         """The first layer in which candidates differ, or the last."""
         return self._first(_differences(points))
+
+    def _own(self, points: NDArray[np.float32], differs: NDArray[np.bool_]) -> _Own:
+        """Move all in which candidates differ at once; a GPU is not waited for."""
+        moved, device = torch.from_numpy(points[:, differs]), self._projection.device
+        if device.type == "cuda":
+            moved = moved.pin_memory()
+        return _Own(points, differs, moved.to(device, non_blocking=True))
 
     def _first(self, differs: NDArray[np.bool_]) -> int:
         return min(int(differs.argmax()) if differs.any() else len(differs), len(self.encoder.layers) - 1)
@@ -175,7 +173,7 @@ class Runner:
             trunk.shared = None
         del trunk.states[reach + 1 :]
         trunk.points = point.copy()
-        alone = _Own.of(point[None], np.zeros(len(point), dtype=np.bool_), self._projection.device)
+        alone = self._own(point[None], np.zeros(len(point), dtype=np.bool_))
         for layer in range(reach, fork):
             states = self._add(place, trunk.states[layer].clone(), alone, layer)
             trunk.states.append(self.encoder.layer(layer, states, place.layout))

@@ -1,11 +1,12 @@
 """What runs on a GPU waits for nothing and mixes no devices, shown on torch's device without data.
 
-A tensor there has a shape and no content: to look at one of its entries, or to combine it with one of the host, is an
-error. So whatever gets through would not have made the host wait for a GPU, either.
+A tensor there has a shape and no content, so to look at one of its entries is an error; and no operation may be given
+tensors of two devices. Whatever gets through would not have made the host wait for a GPU, either.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from reference import points_of
 from test_prototype_head import data_for, prompt_for
 from tiny_prompt import batch_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bbprompt.backends import fit
 from bbprompt.backends.backbone import Backbone
@@ -21,6 +24,23 @@ from bbprompt.backends.local import LocalOracle
 from bbprompt.oracle import Support
 from bbprompt.prompts import ModularPrompt
 from bbprompt.units import Unit
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of two devices; some of them, such as products, let a host's tensor pass there."""
+
+    def __torch_dispatch__(
+        self,
+        operation: Callable[..., Any],
+        types: Any,
+        given: tuple[Any, ...] = (),
+        named: dict[str, Any] | None = None,
+    ) -> Any:
+        tensors = [leaf for leaf in tree_leaves((given, named)) if isinstance(leaf, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors if tensor.ndim}  # numbers go everywhere
+        if len(devices) > 1:
+            raise RuntimeError(f"{operation}: tensors on meta and another device")
+        return operation(*given, **(named or {}))
 
 
 def away(backbone: Backbone, prompt: ModularPrompt, monkeypatch: pytest.MonkeyPatch, dtype: str) -> LocalOracle:
@@ -34,7 +54,7 @@ def away(backbone: Backbone, prompt: ModularPrompt, monkeypatch: pytest.MonkeyPa
 
 def left(oracle: Any, batch: Any, points: np.ndarray, support: Support) -> tuple[torch.Tensor, ...]:
     """Logits and normalizers of all candidates on all texts, where they are."""
-    with torch.inference_mode():
+    with torch.inference_mode(), OneDevice():
         return oracle._unit(batch, points, support, None, Unit(0, len(points)))
 
 
@@ -74,8 +94,18 @@ def test_embeddings_are_compared_without_a_look_at_them(
     assert (logits.shape, normalizer.shape) == (here.logits.shape, here.normalizer.shape)
 
 
-def test_a_look_is_an_error(deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "spoilt",
+    [lambda states: states * float(states.sum()), lambda states: states @ torch.ones(states.shape[-1], 2)],
+    ids=["look", "product with the host"],
+)
+def test_what_it_is_shown_by_is_an_error(
+    spoilt: Callable[[torch.Tensor], torch.Tensor],
+    deep: ModularPrompt,
+    backbone: Backbone,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     oracle: Any = away(backbone, deep, monkeypatch, "float32")
-    monkeypatch.setattr(oracle._head, "apply", lambda _plan, states: states * float(states.sum()))
+    monkeypatch.setattr(oracle._head, "apply", lambda _plan, states: spoilt(states))
     with pytest.raises(RuntimeError, match="meta"):
         left(oracle, batch_of("pair"), points_of(deep, 3), "candidates")
