@@ -165,8 +165,10 @@ def test_weights_that_a_run_mixed_by_are_shown_as_they_are(tmp_path: Path) -> No
 
 def test_prompts(tmp_path: Path) -> None:
     name, path = next(iter(bundled_prompts().items()))
-    assert cli.run(["report", str(path), "--out", str(tmp_path / "r.html")]) == 0
-    page = checked(tmp_path / "r.html")
+    for given in (name, str(path)):
+        assert cli.run(["report", given, "--out", str(tmp_path / f"{Path(given).is_dir()}.html")]) == 0
+    page = checked(tmp_path / "True.html")
+    assert (tmp_path / "False.html").read_bytes() == (tmp_path / "True.html").read_bytes()
     assert name in page.text
     for task in ModularPrompt.load(path).config.tasks:
         assert page.text.count(task) >= 3  # figure, groups, routers

@@ -21,7 +21,9 @@ def report(
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="RUN_OR_SWEEP_DIR", show_default=False, help="A run, a sweep, or the directory of prompts."
+            metavar="RUN_OR_SWEEP_DIR",
+            show_default=False,
+            help="A run, a sweep, or prompts: their directory, or the name of ones that come with the package.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", show_default=False, help="The page, such as report.html.")],
@@ -53,6 +55,7 @@ def report(
     A run: curves, scores, confusions, router, worst examples, settings. A sweep: the tables of `compare` and curves.
     Prompts: the routers of the upstream tasks and the groups they fall into.
     """
+    folder = _directory(folder)
     kind = _kind(folder)
     if not out.absolute().parent.is_dir():
         raise UsageError(f"--out {out}: there is no such directory")
@@ -83,11 +86,20 @@ def report(
         write(f"Written: {out}")
 
 
+def _directory(named: Path) -> Path:
+    if named.is_dir():
+        return named
+    from bbprompt.prompts import bundled_prompts
+
+    bundled = bundled_prompts()
+    if str(named) not in bundled:
+        raise UsageError(f"{named}: there is no such directory, nor prompts of that name ({', '.join(bundled)})")
+    return bundled[str(named)]
+
+
 def _kind(folder: Path) -> Literal["run", "sweep", "prompts"]:
     from bbprompt.store.rundir import MANIFEST
 
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such directory")
     if (folder / MANIFEST).is_file():
         return "run"
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
