@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.setting import Setting, interleaved
+from benchmarks.setting import Setting
+from benchmarks.timing import interleaved
 
 __all__ = ["alternatives"]
-
-_LAYERS = 4
 
 
 def alternatives(rounds: int, threads: int, small: bool) -> list[str]:
     """Seconds of some layers at the shape of the bundled model, one candidate, and their error against float32."""
-    setting = Setting(layers=_LAYERS, texts=8 if small else 32, shortest=48, longest=48)
+    setting = Setting(layers=4).shrunk(small).but(shortest=48, longest=48)
     model = setting.model()
     stock = model.bert.encoder.layer
     states = torch.randn(setting.texts, setting.longest, setting.hidden)
@@ -47,7 +46,7 @@ def alternatives(rounds: int, threads: int, small: bool) -> list[str]:
     place, flat = setting.layout(), states.flatten(0, 1)[None]
 
     def own(encoder: Any, entering: Tensor) -> Tensor:
-        for layer in range(_LAYERS):
+        for layer in range(setting.layers):
             entering = encoder.layer(layer, entering, place)
         return entering
 
@@ -63,7 +62,7 @@ def alternatives(rounds: int, threads: int, small: bool) -> list[str]:
     taken = interleaved(ways, rounds, threads)
     first = taken["ours, float32"]
     lines = [
-        f"{_LAYERS} layers, {setting.texts} texts of {setting.longest} tokens; compiling took {compiling:.0f} s.",
+        f"{setting.layers} layers, {setting.texts} texts of {setting.longest} tokens; compiled in {compiling:.0f} s.",
         "",
         "| what | ms | ours, float32 / this | relative error |",
         "|---|---|---|---|",

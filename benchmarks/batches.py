@@ -9,8 +9,8 @@ and standard deviation over the seeds, which draw the loss as well.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,21 +45,11 @@ def mixtures(seed: int) -> _Loss:
     def loss(rows: NDArray[np.float64]) -> NDArray[np.float64]:
         routers = rows.reshape(-1, _LAYERS, _MODULES)
         weights = routers / np.maximum(routers.sum(axis=2, keepdims=True), 1.0)
-        far: NDArray[np.float64] = np.linalg.norm(np.einsum("nlk,lkd->nld", weights, modules) - aims, axis=2)
-        return far.sum(axis=1)
+        far = np.linalg.norm(np.einsum("nlk,lkd->nld", weights, modules) - aims, axis=2)
+        total: NDArray[np.float64] = far.sum(axis=1)
+        return total
 
     return loss
-
-
-@contextmanager
-def one_by_one() -> Iterator[None]:
-    """Large batches are proposed as small ones are."""
-    usual = gp.JOINT_BATCH
-    gp.JOINT_BATCH = 10**9
-    try:
-        yield
-    finally:
-        gp.JOINT_BATCH = usual
 
 
 def searched(loss: _Loss, seed: int, batch: int, calls: int, ahead: bool) -> tuple[list[float], float]:
@@ -86,7 +76,7 @@ def batches(seeds: int, batch: int = 64, calls: int = 320) -> list[str]:
     ]
     for name, make in (("pairs", pairs), ("mixtures", mixtures)):
         ways = {"one after another, batch 4": [searched(make(seed), seed, 4, calls, False) for seed in range(seeds)]}
-        with one_by_one():
+        with patch.object(gp, "JOINT_BATCH", 10**9):
             found = [searched(make(seed), seed, batch, calls, False) for seed in range(seeds)]
             ways[f"one after another, batch {batch}"] = found
         for words, ahead in (("together", False), ("together and ahead", True)):

@@ -135,7 +135,7 @@ class Slow:
         self.calls.append((len(points), time.perf_counter() - began))
         far = ((points - self._even) ** 2).sum(axis=(1, 2), dtype=np.float32)
         logits = np.repeat(far[:, None, None], sum(batch.sizes), axis=1) * np.array([0.1, 0.2], dtype=np.float32)
-        normalizer = np.repeat(far[:, None, None], len(batch.forms), axis=1) + np.float32([1.0, 1.0])
+        normalizer = np.repeat(far[:, None, None], len(batch.forms), axis=1) + np.ones(2, dtype=np.float32)
         return Scores(logits, normalizer, None, 0)
 
     def take(self, calls: int) -> list[tuple[int, float]]:
@@ -248,11 +248,11 @@ def slow(slots: int, waves: int, asks: int) -> list[str]:
     return [*lines, "", goal("busy in stages I and II", 0.9, [busy["router"], busy["prompt"]])]
 
 
-def few_shot_sets() -> tuple[Task, list[Labelled]]:
+def few_shot_sets() -> tuple[Task, tuple[Labelled, Labelled]]:
     """A task of pairs, and 32 examples each for train and dev from the bundled sample."""
     task = load_task("lcqmc")
     few = sample(task, open_data(task, "sample").split("train"), 42, None)
-    return task, [labelled(task, part, for_loss=True) for part in (few.train, few.dev)]
+    return task, (labelled(task, few.train, for_loss=True), labelled(task, few.dev, for_loss=True))
 
 
 def workers(rounds: int, texts: int) -> list[str]:
@@ -262,8 +262,8 @@ def workers(rounds: int, texts: int) -> list[str]:
     rng = np.random.default_rng(0)
     everywhere = np.repeat(prompt.space.even()[None], 20, axis=0)
     everywhere += rng.normal(0, 0.05, everywhere.shape)
-    layer = np.repeat(prompt.space.even()[None], 20, axis=0)
-    layer[:, 6] += rng.normal(0, 0.05, layer[:, 6].shape)
+    layer, middle = np.repeat(prompt.space.even()[None], 20, axis=0), prompt.config.layers // 2
+    layer[:, middle] += rng.normal(0, 0.05, layer[:, middle].shape)
     lines = [
         "| a population of 20 | one actor, s | two actors, s | times as fast, median | rounds |",
         "|---|---|---|---|---|",
@@ -274,7 +274,7 @@ def workers(rounds: int, texts: int) -> list[str]:
             while len(oracle.workers) < count:
                 oracle.score(batch, everywhere)
         medians: list[float] = []
-        for name, points in (("that differs in all layers", everywhere), ("that differs in layer 6", layer)):
+        for name, points in (("that differs in all layers", everywhere), (f"that differs in layer {middle}", layer)):
             times = [[timed(oracle, batch, points) for oracle in oracles] for _ in range(rounds + 1)][1:]
             ratios = [one / two for one, two in times]
             medians.append(statistics.median(ratios))

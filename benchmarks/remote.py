@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import IO, cast
 
 import numpy as np
 
@@ -43,8 +44,9 @@ def remote(rounds: int, threads: int, texts: int, population: int = 20) -> list[
     ratios: list[float] = []
     words = [sys.executable, "-m", "bbprompt", "serve", "--port", "0", "--json", "--threads", str(threads)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    said = cast(IO[str], process.stdout)
     try:
-        there = HttpOracle(json.loads(process.stdout.readline())["url"], os.environ.get(TOKEN_VARIABLE))
+        there = HttpOracle(json.loads(said.readline())["url"], os.environ.get(TOKEN_VARIABLE))
         here = open_oracle("local", prompt, threads=threads, dtype=there.info.precision)
         for name, layer in (("every layer", None), ("layer 0", 0), ("layer 11", 11)):
             line, ratio = row(name, layer, here, there, batch, population, rounds)
@@ -54,7 +56,7 @@ def remote(rounds: int, threads: int, texts: int, population: int = 20) -> list[
     finally:
         process.terminate()
         ended = process.wait(60)
-        process.stdout.close()
+        said.close()
     return [*lines, "", goal("remote / local in each row", 0.9, ratios), "", f"The server ended with {ended}."]
 
 

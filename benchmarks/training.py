@@ -18,9 +18,9 @@ from bbprompt.pretrain.linear import DifferentiableLinear
 from bbprompt.pretrain.model import ModularPrompts, Phase, SpanBatch, span_loss
 from bbprompt.pretrain.speed import step_flops
 from bbprompt.texts.mrc import Frame
-from benchmarks.forward import gemm_rate
 from benchmarks.released import forward_with_prompts, padded
-from benchmarks.setting import Setting, interleaved
+from benchmarks.setting import Setting
+from benchmarks.timing import gemm_rate, interleaved
 
 __all__ = ["training"]
 
@@ -29,7 +29,7 @@ _TASKS, _MODULES, _OPTIONS = 4, 8, 2
 
 def training(rounds: int, threads: int, small: bool) -> list[str]:
     """Seconds a step, examples a second and the share of the floor."""
-    setting = Setting(texts=8 if small else 32)
+    setting = Setting().shrunk(small)
     model = setting.model().requires_grad_(False)
     ways: dict[str, Callable[[], Any]] = {"stock model with hooks, float32": _stock(setting, model)}
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,7 +91,7 @@ def _stock(setting: Setting, model: Any) -> Callable[[], Any]:
     prompts = [torch.nn.Parameter(torch.randn(shape) * 0.05) for _ in range(setting.layers)]
     head = torch.nn.Parameter(torch.randn(2, setting.hidden) * 0.02)
     optimizer = torch.optim.Adam([*prompts, head], lr=1e-3)
-    batch, gold = padded(setting), torch.zeros(setting.texts, 2, dtype=torch.long)
+    batch, gold = padded(setting.ids), torch.zeros(setting.texts, 2, dtype=torch.long)
     first = setting.prompt + 1
 
     def step() -> None:
