@@ -17,6 +17,7 @@ from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.fit import info_of
 from bbprompt.backends.layout import pack
+from bbprompt.backends.memory import Portion
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.embedding import Embeddings
 from bbprompt.oracle import OracleInfo
@@ -80,7 +81,7 @@ class LocalEmbedder:
         backbone: The stock model with its tokenizer.
         device: "cpu" or "cuda".
         dtype: "float32" or "bfloat16".
-        batch_tokens: Tokens that run through the encoder at once.
+        batch_tokens: Tokens that run through the encoder at once; halved for good where memory runs out.
         max_tokens: Longest sequence; None for the backbone's limit.
     """
 
@@ -97,7 +98,7 @@ class LocalEmbedder:
         limit = backbone.limit(max_tokens)
         self._frame = frame_for(backbone.tokenizer, (), limit)
         self._tokenize = tokenize_with(backbone.tokenizer)
-        self._batch_tokens = batch_tokens
+        self._portion = Portion(batch_tokens, device)
         self._info = info_of(backbone, device, dtype, limit, batch_tokens)
 
     @property
@@ -108,7 +109,9 @@ class LocalEmbedder:
     def embed(self, texts: Sequence[str]) -> Embeddings:
         """Read texts; see `bbprompt.embedding.Embedder`."""
         marker = marker_for(self._info.backbone)
-        return embed_texts(self._encoder, self._tokenize, self._frame, texts, marker, self._batch_tokens)
+        return self._portion.fit(
+            lambda: embed_texts(self._encoder, self._tokenize, self._frame, texts, marker, self._portion.tokens)
+        )
 
     def close(self) -> None:
         """Nothing is held beside the model."""

@@ -5,19 +5,22 @@ Masked models run on packed texts as under the oracle, the others by their stock
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.body import Body, CausalBody, body_of
+from bbprompt.backends.chunks import Chunk, chunks_of, in_order
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.fit import info_of
 from bbprompt.backends.layout import pack
 from bbprompt.backends.lm_head import LanguageHead
+from bbprompt.backends.memory import Portion
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.errors import ArtifactError, UsageError
@@ -27,7 +30,7 @@ from bbprompt.tasks.example import Form
 from bbprompt.texts.demonstrations import Demonstrations, write_demonstrations
 from bbprompt.texts.mrc import Encoded, Frame
 
-__all__ = ["LocalLanguageModel"]
+__all__ = ["LocalLanguageModel", "same_model"]
 
 
 class _MaskedBody:
@@ -53,7 +56,8 @@ class LocalLanguageModel:
         backbone: The stock model with tokenizer and head.
         device: "cpu" or "cuda".
         dtype: "float32" or "bfloat16".
-        batch_tokens: Tokens that run through the model at once, those in front of each text included.
+        batch_tokens: Tokens that run through the model at once, those in front of each text included; halved for
+            good where memory runs out.
         max_tokens: Longest sequence; None for the backbone's limit.
 
     Raises:
@@ -77,9 +81,9 @@ class LocalLanguageModel:
         self._tokenize, self._unknown = tokenize_with(backbone.tokenizer), backbone.tokenizer.unk_token_id
         self._frame = frame_for(backbone.tokenizer, (), limit, open_end=backbone.head.causal)
         self._gap = backbone.gap_token
-        masked = backbone.head.kind == "masked"
-        self._body: Body = (_MaskedBody if masked else body_of)(backbone, self._device, kind)
-        self._batch_tokens = batch_tokens
+        self._packed = backbone.head.kind == "masked"
+        self._body: Body = (_MaskedBody if self._packed else body_of)(backbone, self._device, kind)
+        self._portion = Portion(batch_tokens, self._device)
         self._head = self._head_in(self._frame)
         self._info = info_of(backbone, device, dtype, limit, batch_tokens)
 
@@ -101,12 +105,18 @@ class LocalLanguageModel:
         if before:
             frame = replace(frame, first=(*frame.first, *before))
             head = self._head_in(frame)
-        plans, outputs = [], []
-        for some in self._chunks(head.sequences(batch)):
-            plan = head.plan(some, pack([len(item.ids) for item in some]), "candidates")
-            plans.append(plan)
-            outputs.append(head.apply(plan, self._body.states(some, frame)))
-        return head.scores(batch, plans, outputs, None)
+        sequences = head.sequences(batch)
+
+        def compute() -> Scores:
+            chunks, plans, outputs = self._chunks(sequences, frame), [], []
+            for chunk in chunks:
+                some = chunk.sequences
+                plan = head.plan(some, pack([len(item.ids) for item in some]), "candidates")
+                plans.append(plan)
+                outputs.append(head.apply(plan, self._body.states(some, frame)))
+            return head.scores(batch, plans, in_order(chunks, outputs), None)
+
+        return self._portion.fit(compute)
 
     def check_texts(self, batch: TextBatch) -> None:
         """See that every text can be read with nothing in front; see `bbprompt.readable.Checker`."""
@@ -117,12 +127,16 @@ class LocalLanguageModel:
         """Score tokens in the gap of each text; see `bbprompt.language.LanguageModel`."""
         bare = TextBatch(tuple(replace(form, options=()) for form in forms))
         sequences = self._head.sequences(bare)
-        pieces = []
-        for some in self._chunks(sequences):
-            states = self._body.states(some, self._frame)
-            logs = self._lm.vocabulary(self._lm.transform(states[0, :, 0].float()))
-            pieces.append((logs if tokens is None else logs[:, list(tokens)]).cpu().numpy())
-        return VocabularyScores(np.concatenate(pieces), sum(item.cut for item in sequences))
+
+        def compute() -> NDArray[np.float32]:
+            chunks, pieces = self._chunks(sequences, self._frame), []
+            for chunk in chunks:
+                states = self._body.states(chunk.sequences, self._frame)
+                logs = self._lm.vocabulary(self._lm.transform(states[0, :, 0].float()))
+                pieces.append((logs if tokens is None else logs[:, list(tokens)]).cpu()[None])
+            return np.concatenate([piece[0].numpy() for piece in in_order(chunks, pieces)])
+
+        return VocabularyScores(self._portion.fit(compute), sum(item.cut for item in sequences))
 
     def demonstrate(self, shown: Sequence[tuple[Form, int]]) -> Demonstrations:
         """Write solved examples into half of the room for a text; see `bbprompt.language.LanguageModel`."""
@@ -133,9 +147,10 @@ class LocalLanguageModel:
     @torch.inference_mode()
     def recall(self, shown: Sequence[tuple[Form, int]], demonstrations: Demonstrations) -> Scores:
         """Score every demonstration behind the earlier ones; see `bbprompt.language.LanguageModel`."""
-        if not isinstance(self._body, CausalBody):
+        if not isinstance(body := self._body, CausalBody):
             raise UsageError(f"backbone {self._info.backbone}: it is no causal language model and continues no text")
-        states = self._body.run((*self._frame.first, *demonstrations.ids)).last_hidden_state
+        ids = (*self._frame.first, *demonstrations.ids)
+        states = self._portion.fit(lambda: body.run(ids)).last_hidden_state
         shift = len(self._frame.first) - 1
         rows = torch.as_tensor([shift + gap for gap in demonstrations.gaps], device=self._device)
         batch = TextBatch(tuple(form for form, _ in shown[: len(rows)]))
@@ -148,12 +163,23 @@ class LocalLanguageModel:
     def _head_in(self, frame: Frame) -> VerbalizerHead:
         return VerbalizerHead(self._lm, self._gap, self._tokenize, frame, self._device, self._unknown)
 
-    def _chunks(self, sequences: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-        """Consecutive sequences that fit into `batch_tokens` when padded to the longest; one at least."""
-        some: list[Encoded] = []
-        for item in sequences:
-            if some and max(len(each.ids) for each in [*some, item]) * (len(some) + 1) > self._batch_tokens:
-                yield some
-                some = []
-            some.append(item)
-        yield some
+    def _chunks(self, sequences: Sequence[Encoded], frame: Frame) -> list[Chunk]:
+        shared = frame.text_start if self.causal else 0
+        return chunks_of(sequences, self._portion.tokens, shared=shared, padded=not self._packed)
+
+
+def same_model(backbone: Backbone, device: torch.device, info: OracleInfo) -> LocalLanguageModel:
+    """The language model behind an oracle, as it is asked without prompts.
+
+    Args:
+        backbone: Of the oracle.
+        device: Where it runs.
+        info: Of the oracle; what it mixes precisions for are populations, so a model without them is float32.
+    """
+    return LocalLanguageModel(
+        backbone,
+        device=str(device),
+        dtype="float32" if info.precision == "mixed" else info.precision,
+        batch_tokens=info.batch_tokens,
+        max_tokens=info.max_tokens,
+    )

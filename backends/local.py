@@ -22,8 +22,9 @@ from bbprompt.backends.embedding import embed_texts, marker_for
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.head import Head, Plan
+from bbprompt.backends.language import LocalLanguageModel, same_model
 from bbprompt.backends.layout import pack
-from bbprompt.backends.memory import is_exhausted
+from bbprompt.backends.memory import Portion, free_bytes
 from bbprompt.backends.population import Place, Runner, Trunk
 from bbprompt.backends.precision import ENOUGH, ENOUGH_THROUGHOUT, Probe, error_of, log_probabilities, spread_of
 from bbprompt.backends.prototype_head import PrototypeHead
@@ -31,7 +32,7 @@ from bbprompt.backends.span_head import SpanHead
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.embedding import Embeddings
-from bbprompt.errors import ArtifactError, OracleError
+from bbprompt.errors import ArtifactError
 from bbprompt.oracle import OracleInfo, Scores, Support, TextBatch, check_points
 from bbprompt.prompts import ModularPrompt, PromptConfig
 from bbprompt.texts.mrc import Encoded, Frame, Offsets
@@ -42,10 +43,12 @@ __all__ = ["LocalOracle", "open_head"]
 log = logging.getLogger("bbprompt")
 
 _KEPT_BATCHES = 8
+#: States kept between calls take at most one part in so many of the memory that is free at first.
+_KEPT_PART = 4
+#: Deviations hold the states of so many times the tokens that run at once; they run some rows at a time.
+_HELD = 16
 #: Texts that attend together differ by less than so many tokens: less padding, more and smaller steps.
 _SLACK = 4
-#: Tokens at once below which nothing is halved further.
-_LEAST_TOKENS = 64
 #: Candidates from which on a request is worth a check.
 _CHECKED = 4
 #: Candidates from which on deviations are worth their float32 reference.
@@ -128,9 +131,11 @@ class LocalOracle:
         self._deviates = self._encoder.device.type == "cpu"
         weights = torch.from_numpy(prompt.head_weight), torch.from_numpy(prompt.head_bias)
         self._head = open_head(backbone, config, weights, self._tokenize, self._frame, self._encoder.device)
-        self._batch_tokens = batch_tokens
         self._used = Counter[str]()
+        self._backbone = backbone
         self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
+        self._portion = Portion(batch_tokens, self._encoder.device, self._kept.clear)
+        self._kept_room, self._kept_most = free_bytes(self._encoder.device) // _KEPT_PART, 0
         self._info = info_of(backbone, device, dtype, limit, batch_tokens, prompt)
 
     @property
@@ -140,7 +145,10 @@ class LocalOracle:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory taken by the states that are kept between calls, for at most eight batches of texts."""
+        """Memory taken by the states that are kept between calls.
+
+        At most eight batches of texts, and a quarter of the memory that was free when this was opened.
+        """
         lanes = [lane for chunks in self._kept.values() for chunk in chunks for lane in (chunk.main, chunk.rough)]
         return sum(lane.trunk.bytes for lane in lanes if lane is not None)
 
@@ -153,12 +161,22 @@ class LocalOracle:
         """Forget the kept batches."""
         if self._used:
             log.info("precision of populations: %s", ", ".join(f"{n} in {name}" for name, n in self._used.items()))
+        if self._kept_most:
+            log.info("states kept between calls took at most %.0f MB", self._kept_most / 1e6)
         self._kept.clear()
+
+    def language_model(self) -> LocalLanguageModel | None:
+        """The same model without prompts, where label words are read; see `bbprompt.language.language_model_of`."""
+        if self._info.readout != "verbalizer":
+            return None
+        return same_model(self._backbone, self._encoder.device, self._info)
 
     def embed(self, texts: Sequence[str]) -> Embeddings:
         """Read texts without prompts; see `bbprompt.embedding.Embedder`."""
         marker = marker_for(self._info.backbone)
-        return embed_texts(self._encoder, self._tokenize, self._frame, texts, marker, self._batch_tokens)
+        return self._portion.fit(
+            lambda: embed_texts(self._encoder, self._tokenize, self._frame, texts, marker, self._portion.tokens)
+        )
 
     @torch.inference_mode()
     def score(
@@ -174,7 +192,7 @@ class LocalOracle:
         # In the last layer so little is left to compute that no precision pays for its check.
         mixed = mixed and self._runner.fork(checked) < len(self._encoder.layers) - 1
         score = self._mixed if mixed else self._exact
-        return self._fitting(lambda: score(batch, checked, support, longest_answer))
+        return self._answer(lambda: score(batch, checked, support, longest_answer))
 
     def check_texts(self, batch: TextBatch) -> None:
         """See that every text can be read; see `bbprompt.readable.Checker`."""
@@ -186,7 +204,7 @@ class LocalOracle:
         Raises:
             TextError: A text does not fit the model.
         """
-        return min(max(self._batch_tokens // chunk.tokens, 1) for chunk in self._chunks(batch, support))
+        return min(max(self._portion.tokens // chunk.tokens, 1) for chunk in self._chunks(batch, support))
 
     def count_tokens(self, batch: TextBatch, support: Support = "candidates") -> int:
         """Tokens of all texts under one candidate; see `bbprompt.oracle.TokenCounter`."""
@@ -207,7 +225,7 @@ class LocalOracle:
         the same bits wherever it is computed.
         """
         checked = check_points(points, self._info)
-        return self._fitting(lambda: self._unit(batch, checked, support, longest_answer, unit))
+        return self._answer(lambda: self._unit(batch, checked, support, longest_answer, unit))
 
     def _exact(
         self,
@@ -282,37 +300,22 @@ class LocalOracle:
     def _deviations(
         self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
     ) -> Scores:
-        chunks = self._chunks(batch, support)
+        chunks, held = self._chunks(batch, support), _HELD * self._portion.tokens
         outputs = [
             self._runner.run_deviations(
-                chunk.main.place, chunk.main.trunk, points, functools.partial(self._head.apply, chunk.plan)
+                chunk.main.place, chunk.main.trunk, points, held, functools.partial(self._head.apply, chunk.plan)
             )
             for chunk in chunks
         ]
         return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
 
-    def _fitting(self, score: Callable[[], Scores]) -> Scores:
-        """What `score` returns, with fewer tokens at once where memory runs out."""
-        while True:
-            try:
-                return score()
-            except (RuntimeError, MemoryError) as error:
-                if not is_exhausted(error):
-                    raise
-                self._shrink(error)
-
-    def _shrink(self, error: BaseException) -> None:
-        """Run half as many tokens at once from now on."""
-        if self._batch_tokens <= _LEAST_TOKENS:
-            raise OracleError(
-                f"the model does not fit into memory with {self._batch_tokens} tokens at once; free memory, or set "
-                "--max-tokens"
-            ) from error
-        self._batch_tokens //= 2
-        self._kept.clear()
-        if self._encoder.device.type == "cuda":
-            torch.cuda.empty_cache()
-        log.warning("memory ran out: %d tokens run at once from now on", self._batch_tokens)
+    def _answer(self, score: Callable[[], Scores]) -> Scores:
+        """What `score` returns; of what it kept, the batches that were used last and have room."""
+        scores = self._portion.fit(score)
+        while (kept := self.kept_bytes) > self._kept_room:
+            self._kept.popitem(last=False)
+        self._kept_most = max(self._kept_most, kept)
+        return scores
 
     def _chunks(self, batch: TextBatch, support: Support) -> list[_Chunk]:
         key = (batch.digest(), support)
@@ -322,7 +325,7 @@ class LocalOracle:
         encoded = self._head.sequences(batch)
         chunks, begin, tokens = [], 0, 0
         for end, item in enumerate(encoded):
-            if end > begin and tokens + len(item.ids) > self._batch_tokens:
+            if end > begin and tokens + len(item.ids) > self._portion.tokens:
                 chunks.append(self._prepare(encoded[begin:end], support))
                 begin, tokens = end, 0
             tokens += len(item.ids)

@@ -1,21 +1,31 @@
-"""Memory: how much is free, how many tokens fit into it, and an allocator that keeps what it has."""
+"""Memory: how much is free, how many tokens fit into it, fewer where it runs out, and an allocator that keeps it."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import ctypes.util
+import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
+from bbprompt.errors import OracleError
 from bbprompt.units import best_batch_tokens
 
-__all__ = ["batch_tokens_for", "free_bytes", "is_exhausted", "keep_freed_memory"]
+__all__ = ["Portion", "batch_tokens_for", "free_bytes", "is_exhausted", "keep_freed_memory"]
+
+_log = logging.getLogger("bbprompt")
+
+_T = TypeVar("_T")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT = 1 << 30
+#: Tokens at once below which nothing is halved further.
+_LEAST_TOKENS = 64
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -45,7 +55,7 @@ def batch_tokens_for(hidden: int, inner: int, device: torch.device | str) -> int
     per_token = 4 * (10 * hidden + 2 * inner)
     tokens = best_batch_tokens(torch.device(device).type)
     room = free_bytes(device) // 4
-    while tokens > 64 and tokens * per_token > room:
+    while tokens > _LEAST_TOKENS and tokens * per_token > room:
         tokens //= 2
     return tokens
 
@@ -56,6 +66,44 @@ def is_exhausted(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
+
+
+class Portion:
+    """The tokens that run through a model at once: half as many for good where memory runs out.
+
+    Args:
+        tokens: To begin with.
+        device: Where the model runs.
+        forget: Called when there are fewer; lets go of what was made for more.
+    """
+
+    def __init__(self, tokens: int, device: torch.device | str, forget: Callable[[], None] = lambda: None) -> None:
+        self.tokens = tokens
+        self._on_gpu, self._forget = torch.device(device).type == "cuda", forget
+
+    def fit(self, compute: Callable[[], _T]) -> _T:
+        """What `compute` returns, which runs `tokens` at once; asked anew with fewer where memory runs out.
+
+        Raises:
+            OracleError: It runs out with the fewest, too.
+        """
+        while True:
+            try:
+                return compute()
+            except (RuntimeError, MemoryError) as error:
+                if not is_exhausted(error):
+                    raise
+                if self.tokens <= _LEAST_TOKENS:
+                    raise OracleError(
+                        f"the model does not fit into memory with {self.tokens} tokens at once; free memory, or set "
+                        "--max-tokens"
+                    ) from error
+            # Behind the handler: while an error is handled, the frames that it passed hold their tensors.
+            self.tokens //= 2
+            self._forget()
+            if self._on_gpu:
+                torch.cuda.empty_cache()
+            _log.warning("memory ran out: %d tokens run at once from now on", self.tokens)
 
 
 def keep_freed_memory() -> bool:

@@ -23,9 +23,6 @@ from bbprompt.units import Unit
 
 __all__ = ["Place", "Runner", "Trunk"]
 
-#: Tokens of a population whose states are held at once while it runs as deviations.
-_HELD_TOKENS = 65536
-
 
 @dataclass(slots=True)
 class Trunk:
@@ -131,14 +128,28 @@ class Runner:
         return self._branch(place, states, shared, own, fork, finish)
 
     def run_deviations(
-        self, place: Place, trunk: Trunk, points: NDArray[np.float32], finish: Callable[[Tensor], Tensor]
+        self,
+        place: Place,
+        trunk: Trunk,
+        points: NDArray[np.float32],
+        held: int,
+        finish: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """Run all candidates, all but the first as deviations from it in bfloat16; see `run`."""
+        """Run all candidates, all but the first as deviations from it in bfloat16; see `run`.
+
+        Args:
+            place: The texts.
+            trunk: Their trunk.
+            points: `(n, L, d)`.
+            held: Tokens whose states are held at once, candidates times texts; but for rounding, a score does not
+                depend on it.
+            finish: What becomes of the last states.
+        """
         differs = _differences(points)
         fork = self._first(differs)
         states = self._grow(place, trunk, points[0], fork)
         shared = self._shared(place, trunk, fork, len(points))
-        size = max(_HELD_TOKENS // states.shape[1], 8)
+        size = max(held // states.shape[1], 1)
         firsts = range(1, len(points), size)
         # The first candidate leads every piece, so that a score does not depend on how it was cut.
         pieces = [self._own(np.concatenate((points[:1], points[i : i + size])), differs) for i in firsts]

@@ -165,15 +165,16 @@ def open_embedder(
 
     from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
     from bbprompt.backends.embedding import LocalEmbedder
-    from bbprompt.units import best_batch_tokens
+    from bbprompt.backends.memory import batch_tokens_for
 
     chosen = chosen_device(device)
     torch.set_num_threads(threads or cores())
+    model = load_backbone(backbone or DEFAULT_BACKBONE)
     return LocalEmbedder(
-        load_backbone(backbone or DEFAULT_BACKBONE),
+        model,
         device=chosen,
         dtype=single_precision(dtype),
-        batch_tokens=batch_tokens or best_batch_tokens(chosen),
+        batch_tokens=batch_tokens or batch_tokens_for(model.hidden, 4 * model.hidden, chosen),
         max_tokens=max_tokens,
     )
 

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends import memory
+from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.embedding import LocalEmbedder, marker_for
+from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.layout import Layout
 from bbprompt.backends.local import LocalOracle
+from bbprompt.connect import open_embedder
 from bbprompt.embedding import can_embed
+from bbprompt.errors import OracleError
 from bbprompt.prompts import ModularPrompt
 from bbprompt.testing import ToyOracle
 
@@ -60,3 +65,39 @@ def test_the_local_oracle_embeds_too(tiny_bert_dir: Path, tiny_prompts: Path) ->
 )
 def test_the_marker_of_a_family(name: str, marker: str) -> None:
     assert marker_for(name) == marker
+
+
+@pytest.mark.parametrize("oracle", [False, True])
+def test_memory_that_runs_out_halves_the_batch_for_good(
+    oracle: bool, backbone: Backbone, deep: ModularPrompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = TEXTS * 30
+    whole, asked = LocalEmbedder(backbone).embed(texts).vectors, [0]
+    model = LocalOracle(backbone, deep) if oracle else LocalEmbedder(backbone)
+    plain = Encoder.last_states
+
+    def last_states(self: Encoder, some: list[tuple[int, ...]], layout: Layout) -> torch.Tensor:
+        asked.append(sum(map(len, some)))
+        if asked[-1] > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, some, layout)
+
+    monkeypatch.setattr(Encoder, "last_states", last_states)
+    np.testing.assert_allclose(model.embed(texts).vectors, whole, atol=1e-5)
+    assert max(asked) > 300
+    asked.clear()
+    model.embed(texts)
+    assert max(asked) <= 300, "it must remember"
+    monkeypatch.setattr(memory, "_LEAST_TOKENS", 256)
+    monkeypatch.setattr(Encoder, "last_states", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(OracleError, match="does not fit into memory with 256 tokens"):
+        model.embed(texts)
+
+
+@pytest.mark.parametrize(("free", "tokens"), [(1 << 40, 4096), (1 << 20, 64)])
+def test_tokens_at_once_follow_free_memory(
+    free: int, tokens: int, tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    opened = open_embedder("local", backbone=str(tiny_bert_dir), device="cpu", threads=torch.get_num_threads())
+    assert opened.info.batch_tokens == tokens

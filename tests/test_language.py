@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,27 @@ import pytest
 import tiny
 import tiny_prompt
 import torch
-from test_verbalizer import batch_for, causal_dir, load_tiny
+from test_verbalizer import CAUSAL, batch_for, language_models, load_tiny
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.body import CausalBody
 from bbprompt.backends.language import LocalLanguageModel
 from bbprompt.backends.tokens import tokenize_with
 from bbprompt.embedding import can_embed
-from bbprompt.errors import ArtifactError, DataError, UsageError
+from bbprompt.errors import ArtifactError, DataError, OracleError, UsageError
 from bbprompt.language import LanguageModel, can_fill
 from bbprompt.tasks.example import Form, Part
 from bbprompt.tasks.task import Task
 from bbprompt.texts.forms import cloze_form
+from bbprompt.texts.mrc import Encoded, Frame
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    made = {"bert": tiny_bert_dir, "roberta": tiny.roberta_dir(root / "roberta", positions=128)}
-    return made | {family: causal_dir(root / family, family) for family in ("gpt2", "llama")}
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return language_models(tmp_path_factory.mktemp("models"))
 
 
 def stock_logits(folder: Path, ids: list[int], causal: bool) -> np.ndarray:
@@ -46,14 +47,14 @@ def text_of(form: Form) -> str:
     return "".join(part.text for part in form.parts)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
+@pytest.mark.parametrize("family", [*tiny.MASKED, *CAUSAL])
 def test_it_equals_the_stock_forward(family: str, folders: dict[str, Path]) -> None:
     folder = folders[family]
-    backbone = load_tiny(folder) if family != "roberta" else load_backbone(str(folder), head=True)
+    backbone = load_tiny(folder)
     model = LocalLanguageModel(backbone, batch_tokens=64)
     assert can_fill(model)
     assert not can_embed(model)
-    causal = family in ("gpt2", "llama")
+    causal = family in CAUSAL
     assert model.causal == causal
     tokenize, tokenizer = tokenize_with(backbone.tokenizer), backbone.tokenizer
     forms = batch_for("single").forms
@@ -79,7 +80,7 @@ def test_it_equals_the_stock_forward(family: str, folders: dict[str, Path]) -> N
         np.testing.assert_allclose(whole.logs[number], gap - np.log(np.exp(gap).sum()), **CLOSE)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", CAUSAL)
 def test_demonstrations_stand_in_front(family: str, folders: dict[str, Path]) -> None:
     folder = folders[family]
     backbone = load_tiny(folder)
@@ -128,3 +129,41 @@ def test_masked_models_continue_nothing(folders: dict[str, Path]) -> None:
         model.demonstrate([(form, 0)])
     with pytest.raises(ArtifactError, match="without its language model head"):
         LocalLanguageModel(load_backbone(str(folders["bert"])))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_memory_that_runs_out_halves_the_batch_for_good(
+    family: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, forms = load_backbone(str(folders[family]), head=True), batch_for("single").forms * 4
+    whole = LocalLanguageModel(backbone)
+    words, logs = whole.words(forms).logits, whole.vocabulary(forms).logs
+    model, asked = LocalLanguageModel(backbone), [0]
+    plain = model._body.states
+
+    def states(sequences: Sequence[Encoded], frame: Frame) -> torch.Tensor:
+        asked.append(len(sequences) * max(len(item.ids) for item in sequences))
+        if asked[-1] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(sequences, frame)
+
+    monkeypatch.setattr(model._body, "states", states)
+    np.testing.assert_allclose(model.words(forms).logits, words, **CLOSE)
+    assert max(asked) > 100
+    asked.clear()
+    np.testing.assert_allclose(model.vocabulary(forms).logs, logs, **CLOSE)
+    assert max(asked) <= 100, "it must remember"
+
+
+@pytest.mark.parametrize("method", ["words", "vocabulary", "recall"])
+def test_memory_that_never_suffices(method: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, form = LocalLanguageModel(load_tiny(folders["llama"])), batch_for("single").forms[0]
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    shown = [(form, 0)]
+    demonstrations = model.demonstrate([(replace(form, gap=len(form.parts)), 0)])
+    monkeypatch.setattr(CausalBody, "run", fail)
+    with pytest.raises(OracleError, match="does not fit into memory with 64 tokens"):
+        model.recall(shown, demonstrations) if method == "recall" else getattr(model, method)([form])

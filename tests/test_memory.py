@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -46,3 +47,34 @@ def test_the_allocator_can_be_told() -> None:
     code = "from bbprompt.backends.memory import keep_freed_memory as keep; print(keep() and keep())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("True", "False")
+
+
+def test_what_failed_is_let_go_before_it_is_tried_again() -> None:
+    portion, tried = memory.Portion(100, "cpu", lambda: forgot.append(True)), []
+    held: list[weakref.ref[torch.Tensor]] = []
+    forgot: list[bool] = []
+
+    def compute() -> int:
+        assert all(tensor() is None for tensor in held), "the failed attempt still holds its tensors"
+        states = torch.zeros(8)
+        held.append(weakref.ref(states))
+        tried.append(portion.tokens)
+        if portion.tokens > 60:
+            raise torch.OutOfMemoryError(str(states.shape))
+        return portion.tokens
+
+    assert portion.fit(compute) == 50
+    assert tried == [100, 50]
+    assert forgot == [True]
+    assert portion.fit(compute) == 50, "it must remember"
+
+
+def test_other_errors_pass_and_halve_nothing() -> None:
+    portion = memory.Portion(100, "cpu")
+
+    def compute() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        portion.fit(compute)
+    assert portion.tokens == 100
