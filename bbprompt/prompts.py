@@ -35,6 +35,7 @@ __all__ = [
     "PromptSpace",
     "bundled_prompts",
     "no_rows",
+    "read_config",
     "resolve_prompts",
 ]
 
@@ -270,23 +271,7 @@ class ModularPrompt:
         Raises:
             ArtifactError: A file is missing, unreadable, or does not say what the other says.
         """
-        config_file, weights_file = directory / "config.json", directory / "model.safetensors"
-        for file in (config_file, weights_file):
-            if not file.is_file():
-                raise ArtifactError(f"{file}: missing; a prompt artifact holds config.json and model.safetensors")
-        try:
-            config = PromptConfig.model_validate_json(config_file.read_bytes())
-        except ValidationError as error:
-            first = error.errors()[0]
-            parts = (*map(str, first["loc"]), first["msg"].removeprefix("Value error, "))
-            reason = " ".join(": ".join(parts).split())
-            raise ArtifactError(f"{config_file}: {reason}; fetch the artifact again") from error
-        except OSError as error:
-            raise ArtifactError(f"{config_file}: cannot be read ({error.strerror})") from error
-        if config.format != FORMAT:
-            raise ArtifactError(
-                f"{config_file}: format {config.format} is not {FORMAT}; use a matching bbprompt version"
-            )
+        config, weights_file = read_config(directory), directory / "model.safetensors"
         try:
             data = weights_file.read_bytes()
             tensors = load(data)
@@ -328,6 +313,26 @@ class ModularPrompt:
     def _tensors(self) -> dict[str, NDArray[np.float32]]:
         values = (self.projection, self.modules, self.routers, self.head_weight, self.head_bias)
         return dict(zip(_TENSORS, values, strict=True))
+
+
+def read_config(directory: Path) -> PromptConfig:
+    """Read the configuration alone of an artifact directory; raises as `ModularPrompt.load`."""
+    config_file = directory / "config.json"
+    for file in (config_file, directory / "model.safetensors"):
+        if not file.is_file():
+            raise ArtifactError(f"{file}: missing; a prompt artifact holds config.json and model.safetensors")
+    try:
+        config = PromptConfig.model_validate_json(config_file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        parts = (*map(str, first["loc"]), first["msg"].removeprefix("Value error, "))
+        reason = " ".join(": ".join(parts).split())
+        raise ArtifactError(f"{config_file}: {reason}; fetch the artifact again") from error
+    except OSError as error:
+        raise ArtifactError(f"{config_file}: cannot be read ({error.strerror})") from error
+    if config.format != FORMAT:
+        raise ArtifactError(f"{config_file}: format {config.format} is not {FORMAT}; use a matching bbprompt version")
+    return config
 
 
 def _shapes(config: PromptConfig) -> dict[str, tuple[int, ...]]:

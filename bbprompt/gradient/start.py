@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
-from pydantic import ValidationError
 
 from bbprompt.backends.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
 from bbprompt.backends.encoder import check_family
@@ -15,11 +12,11 @@ from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.frozen import written_out
-from bbprompt.pretrain.recipe import PptSettings
+from bbprompt.possible import check_form
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import placeholders_for
 from bbprompt.tasks.task import Task
-from bbprompt.texts.ppt import Pattern, format_of, in_pattern, language_of
+from bbprompt.texts.ppt import in_pattern
 
 __all__ = ["start_of"]
 
@@ -48,12 +45,7 @@ def start_of(
     if settings.soft is not None:
         if name != NO_PROMPTS:
             raise UsageError(f"--prompts {name}: the method {method.name} begins from scratch; leave it out")
-        if settings.form is not None and settings.soft.readout != "verbalizer":
-            raise UsageError(
-                f"--set gradient.form={settings.form}: writes texts with a gap for a word, which a "
-                f"{settings.soft.readout} readout does not fill; add --set gradient.soft.readout=verbalizer and "
-                "--backbone"
-            )
+        check_form(method, task, options, name, None)
         backbone, prompt = _from_scratch(config, settings.soft, settings.model is not None)
     else:
         if name in (NAMED_PROMPTS, NO_PROMPTS):
@@ -65,53 +57,12 @@ def start_of(
                 f"--prompts {name}: of the kind {prompt.config.kind}, but the method {method.name} begins with one of "
                 f"the kind {settings.start}"
             )
-        if settings.form is not None:
-            _check_form(name, method, prompt, task, settings.form, options)
+        check_form(method, task, options, name, prompt.config)
         model = config.backbone or prompt.config.backbone
         backbone = load_backbone(model, head=prompt.config.readout == "verbalizer")
     if settings.form is not None:
         task = in_pattern(task, settings.form, causal=backbone.head is not None and backbone.head.causal)
     return backbone, prompt, task
-
-
-def _check_form(
-    name: str, method: MethodConfig, prompt: ModularPrompt, task: Task, pattern: Pattern, options: int
-) -> None:
-    """See that prompts read words in a gap and were pre-trained in the format, the language and the options.
-
-    Raises:
-        UsageError: They were not; names what differs and what to pre-train.
-    """
-    if prompt.config.readout != "verbalizer":
-        raise UsageError(
-            f"--prompts {name}: a {prompt.config.readout} readout fills no gap in a text, so --method {method.name} "
-            'has no place for its pattern; name prompts that were pre-trained with readout: "verbalizer", or take '
-            "--method ppt, whose texts hold question and options"
-        )
-    if prompt.config.kind != "ppt":
-        return
-    try:
-        trained = PptSettings.model_validate(prompt.config.training["recipe"]["ppt"])
-    except (KeyError, TypeError, ValidationError):
-        raise UsageError(
-            f"--prompts {name}: do not say in which form they were pre-trained, and --method {method.name} writes a "
-            "form of its own; name prompts that `bbprompt pretrain ppt` made"
-        ) from None
-    form, language = format_of(task, pattern), language_of(task)
-    count = options if form == "choice" else 0
-    wrong = {
-        "formats": (trained.formats, [form], form not in trained.formats),
-        "language": (trained.language, language, trained.language != language),
-        # A hard prompt may be added to what was pre-trained, but not left out.
-        "hybrid": (trained.hybrid, False, trained.hybrid and pattern != "hybrid"),
-        "options": (list(trained.options), [2, count], count > trained.options[1]),
-    }
-    for key, (held, wanted, differs) in wrong.items():
-        if differs:
-            raise UsageError(
-                f"--prompts {name}: pre-trained with ppt.{key}: {json.dumps(held)}, but --method {method.name} writes "
-                f"the task {task.name} as with ppt.{key}: {json.dumps(wanted)}; name prompts that were pre-trained so"
-            )
 
 
 def _from_scratch(config: TuneConfig, soft: SoftPromptConfig, whole: bool) -> tuple[Backbone, ModularPrompt]:

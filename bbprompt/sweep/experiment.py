@@ -16,9 +16,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bbprompt.baselines.choice import check_task
-from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, TuneConfig, load_method, method_with
+from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.errors import UsageError
+from bbprompt.possible import check_possible, known_prompts
 from bbprompt.run import located
 from bbprompt.settings import Name
 from bbprompt.tasks.task import load_task
@@ -79,57 +79,72 @@ class Experiment(BaseModel):
             UsageError: A setting, task or method is wrong, or two runs would have one name.
         """
         cells: dict[str, Cell] = {}
-        variants = self.variants or {"": {}}
-        self._check_names()
-        bare, unfit = self._without_prompts(), self.unfit()
-        for seed, task, method, label in itertools.product(self.seeds, self.tasks, self.methods, variants):
-            if (task, method) in unfit:
+        rows, unfit = self._rows(), self.unfit()
+        for seed, task, row in itertools.product(self.seeds, self.tasks, rows):
+            if (task, row.name) in unfit:
                 continue
-            changes = variants[label]
-            values = {**self.settings, **changes, "task": task, "method": method, "seed": seed}
-            values["set"] = {**(self.settings.get("set") or {}), **(changes.get("set") or {})}
-            if method in bare and "prompts" not in changes:
-                values["prompts"] = None  # the prompts of the experiment are for the methods that take some
-            if load_method(method).prompts == NAMED_PROMPTS and not values.get("prompts"):
-                raise UsageError(f"--methods {method}: begins with a prompt artifact; name it with --prompts")
-            config = located(validate(TuneConfig, values, f"variant {label}" if label else "experiment"))
-            name = "-".join(part for part in (_stem(task), _stem(method), label, str(seed)) if part)
+            config = self._config(row, task, seed)
+            name = "-".join(part for part in (_stem(task), _stem(row.method), row.label, str(seed)) if part)
             if name in cells:
                 raise UsageError(f"experiment: two runs would be called {name}; give tasks and methods other names")
-            cells[name] = Cell(name, row_name(_stem(method), label), config)
+            cells[name] = Cell(name, row.name, located(config))
         return tuple(cells.values())
 
     def unfit(self) -> dict[tuple[str, str], str]:
-        """Task and method -> why the method cannot do the task: no runs of the grid.
+        """Task and row of the tables -> why there are no runs of it: the method cannot do the task.
 
         Raises:
-            UsageError: A method can do none of the tasks.
+            UsageError: A setting, task or method is wrong, or a row could do none of the tasks.
         """
         found: dict[tuple[str, str], str] = {}
-        for method in self.methods:
-            settings = method_with(load_method(method), self.settings.get("set") or {}).baseline
-            if settings is None:
-                continue
+        tasks = {name: load_task(name, "--tasks") for name in self.tasks}
+        for row in self._rows():
+            config = self._config(row, self.tasks[0], self.seeds[0])
+            name = config.prompts or row.settings.prompts
+            prompts = known_prompts(name)
             for task in self.tasks:
                 try:
-                    check_task(settings, load_task(task))
+                    check_possible(row.settings, tasks[task], name, prompts)
                 except UsageError as error:
-                    found[task, method] = str(error)
-            if all((task, method) in found for task in self.tasks):
-                raise UsageError(found[self.tasks[0], method])
+                    found[task, row.name] = str(error)
+            if all((task, row.name) in found for task in self.tasks):
+                raise UsageError(found[self.tasks[0], row.name])
         return found
 
-    def _without_prompts(self) -> frozenset[str]:
-        """Methods that take no prompt artifact: baselines and random projections."""
-        return frozenset(method for method in self.methods if load_method(method).prompts == NO_PROMPTS)
-
-    def _check_names(self) -> None:
-        """Wrong names are an error now, not after the hours that the runs before them take."""
-        for task in self.tasks:
-            load_task(task, "--tasks")
-        for name, changes in itertools.product(self.methods, self.variants.values() or ({},)):
+    def _rows(self) -> tuple[_Row, ...]:
+        """The rows; wrong names are an error now, not after the hours that the runs before them take."""
+        rows = []
+        for name in self.methods:
             method = load_method(name, "--methods")
-            method_with(method, {**(self.settings.get("set") or {}), **(changes.get("set") or {})})
+            for label, changes in (self.variants or {"": {}}).items():
+                sets = {**(self.settings.get("set") or {}), **(changes.get("set") or {})}
+                rows.append(_Row(name, label, method_with(method, sets), sets))
+        return tuple(rows)
+
+    def _config(self, row: _Row, task: str, seed: int) -> TuneConfig:
+        """Settings of a run."""
+        changes = self.variants.get(row.label, {})
+        values = {**self.settings, **changes, "task": task, "method": row.method, "seed": seed, "set": row.sets}
+        if row.settings.prompts == NO_PROMPTS and "prompts" not in changes:
+            values["prompts"] = None  # the prompts of the experiment are for the methods that take some
+        if row.settings.prompts == NAMED_PROMPTS and not values.get("prompts"):
+            raise UsageError(f"--methods {row.method}: begins with a prompt artifact; name it with --prompts")
+        return validate(TuneConfig, values, f"variant {row.label}" if row.label else "experiment")
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A method under a variant: its settings with the changes, and these."""
+
+    method: str
+    label: str
+    settings: MethodConfig
+    sets: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """How it is called in tables."""
+        return row_name(_stem(self.method), self.label)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class Sweep:
     Attributes:
         out: The directory.
         cells: All runs by name, in order.
-        unfit: Task and method -> why there is no run of them.
+        unfit: Task and row of the tables -> why there are no runs of it.
         done: Finished runs.
         running: Runs of this process, with the time each was started.
         failed: Runs that ended with an error.

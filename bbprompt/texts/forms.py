@@ -17,7 +17,7 @@ from bbprompt.tasks.task import Task, parse_template
 _LETTERS = tuple("ABCDEFGHIJKLMNOP")
 _LISTING = "{letter}、{option}；"
 
-__all__ = ["cloze_form", "embed_form", "listed", "write"]
+__all__ = ["check_readout", "cloze_form", "embed_form", "listed", "write"]
 
 
 def write(task: Task, example: Example, readout: ReadoutKind) -> Form:
@@ -26,14 +26,23 @@ def write(task: Task, example: Example, readout: ReadoutKind) -> Form:
     Raises:
         UsageError: The readout cannot serve tasks of this type.
     """
+    check_readout(task, readout)
     if readout == "span":
         return task.render(example)
-    if task.type == "extractive":
+    return embed_form(task, example) if readout == "prototype" else cloze_form(task, example)
+
+
+def check_readout(task: Task, readout: ReadoutKind) -> None:
+    """Refuse a readout of options for answers that lie in a context.
+
+    Raises:
+        UsageError: It is one.
+    """
+    if readout != "span" and task.type == "extractive":
         raise UsageError(
             f"task {task.name}: a {readout} readout cannot find answers in a context; "
             "choose --prompts with a span readout"
         )
-    return embed_form(task, example) if readout == "prototype" else cloze_form(task, example)
 
 
 def embed_form(task: Task, example: Example) -> Form:
