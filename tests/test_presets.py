@@ -17,6 +17,7 @@ from bbprompt.backends.scale import measure
 from bbprompt.baselines.settings import BoostingConfig, InContextConfig, LabelWordsConfig
 from bbprompt.config import TuneConfig, load_method, method_names
 from bbprompt.language import language_backbone
+from bbprompt.possible import known_prompts
 from bbprompt.predict import load_prompt
 from bbprompt.random_projection import clipped_std
 from bbprompt.result import Result
@@ -25,7 +26,26 @@ from bbprompt.store.rundir import RunDirectory
 from bbprompt.tasks.task import Task, load_task
 from bbprompt.texts.forms import write
 
-PRESETS = ("bbt", "bbtv2", "bbt-rgb", "bbt-mrc", "bbtv2-mrc", "bbt-mp2", "bbtv2-mp2")
+PRESETS = (
+    "bbt",
+    "bbtv2",
+    "bbt-rgb",
+    "bbt-mrc",
+    "bbtv2-mrc",
+    "bbt-mp2",
+    "bbtv2-mp2",
+    "bbt-spot",
+    "bbtv2-spot",
+    "bbtv2-ppt",
+)
+#: Methods that begin with a pre-trained prompt -> its kind; a PPT prompt that stands at the input alone is not bundled.
+STARTS = {
+    "bbt-mp2": "mp2-shallow",
+    "bbtv2-mp2": "mp2-deep",
+    "bbt-spot": "spot",
+    "bbtv2-spot": "spot",
+    "bbtv2-ppt": "ppt",
+}
 TINY = {"projection.dim": 6, "prompt.popsize": 4, "prompt.dev_every": 8}
 
 
@@ -35,7 +55,7 @@ def test_the_constants_of_the_papers(name: str) -> None:
     subspace, search = method.projection, method.prompt
     assert subspace is not None
     assert search is not None
-    deep = name not in ("bbt", "bbt-mrc", "bbt-mp2")
+    deep = name.startswith(("bbtv2", "bbt-rgb"))
     assert (subspace.layers, search.layout) == (("all", "layerwise") if deep else ("input", "joint"))
     assert (subspace.dim, subspace.prompt_length, subspace.distribution) == (500, 50, "normal")
     later = 0.2 if name == "bbt-rgb" else 1.0
@@ -90,11 +110,24 @@ def test_the_trained_answer_head(name: str, tiny_pair_data: Path, tiny_prompts: 
         assert used.evaluate().value == result.test.value
 
 
-@pytest.mark.parametrize("name", ["bbt-mp2", "bbtv2-mp2"])
+def test_each_start_is_of_its_kind() -> None:
+    for name, kind in STARTS.items():
+        projection = load_method(name).projection
+        assert projection is not None
+        assert projection.start is not None
+        known = known_prompts(projection.start)
+        assert known is not None
+        assert (known.kind, known.readout) == (kind, projection.readout)
+        assert known.layers == 1 or projection.layers == "all"
+
+
+@pytest.mark.parametrize("name", STARTS)
 def test_around_the_trained_prompts(
     name: str, tiny_pair_data: Path, tiny_prompts: Path, tiny_shallow_prompts: Path, tmp_path: Path
 ) -> None:
-    start, same = (tiny_shallow_prompts, "mp2-shallow") if name == "bbt-mp2" else (tiny_prompts, "mp2-deep")
+    # A prompt of SPoT or PPT is an artifact like the others, with one module.
+    shallow = STARTS[name] in ("mp2-shallow", "spot")
+    start, same = (tiny_shallow_prompts, "mp2-shallow") if shallow else (tiny_prompts, "mp2-deep")
     result = begin(tiny_pair_data, tmp_path / "run", name, {"projection.start": str(start)})
     few = {"router.calls": 8, "router.random": 4, "prompt.popsize": 4}
     config = {"task": str(tiny_pair_data / "task.yaml"), "data": str(tiny_pair_data), "method": same, "threads": 1}

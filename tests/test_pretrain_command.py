@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bbprompt.pretrain.lm_recipe import HeadConfig
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.sweep.experiment import experiment_from
 from bbprompt.tasks.task import load_task
 from bbprompt.texts.ppt import format_of, language_of
 
@@ -57,7 +59,7 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
     assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
     deep = name.startswith(("mp2-proto", "mp2-deep"))
     recipe = command._recipe(name, Path())
-    assert recipe.kind == ("mp2-deep" if deep else name.removesuffix("-more"))
+    assert recipe.kind == ("mp2-deep" if deep else name.removesuffix("-more").removesuffix("-no-fsl"))
     assert isinstance(recipe, PretrainConfig)
     assert set(range(10, 60, 10)) <= set(recipe.spare_seeds), "the seeds of the papers are spared"
 
@@ -85,6 +87,31 @@ def test_the_bundled_prompts_come_from_the_bundled_recipes(artifact: str, last_p
         key: recipe[key] for key in made.keys() - own
     }
     assert made["steps"] == sum([*first, recipe["steps"]])
+
+
+@pytest.mark.parametrize("name", ["mp2-deep", "mp2-shallow"])
+def test_the_ablation_differs_in_fast_and_slow_learning_alone(name: str) -> None:
+    with_it, without = (command._recipe(each, Path()).model_dump() for each in (name, f"{name}-no-fsl"))
+    assert (with_it["fsl"], without["fsl"]) == (True, False)
+    assert with_it == without | {"fsl": True}
+
+
+@pytest.mark.parametrize("name", ["fsl", "fsl-shallow"])
+def test_the_commands_of_the_ablation_make_its_prompts(
+    name: str, calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (command._RECIPES.parent / "experiments" / f"{name}.yaml").read_text(encoding="utf-8")
+    *trainings, sweep = re.findall(r"^#   bbprompt (.*)$", text, re.MULTILINE)
+    assert sweep.startswith(f"sweep --config {name} --out ")
+    for line in trainings:
+        assert cli.run([*line.split(), "--quiet", "--device", "cpu"]) == 0
+    experiment = experiment_from(name, {}, {})
+    assert [str(out / "artifact") for _, out, _, _ in calls] == [
+        each["prompts"] for each in experiment.variants.values()
+    ]
+    assert [config.fsl for config, *_ in calls] == [True, False]
+    assert {config.kind for config, *_ in calls} == set(experiment.methods)
 
 
 def test_a_bundled_recipe_by_name(

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_prompt
 import torch
 import yaml
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from bbprompt.backends.backbone import load_backbone
+from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.scale import measure
 from bbprompt.config import TuneConfig, load_method
 from bbprompt.errors import ArtifactError, UsageError
@@ -147,9 +149,13 @@ def facts_for(start: ModularPrompt) -> BackboneFacts:
     return BackboneFacts("model", start.config.backbone_digest, 32, 5000, 3, (0.04, 0.8, 1.2))
 
 
-@pytest.mark.parametrize("kind", ["mp2-deep", "mp2-shallow"])
-def test_around_a_trained_prompt(kind: str, tiny_prompts: Path, tiny_shallow_prompts: Path, tmp_path: Path) -> None:
-    start = ModularPrompt.load(tiny_prompts if kind == "mp2-deep" else tiny_shallow_prompts)
+@pytest.mark.parametrize("kind", ["mp2-deep", "mp2-shallow", "spot", "ppt"])
+def test_around_a_trained_prompt(kind: str, tiny_bert_dir: Path, backbone: Backbone, tmp_path: Path) -> None:
+    layers = 3 if kind in ("mp2-deep", "ppt") else 1  # SPoT's prompt stands at the input
+    start = tiny_prompt.artifact(tiny_bert_dir, backbone.digest, kind=kind, layers=layers)
+    if kind in ("spot", "ppt"):
+        config = start.config.model_copy(update={"modules": 1, "tasks": ()})
+        start = replace(start, config=config, modules=start.modules[:, :1], routers=start.routers[:0, :, :1])
     chosen = settings(start="x", prompt_length=2)
     prompt = random_prompt(chosen, facts_for(start), 3, start=start)
     untuned = start.prompts(start.space.even())
