@@ -80,6 +80,47 @@ def test_the_best_cheap_method_is_a_row(tmp_path: Path) -> None:
     assert against.found.mean == pytest.approx(-0.18)
 
 
+def test_runs_of_cheap_methods_count_among_them(tmp_path: Path) -> None:
+    for seed, (zero, mean, deep, shallow) in {1: (0.6, 0.55, 0.5, 0.8), 2: (0.5, 0.62, 0.7, 0.6)}.items():
+        fake_run(tmp_path, "tnews", "zero-shot", seed, zero)
+        fake_run(tmp_path, "tnews", "nearest-mean", seed, mean)
+        fake_run(tmp_path, "tnews", "mp2-deep", seed, deep, baselines={"logistic": 0.52})
+        fake_run(tmp_path, "tnews", "mp2-shallow", seed, shallow, baselines={"logistic": 0.64})
+    found = compared(tmp_path)
+    cheap = row(found, "best cheap method").cells["tnews"]
+    assert (cheap.mean, cheap.n) == (pytest.approx(0.64), 2)
+    against = {each.method: each.found.mean for each in found.differences if each.against == "best cheap method"}
+    assert against == {"mp2-deep": pytest.approx(0.6 - 0.64), "mp2-shallow": pytest.approx(0.7 - 0.64)}
+    (note,) = [note for note in found.notes if "below" in note]
+    assert note == "On average below the best cheap method, which tunes no prompt: mp2-deep (by 4.0 points)."
+    lines = {line["run"]: line for line in csv.DictReader(io.StringIO(csv_files(found)["runs.csv"]))}
+    assert (lines["tnews-mp2-deep-2"]["cheap_method"], lines["tnews-mp2-deep-2"]["cheap_test"]) == ("logistic", "0.64")
+    # One that saw other few-shot examples says nothing about this run.
+    fake_run(tmp_path, "tnews", "logistic", 1, 0.9, split="another")
+    against = {
+        each.method: each.found.mean for each in compared(tmp_path).differences if each.against == "best cheap method"
+    }
+    assert against["mp2-deep"] == pytest.approx(0.6 - 0.64)
+
+
+def test_no_method_is_named_where_none_is_below_the_cheap_ones(tmp_path: Path) -> None:
+    fake_run(tmp_path, "lcqmc", "threshold", 1, 0.6)
+    fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6)
+    assert not [note for note in compared(tmp_path).notes if "below" in note]
+
+
+def test_what_a_run_takes(tmp_path: Path) -> None:
+    for seed, (calls, seconds) in {1: (80, 10.0), 2: (95, 30.0)}.items():
+        fake_run(tmp_path, "lcqmc", "mp2-deep", seed, 0.7, train_calls=calls, seconds=seconds)
+        fake_run(tmp_path, "lcqmc", "threshold", seed, 0.7, train_calls=1, seconds=2.0)
+    found = compared(tmp_path)
+    costs = {each.method: (each.runs, each.calls, each.seconds, each.oracle_seconds) for each in found.costs}
+    assert costs == {"mp2-deep": (2, 97.5, 20.0, 7.0), "threshold": (2, 11.0, 2.0, 7.0)}
+    assert "| mp2-deep | 2 | 98 | 20 | 7 |" in markdown(found)
+    written = {line["method"]: line for line in csv.DictReader(io.StringIO(csv_files(found)["costs.csv"]))}
+    assert (written["mp2-deep"]["calls"], written["mp2-deep"]["seconds"]) == ("97.5", "20.0")
+
+
 def test_methods_with_the_same_start_share_a_row(tmp_path: Path) -> None:
     for method in METHODS:
         fake_run(tmp_path, "lcqmc", method, 1, 0.6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,16 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_prompt
+import typer
 from fakeruns import fake_run
 from tiny_run import finished
 
 from bbprompt import cli
 from bbprompt.config import TuneConfig
 from bbprompt.prompts import ModularPrompt, bundled_prompts
+from bbprompt.report.again import SWEEP_FLAGS, reproduce, reproduce_sweep
 from bbprompt.report.artifact import task_groups
 from bbprompt.report.examples import Judged, confusion, worst
 from bbprompt.report.page import Html, escaped, heat, table
-from bbprompt.report.run import leaves, reproduce
+from bbprompt.report.run import leaves
+from bbprompt.sweep.experiment import experiment_from
+from bbprompt.sweep.runner import read_sweep, write_sweep
 
 EVIL = '<script>alert("1")</script><img src=http://x.y onerror=alert(2)>&amp;\' {$z$} \x00\x1b'
 VOID = {"meta", "img", "br", "link", "input"}
@@ -33,6 +38,7 @@ class Checker(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
+        self.rows: list[list[str]] = []
         self.tags: set[str] = set()
         self.attributes: list[tuple[str, str]] = []
         self.texts: list[str] = []
@@ -45,6 +51,10 @@ class Checker(HTMLParser):
         self.attributes += [(name, value or "") for name, value in attrs]
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
@@ -55,6 +65,8 @@ class Checker(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
 
     @property
     def text(self) -> str:
@@ -93,10 +105,40 @@ def test_a_run(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "--seed 7" in page.text
     assert "--set router=null" in page.text
     assert "svg" in page.tags
+    rows = {row[0]: row[1:] for row in page.rows if row}
+    stages = {f"after {stage['name']} ({stage['optimizer']})": stage for stage in result["stages"]}
+    assert list(stages) == ["after prompt (cmaes)", "after calibration (newton)"]
+    for name, found in ({"before (nothing tuned)": result["before"]} | stages).items():
+        assert rows[name][:2] == [f"{100 * found['dev']:.1f}", f"{100 * found['test']:.1f}"]
+    assert [rows[name][3] for name in stages] == [str(stage["calls"]) for stage in stages.values()]
+    assert rows["returned"][:2] == [f"{100 * result['dev']:.1f}", f"{100 * result['test']['value']:.1f}"]
+    manifest = json.loads((run_dir / "manifest.json").read_text(encoding="utf-8"))
+    assert ["few_shot", manifest["data"]["few_shot"]] in page.rows
+    assert ["prompt.popsize", str(manifest["method"]["prompt"]["popsize"])] in page.rows
     # The same page again, byte by byte.
     again = tmp_path / "again.html"
     assert cli.run(["report", str(run_dir), "--out", str(again), "--examples", "3", "--threads", "1", "--quiet"]) == 0
     assert again.read_bytes() == out.read_bytes()
+
+
+def test_the_command_of_the_page_finds_the_same(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.run(["report", str(run_dir), "--out", str(tmp_path / "r.html"), "--no-test"]) == 0
+    (line,) = re.findall(r"^bbprompt tune .*$", checked(tmp_path / "r.html").text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run([*shlex.split(line)[1:], "--quiet"]) == 0
+    (again,) = tmp_path.glob("runs/*/result.json")
+    first, second = (json.loads(file.read_text("utf-8")) for file in (run_dir / "result.json", again))
+    assert first["digest"] == second["digest"]
+
+
+def test_the_cheap_methods_stand_beside_a_run(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.7, baselines={"zero-shot": 0.61, "threshold": 0.78})
+    assert cli.run(["report", str(run), "--out", str(tmp_path / "r.html"), "--no-test"]) == 0
+    rows = [row for row in checked(tmp_path / "r.html").rows if row and row[0].startswith("no prompt")]
+    assert rows == [
+        ["no prompt, zero-shot", "60.0", "61.0", "4.0", "0", "1"],
+        ["no prompt, threshold", "60.0", "78.0", "4.0", "0", "1"],
+    ]
 
 
 def test_a_run_without_its_test_data(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +187,44 @@ def test_a_sweep(tmp_path: Path) -> None:
     for said in ("Paired differences", "mp2-deep, after upstream", "tnews-mp2-deep-1", "stopped", "75.0 (7.1)"):
         assert said in page.text
     assert "mathdefault" not in page.text
+
+
+GRID = {"tasks": ["lcqmc", "tnews"], "methods": ["mp2-deep"], "seeds": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("grid", "settings"),
+    [
+        ({}, {"budget": 60, "test_limit": 5, "threads": 1, "set": {"router": None, "prompt.sigma": 0.5}}),
+        ({}, {"threads": 1, "on_doubt": "charge"}),
+        ({"variants": {"full": {}, "few": {"shots": 4, "set": {"select": "dev-loss"}}}}, {"threads": 1, "budget": 70}),
+    ],
+)
+def test_the_commands_that_make_a_sweep_again(
+    grid: dict[str, Any], settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    experiment = experiment_from(None, {**GRID, **grid}, settings)
+    write_sweep(out, experiment, None)
+    fake_run(out, "lcqmc", "mp2-deep", 1, 0.6, named=experiment.cells()[0].name)
+    assert cli.run(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
+    text = reproduce_sweep(experiment, out)
+    assert text in checked(tmp_path / "r.html").text
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bbprompt.sweep.runner.run_sweep", lambda *_: None)
+    *file, command = text.splitlines()
+    if file:
+        Path("experiment.yaml").write_text("\n".join(file[1:-1]), encoding="utf-8")
+    assert bool(file) == ("on_doubt" in settings or bool(grid))
+    words = shlex.split(command.replace(str(out), str(tmp_path / "again")))
+    assert cli.run([*words[1:], "--quiet"]) == 75  # nothing is done yet
+    assert read_sweep(tmp_path / "again") == experiment
+
+
+def test_the_flags_of_a_sweep_are_known() -> None:
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    names = {parameter.name for parameter in commands["sweep"].params}
+    assert set(SWEEP_FLAGS) == names & TuneConfig.model_fields.keys() - {"ray", "workers"}  # those say where it runs
 
 
 def test_router_of_a_run(tmp_path: Path) -> None:

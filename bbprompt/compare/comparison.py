@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bbprompt.compare.cheap import best_cheap
 from bbprompt.compare.runs import FinishedRun, Missing
 from bbprompt.compare.statistics import Paired, holm, mean_sd, paired, step_values
 from bbprompt.errors import UsageError
@@ -21,7 +22,7 @@ __all__ = ["AnytimeRow", "Comparison", "CostRow", "DifferenceRow", "Row", "Sprea
 
 MAJORITY = "most frequent label"  # on test; the method `majority` counts labels in the training split
 BEFORE = "before"
-CHEAP = "best cheap method"  # of those in a run's result; best on test, so it flatters them
+CHEAP = "best cheap method"  # see `bbprompt.compare.cheap`
 #: Tracks that get an average of their own, in the papers' order.
 _TRACKS = ("seen", "unseen", "unseen-relative", "upstream", "")
 
@@ -150,17 +151,18 @@ def compare(
     groups = _groups(runs, missing)
     seeds = sorted({run.result.seed for run in runs})
     table = {**others, **scores}
+    differences = tuple(_differences(methods, scores, runs, groups, baseline or methods[0]))
     return Comparison(
         tasks=_tasks(groups),
         groups=groups,
         metrics={run.result.task: run.result.test.metric for run in runs},
         rows=tuple(_row(name, values, groups, seeds) for name, values in table.items()),
-        differences=tuple(_differences(methods, scores, runs, groups, baseline or methods[0])),
+        differences=differences,
         costs=tuple(_cost(name, [run for run in runs if run.row == name]) for name in methods),
         anytime=tuple(_anytime(runs, methods)),
         runs=tuple(runs),
         missing=tuple(missing),
-        notes=tuple(_notes(runs, missing)),
+        notes=(*_notes(runs, missing), *_beaten(differences, groups)),
     )
 
 
@@ -180,12 +182,18 @@ def _majority(run: FinishedRun) -> float:
     return run.result.before.majority
 
 
-def _best_cheap(run: FinishedRun) -> float:
-    return max(rival.test for rival in run.result.baselines)
-
-
 def _scores(runs: Iterable[FinishedRun], value: Callable[[FinishedRun], float]) -> Scores:
     return {(run.result.task, run.result.seed): value(run) for run in runs}
+
+
+def _cheap(runs: Iterable[FinishedRun], best: Mapping[str, tuple[str, float]]) -> Scores:
+    """The best cheap method beside some runs, a score a task and seed; the highest where their examples differ."""
+    found: Scores = {}
+    for run in runs:
+        if run.name in best:
+            key = run.result.task, run.result.seed
+            found[key] = max(best[run.name][1], found.get(key, -math.inf))
+    return found
 
 
 def _untuned(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, Scores]:
@@ -201,7 +209,7 @@ def _untuned(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, S
                 break
         else:
             shared.append(([name], values))
-    cheap = _scores((run for run in runs if run.result.baselines), _best_cheap)
+    cheap = _cheap(runs, best_cheap(runs))
     before = {BEFORE if len(shared) == 1 else f"{BEFORE} ({', '.join(names)})": values for names, values in shared}
     return ({MAJORITY: majority} if majority else {}) | ({CHEAP: cheap} if cheap else {}) | before
 
@@ -255,14 +263,16 @@ def _differences(
     baseline: str,
 ) -> Iterable[DifferenceRow]:
     sets = {**groups, "all": _tasks(groups)} if len(groups) > 1 else groups
+    best = best_cheap(runs)
     found: list[tuple[str, str, str, Paired]] = []
     for name in methods:
         own = [run for run in runs if run.row == name]
         rivals: list[tuple[str, Scores]] = [
             (BEFORE, _scores(own, _before)),
             (MAJORITY, _scores((run for run in own if run.result.before.majority), _majority)),
-            (CHEAP, _scores((run for run in own if run.result.baselines), _best_cheap)),
         ]
+        if not any(run.baseline for run in own):
+            rivals.append((CHEAP, _cheap(own, best)))
         if name != baseline:
             rivals.append((baseline, scores[baseline]))
         for against, values in rivals:
@@ -306,6 +316,18 @@ def _anytime(runs: Sequence[FinishedRun], methods: Sequence[str]) -> Iterable[An
 
 
 _MARKS = (10, 20, 50, 100, 200, 300, 500, 1000, 2000, 4000, 8000, 16000)
+
+
+def _beaten(differences: Sequence[DifferenceRow], groups: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
+    """Which methods are not worth their calls, as the paired differences over all tasks have it."""
+    whole = "all" if len(groups) > 1 else next(iter(groups))
+    lost = [
+        f"{row.method} (by {-100 * row.found.mean:.1f} points)"
+        for row in differences
+        if (row.against, row.group) == (CHEAP, whole) and row.found.mean < 0
+    ]
+    if lost:
+        yield f"On average below the best cheap method, which tunes no prompt: {', '.join(lost)}."
 
 
 def _notes(runs: Sequence[FinishedRun], missing: Sequence[Missing]) -> Iterable[str]:

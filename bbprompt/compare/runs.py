@@ -43,6 +43,7 @@ class FinishedRun:
         track: Of the task: "seen", "unseen", ... or "".
         split: Digest of its few-shot split.
         test: Digest of its test examples.
+        baseline: Whether its method tunes no prompt.
         result: What it found.
         curve: Its curve; None if the file is not there.
     """
@@ -53,6 +54,7 @@ class FinishedRun:
     track: str
     split: str
     test: str
+    baseline: bool
     result: Result
     curve: Curve | None
 
@@ -124,6 +126,7 @@ def _read(place: int, path: Path, row: str | None) -> FinishedRun | None:
         track=_text(manifest, "task", "track"),
         split=_text(manifest, "data", "few_shot"),
         test=_text(manifest, "data", "test"),
+        baseline=bool(_text(manifest, "method", "baseline")),
         result=result,
         curve=curve,
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from bbprompt.compare.cheap import best_cheap
 from bbprompt.compare.comparison import Comparison, Row, Spread
 
 __all__ = ["as_json", "csv_files", "main_table", "markdown", "tables"]
@@ -121,8 +122,8 @@ def _scores_text() -> str:
     return (
         "In percent, mean (sample standard deviation) over seeds; accuracy unless F1 is said. `before` is the same "
         "model and prompts with nothing tuned; the best cheap method is that of highest test score among those which "
-        "tune no prompt and see the same examples. A mean over tasks rests on the seeds that have all of them; n is "
-        "said where seeds are lacking."
+        "tune no prompt and see the same examples, in a run of their own or beside a search. A mean over tasks rests "
+        "on the seeds that have all of them; n is said where seeds are lacking."
     )
 
 
@@ -197,10 +198,10 @@ def _long(found: Comparison) -> tuple[Sequence[str], Iterable[Sequence[object]]]
     """A line for each run, with the test score after each stage and that of the best method without a prompt."""
     rows = []
     stages = list(dict.fromkeys(stage.name for run in found.runs for stage in run.result.stages))
+    cheap = best_cheap(found.runs)
     for run in found.runs:
         result = run.result
         after = {stage.name: stage.test for stage in result.stages}
-        cheap = max(result.baselines, key=lambda rival: rival.test, default=None)
         rows.append(
             {
                 "run": run.name,
@@ -223,8 +224,7 @@ def _long(found: Comparison) -> tuple[Sequence[str], Iterable[Sequence[object]]]
                 "seconds_oracle": result.seconds.oracle,
                 "digest": result.digest,
                 **{f"test_after_{name}": after.get(name, "") for name in stages},
-                "cheap_method": "" if cheap is None else cheap.name,
-                "cheap_test": "" if cheap is None else cheap.test,
+                **dict(zip(("cheap_method", "cheap_test"), cheap.get(run.name, ("", "")), strict=True)),
             }
         )
     return _plain(rows)

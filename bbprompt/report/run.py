@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from bbprompt.compare.runs import read_curve
-from bbprompt.config import MethodConfig, TuneConfig
+from bbprompt.config import MethodConfig
 from bbprompt.errors import DiskError, UsageError
 from bbprompt.oneline import one_line
+from bbprompt.report.again import reproduce
 from bbprompt.report.examples import Judged, confusion, worst
 from bbprompt.report.figures import run_curves
 from bbprompt.report.page import Html, bullets, code, details, heat, page, paragraph, section, table
@@ -27,7 +26,7 @@ from bbprompt.tasks.task import Task
 from bbprompt.tensorfile import unpack
 from bbprompt.yamlfile import validate
 
-__all__ = ["leaves", "reproduce", "run_page"]
+__all__ = ["leaves", "run_page"]
 
 
 def run_page(run_dir: Path, judged: Sequence[Judged] | None, notes: Sequence[str], most: int) -> str:
@@ -91,6 +90,17 @@ def _scores(result: Result) -> Html:
     rows.append(
         ["returned", _percent(result.dev), _percent(result.test.value), _error(result, result.test.value), "", ""]
     )
+    for rival in result.baselines:
+        rows.append(
+            [
+                f"no prompt, {rival.name}",
+                _percent(rival.dev),
+                _percent(rival.test),
+                _percent(rival.stderr),
+                0,
+                f"{rival.seconds:.0f}",
+            ]
+        )
     head = ["", f"dev {metric}, %", f"test {metric}, %", "standard error", "calls", "seconds"]
     return table(head, rows)
 
@@ -166,26 +176,6 @@ def _weights(directory: RunDirectory, method: MethodConfig) -> NDArray[np.floati
     if found is None or found.ndim != 2 or not np.isfinite(found).all():
         return None
     return found if "weights" in tensors else method.rule.weights(found)
-
-
-def reproduce(config: TuneConfig, manifest: Mapping[str, Any]) -> str:
-    """The command that makes the run again, and what it has to meet."""
-    words = ["bbprompt", "tune"]
-    values = {**config.model_dump(mode="json"), "threads": manifest.get("threads") or config.threads}
-    for key, value in values.items():
-        default = TuneConfig.model_fields[key].default
-        if key == "set" or value is None or (value == default and key not in ("method", "budget", "seed")):
-            continue
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
-    for key, value in config.set.items():
-        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    versions = manifest.get("versions", {})
-    pins = "\n".join(f"#   {name} {version}" for name, version in versions.items())
-    return f"{shlex.join(words)}\n\n# found with\n{pins}"
 
 
 def leaves(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:

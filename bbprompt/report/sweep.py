@@ -7,6 +7,7 @@ from pathlib import Path
 from bbprompt.compare.comparison import Comparison, compare
 from bbprompt.compare.runs import Curve, FinishedRun, read_runs
 from bbprompt.compare.text import main_table, tables
+from bbprompt.report.again import reproduce_sweep
 from bbprompt.report.figures import method_curves
 from bbprompt.report.page import Html, bullets, code, details, page, paragraph, section, table
 from bbprompt.report.run import leaves
@@ -47,8 +48,8 @@ def sweep_page(folder: Path, baseline: str | None) -> str:
         parts.append(
             section(
                 "Do it again",
-                paragraph("The grid is in sweep.json; each run's settings are in its manifest.json."),
-                code(f"bbprompt sweep --out {folder}"),
+                paragraph("All settings of each run are in its manifest.json."),
+                code(reproduce_sweep(experiment, folder)),
                 details("The grid", table(["key", "value"], list(leaves(values)))),
             )
         )
