@@ -18,7 +18,7 @@ from bbprompt.baselines.settings import AnyBaseline, BaselineConfig
 from bbprompt.descent_settings import GradientConfig, SoftPromptConfig
 from bbprompt.errors import UsageError
 from bbprompt.router import CODE, PAPER, GateRule
-from bbprompt.settings import Count, Name, Settings
+from bbprompt.settings import BatchTokens, Count, Name, Settings
 from bbprompt.stage_settings import ProjectionConfig, PromptStageConfig, RefineStageConfig, RouterStageConfig
 from bbprompt.yamlfile import closest, read_yaml, validate
 
@@ -218,7 +218,7 @@ class TuneConfig(Settings):
     on_doubt: Literal["resend", "charge"] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "auto"
-    batch_tokens: Count | None = None
+    batch_tokens: BatchTokens = None
     max_tokens: Count | None = None
     threads: Count | None = None
     ray: str | None = None

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from bbprompt.errors import UsageError
 from bbprompt.oip import INPUTS, OUTPUTS
 from bbprompt.prompts import ModularPrompt
-from bbprompt.settings import Count
+from bbprompt.settings import BatchTokens, Count
 from bbprompt.store.disk import disk_error
 
 __all__ = ["SETTINGS", "Format", "ServedModel", "read_settings", "write_repository"]
@@ -54,7 +54,7 @@ class ServedModel(BaseModel):
     backbone: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "mixed", "bfloat16"] = "float32"
-    batch_tokens: Count | None = None
+    batch_tokens: BatchTokens = None
     max_tokens: Count | None = None
     threads: Count | None = None
     max_points: Count = 1024

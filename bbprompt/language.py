@@ -22,7 +22,7 @@ from bbprompt.tasks.example import Form
 from bbprompt.tasks.task import Task
 from bbprompt.texts.demonstrations import Demonstrations
 
-__all__ = ["LanguageModel", "VocabularyScores", "can_fill", "language_backbone"]
+__all__ = ["LanguageModel", "VocabularyScores", "can_fill", "language_backbone", "language_model_of"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -87,6 +87,15 @@ class LanguageModel(Protocol):
 def can_fill(model: object) -> TypeGuard[LanguageModel]:
     """Whether a model is asked so: embedding models and oracles are not."""
     return callable(getattr(model, "vocabulary", None))
+
+
+def language_model_of(oracle: object) -> LanguageModel | None:
+    """The language model behind an oracle that reads label words and is here; None behind any other.
+
+    It shares the oracle's weights, and needs no closing of its own.
+    """
+    opened = getattr(oracle, "language_model", None)
+    return opened() if callable(opened) else None
 
 
 def language_backbone(task: Task) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "can_count",
     "check_points",
     "check_scores",
+    "precisions_of",
 ]
 
 #: Positions that start and end probabilities are normalised over: the candidates (option borders; the context
@@ -188,6 +189,11 @@ class TokenCounter(Protocol):
 def can_count(model: object) -> TypeGuard[TokenCounter]:
     """Whether a model counts tokens: one that is here does, one behind a wire does not."""
     return callable(getattr(model, "count_tokens", None))
+
+
+def precisions_of(model: object) -> dict[str, int]:
+    """How many populations a model that mixes precisions scored in each of them; empty for any other."""
+    return dict(getattr(model, "precisions", {}))
 
 
 def check_points(points: NDArray[np.floating], info: OracleInfo) -> NDArray[np.float32]:

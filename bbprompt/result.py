@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bbprompt.errors import DiskError
@@ -114,8 +116,9 @@ class Result(_Values):
     """A finished run. Fractions, not percent.
 
     `digest` is a SHA-256 of what was found (prompt, calls, scores): equal for equal runs, whatever the clock
-    said. `baselines` is what would have been had for a few forwards without tuning; it is empty where that was not
-    asked for or the model cannot say it.
+    said. `precisions` says how many populations a local model with mixed precision scored in "bfloat16", as
+    "deviations" from a float32 reference and in "float32", in the last session. `baselines` is what would have been
+    had for a few forwards without tuning; it is empty where that was not asked for or the model cannot say it.
     """
 
     task: str
@@ -134,6 +137,7 @@ class Result(_Values):
     cut_tokens: int
     seconds: Seconds
     digest: str
+    precisions: Mapping[str, int] = {}
     baselines: tuple[BaselineScore, ...] = ()
 
 

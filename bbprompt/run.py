@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input, warn_of_single_words
 from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
 from bbprompt.connect import cores, is_vllm, measure_backbone, open_oracle, server_kind
-from bbprompt.embedding import can_embed
 from bbprompt.errors import DataError, ResumeMismatch, UsageError
 from bbprompt.frozen import frozen_tensors
 from bbprompt.language import language_backbone
 from bbprompt.opened import Opened, Watcher
-from bbprompt.oracle import Oracle, OracleInfo
+from bbprompt.oracle import Oracle, OracleInfo, precisions_of
 from bbprompt.outcome import outcome, run_digest
+from bbprompt.possible import check_loss
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import random_prompt
 from bbprompt.readable import NamingOracle, check_readable, named
@@ -160,8 +160,7 @@ def _opened(config: TuneConfig, backend: str) -> Opened:
     if method.reads_words and config.backbone is None and (backend == "local" or is_vllm(backend)):
         # Into the manifest: what is installed later must not change a run.
         config = config.model_copy(update={"backbone": language_backbone(task)})
-    if method.loss == "hinge" and task.type == "extractive":
-        raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
+    check_loss(method, task)
     data = open_data(task, config.data)
     few = few_shot(task, data, config.seed, config.shots)
     if not config.allow_overlap:
@@ -361,7 +360,8 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
     point = found.chosen.incumbent.point.astype("<f4").tobytes()
     cut = evaluator.cut + score.cut
     result = outcome(run, found.before, found.stages, found.chosen, score.values, calls, cut, seconds, point)
-    result = result.model_copy(update={"baselines": _baselines(run, watcher)})
+    told = {"precisions": precisions_of(run.oracle), "baselines": _baselines(run, watcher)}
+    result = result.model_copy(update=told)
     directory.write_bytes(PROMPT, pack(_tensors(run, found)))
     directory.write_json(RESULT, result.model_dump(mode="json"))
     return result
@@ -369,7 +369,7 @@ def _tune(run: Prepared, directory: RunDirectory, watcher: Watcher) -> Result:
 
 def _baselines(run: Prepared, watcher: Watcher) -> tuple[BaselineScore, ...]:
     """The cheap methods on the same data, for the table alone: nothing is chosen by them, and no call is charged."""
-    if not run.config.baselines or not can_embed(run.oracle):
+    if not run.config.baselines:
         return ()
     from bbprompt.baselines.report import compare
 

@@ -12,6 +12,12 @@ from bbprompt.result import Result
 
 __all__ = ["notes", "result_table"]
 
+_PRECISIONS = {
+    "bfloat16": "in bfloat16",
+    "deviations": "as bfloat16 deviations from float32",
+    "float32": "in float32, for they lay too close together",
+}
+
 
 def result_table(result: Result) -> Table:
     """One row for the untuned prompt and one for each stage; scores are fractions with one standard error."""
@@ -61,6 +67,7 @@ def notes(result: Result) -> list[str]:
     if not result.stages:
         return lines + _cut(result)
     lines += _unspent(result)
+    lines += _precisions(result)
     if any(stage.name == "calibration" for stage in result.stages):
         lines.append("The last dev score is of texts that the labels' offsets were fitted to: go by the test score.")
     if result.dev <= before.dev:
@@ -84,6 +91,14 @@ def _unspent(result: Result) -> list[str]:
         f"{left} calls were left unspent: the {impatient[-1]} stage had long gained nothing on dev. To spend them all "
         f"the same: `--set {impatient[-1]}.patience=null`."
     ]
+
+
+def _precisions(result: Result) -> list[str]:
+    """In which precision populations were scored, where it was chosen for each."""
+    if not result.precisions:
+        return []
+    shares = ", ".join(f"{count} {_PRECISIONS.get(name, name)}" for name, count in result.precisions.items())
+    return [f"Populations were scored in the precision that told them apart: {shares}."]
 
 
 def _searched(result: Result) -> bool:

@@ -17,6 +17,9 @@ import yaml
 from tiny_run import finished
 
 from bbprompt import cli
+from bbprompt.commands.flags import tokens_of
+from bbprompt.commands.tune import _merged
+from bbprompt.errors import UsageError
 
 RESULT_KEYS = {
     "task",
@@ -139,6 +142,8 @@ def test_settings_from_a_file_lose_against_flags(
         ("run_dir: 3", "run_dir: expected a path"),
         ("quiet: 3", "quiet: expected true or false"),
         ("set: [3]", "set: expected a mapping"),
+        ("batch_tokens: many", "batch_tokens: expected a number of tokens from 1 on, or auto, got 'many'"),
+        ("batch_tokens: true", "batch_tokens: expected a number of tokens from 1 on, or auto, got True"),
         ("budget: many", "budget: input should be a valid integer"),
     ],
 )
@@ -149,6 +154,17 @@ def test_wrong_settings_in_a_file(content: str, said: str, tmp_path: Path, capsy
     err = capsys.readouterr().err
     assert err.startswith(f"error: {file}: ")
     assert said in err
+
+
+def test_tokens_at_once_are_a_number_or_auto(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: lcqmc\nbatch_tokens: 512\n", encoding="utf-8")
+    for flag, tokens in ((None, 512), ("auto", None), ("64", 64)):
+        settings, _, _ = _merged(file, {"batch_tokens": flag}, [])
+        assert settings.batch_tokens == tokens
+    assert (tokens_of("auto"), tokens_of("64"), tokens_of(None)) == (None, 64, None)
+    with pytest.raises(UsageError, match="--batch-tokens: expected a number of tokens from 1 on, or auto, got '0'"):
+        tokens_of("0")
 
 
 def test_an_unknown_backend_is_refused(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

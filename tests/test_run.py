@@ -112,19 +112,6 @@ def test_every_kind_of_task(kind: str, request: pytest.FixtureRequest, tmp_path:
     assert begin(run, tmp_path / "again").digest == result.digest
 
 
-@pytest.mark.parametrize("method", ["mp2-deep", "mp2-deep-code"])
-def test_both_stages(method: str, tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> None:
-    changes = {"router.calls": 8, "router.random": 4, "prompt.popsize": 8}
-    run = prepare(config(tiny_pair_data, tiny_prompts, method=method, set=changes, budget=50))
-    result = begin(run, tmp_path / "run")
-    listing = ["upstream"] if method == "mp2-deep" else []
-    last = ["calibration"] if method == "mp2-deep" else []
-    assert [stage.name for stage in result.stages] == [*listing, "router", "prompt", *last]
-    assert [stage.optimizer for stage in result.stages if stage.name in ("router", "prompt")] == ["bo-ucb", "cmaes"]
-    assert result.calls.test <= 4
-    assert begin(run, tmp_path / "again").digest == result.digest
-
-
 def test_the_precision_that_auto_meant_is_written_down(pair: Prepared) -> None:
     assert pair.config.dtype == pair.oracle.info.precision != "auto"
     assert pair.manifest()["config"]["dtype"] == pair.oracle.info.precision
@@ -134,6 +121,16 @@ def test_bfloat16(tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path) -> N
     run = prepare(config(tiny_pair_data, tiny_prompts, dtype="bfloat16", budget=20))
     assert run.manifest()["model"]["precision"] == "bfloat16"
     assert 0 <= begin(run, tmp_path / "run").test.value <= 1
+
+
+def test_a_result_says_in_which_precision_populations_were_scored(
+    tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path
+) -> None:
+    changes = {"router.calls": 8, "router.random": 4, "prompt.popsize": 8}
+    run = prepare(config(tiny_pair_data, tiny_prompts, dtype="mixed", set=changes, budget=50))
+    result = begin(run, tmp_path / "run")
+    assert sum(result.precisions.values()) > 0
+    assert result.precisions.keys() <= {"bfloat16", "deviations", "float32"}
 
 
 def test_the_test_split_is_scored_once_and_last(pair: Prepared, tmp_path: Path) -> None:

@@ -107,5 +107,10 @@ def test_calls_that_were_left_for_want_of_gain_are_spoken_of() -> None:
     assert len(notes(result(stages=stages, calls={"train": 7990, "dev": 10}))) == 1, "nothing was left"
 
 
+def test_precisions_are_told_where_they_were_chosen() -> None:
+    *_, said = notes(Result.model_validate({**RESULT, "precisions": {"bfloat16": 43, "float32": 2}}))
+    assert said.endswith("43 in bfloat16, 2 in float32, for they lay too close together.")
+
+
 def test_examples_with_options_of_their_own_have_no_most_frequent_label() -> None:
     assert notes(result(before={"majority": 0.0})) == []

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Threads
+from bbprompt.commands.flags import BatchTokens, Debug, Device, Dtype, Json, Threads, tokens_of
 from bbprompt.commands.output import write, write_json
 
 __all__ = ["export_server"]
@@ -34,9 +34,7 @@ def export_server(
     model: Annotated[str, typer.Option(metavar="NAME", help="Name of the model at the server.")] = "oracle",
     device: Device = None,
     dtype: Dtype = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(show_default=False, min=1, help="Tokens that run through the model at once.")
-    ] = None,
+    batch_tokens: BatchTokens = None,
     max_tokens: Annotated[
         int | None, typer.Option(show_default=False, min=1, help="Longest sequence [default: the backbone's limit].")
     ] = None,
@@ -62,7 +60,7 @@ def export_server(
         backbone=backbone,
         device=device or "auto",
         dtype=dtype or "float32",  # an answer must not depend on what else is asked for with it
-        batch_tokens=batch_tokens,
+        batch_tokens=tokens_of(batch_tokens),
         max_tokens=max_tokens,
         threads=threads,
         max_points=max_points,

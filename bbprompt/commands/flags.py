@@ -7,7 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
-__all__ = ["Debug", "Device", "Dtype", "Json", "Moved", "Quiet", "Ray", "RunDir", "Threads", "Workers"]
+from bbprompt.errors import UsageError
+
+__all__ = [
+    "BatchTokens",
+    "Debug",
+    "Device",
+    "Dtype",
+    "Json",
+    "Moved",
+    "Quiet",
+    "Ray",
+    "RunDir",
+    "Threads",
+    "Workers",
+    "tokens_of",
+]
 
 Json = Annotated[
     bool,
@@ -38,6 +53,15 @@ Dtype = Annotated[
 Threads = Annotated[
     int | None, typer.Option("--threads", show_default=False, min=1, help="CPU threads [default: all cores].")
 ]
+BatchTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-tokens",
+        metavar="N|auto",
+        show_default=False,
+        help="Tokens that run through the model at once; auto: what is fast and fits into free memory [default: auto].",
+    ),
+]
 Ray = Annotated[
     str | None,
     typer.Option(
@@ -56,3 +80,17 @@ Workers = Annotated[
         help="Models on the Ray cluster [default: what it holds], or requests to a server at once [default: 1].",
     ),
 ]
+
+
+def tokens_of(flag: str | None) -> int | None:
+    """What a server's --batch-tokens says: a number, or None for what is fast and fits.
+
+    Raises:
+        UsageError: It is neither a number nor auto.
+    """
+    from bbprompt.settings import tokens_at_once
+
+    try:
+        return tokens_at_once(flag)
+    except ValueError as error:
+        raise UsageError(f"--batch-tokens: {error}") from error

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Threads
+from bbprompt.commands.flags import BatchTokens, Debug, Device, Dtype, Json, Quiet, Threads, tokens_of
 from bbprompt.commands.output import write, write_json
 from bbprompt.errors import UsageError
 
@@ -36,9 +36,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8765,
     device: Device = None,
     dtype: Dtype = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(show_default=False, min=1, help="Tokens that run through the model at once.")
-    ] = None,
+    batch_tokens: BatchTokens = None,
     max_tokens: Annotated[
         int | None, typer.Option(show_default=False, min=1, help="Longest sequence [default: the backbone's limit].")
     ] = None,
@@ -108,7 +106,7 @@ def serve(
             backbone=backbone,
             device=device or "auto",
             dtype=dtype or "float32",  # an answer must not depend on what else is asked for with it
-            batch_tokens=batch_tokens,
+            batch_tokens=tokens_of(batch_tokens),
             max_tokens=max_tokens,
             threads=threads,
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Threads
+from bbprompt.commands.flags import BatchTokens, Debug, Device, Dtype, Json, Quiet, Threads
 from bbprompt.commands.output import command, write, write_json
 from bbprompt.commands.stop import stop_of
 from bbprompt.errors import Interrupted, UsageError
@@ -82,7 +82,7 @@ def sweep(
     backend: Annotated[str | None, typer.Option(show_default=False, help="As `tune --backend`.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    batch_tokens: Annotated[int | None, typer.Option(show_default=False, help="As `tune --batch-tokens`.")] = None,
+    batch_tokens: BatchTokens = None,
     max_tokens: Annotated[int | None, typer.Option(show_default=False, help="As `tune --max-tokens`.")] = None,
     threads: Threads = None,
     test_limit: Annotated[int | None, typer.Option(show_default=False, help="As `tune --test-limit`.")] = None,
@@ -133,8 +133,8 @@ def sweep(
     stop = stop_of(context)
     with logging_to(console):
         stop.advice = f"go on with: {command('sweep', '--out', out)}"
-        for (task, method), reason in state.unfit.items():
-            _log.info("no runs of %s on %s: %s", method, task, reason)
+        for (task, row), reason in state.unfit.items():
+            _log.info("no runs of %s on %s: %s", row, task, reason)
         try:
             with _starter(ray, state, workers) as (start, at_once), SweepView(console) as view:
                 run_sweep(state, at_once, stop.check, view.show, start)

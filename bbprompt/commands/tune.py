@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Moved, Quiet, Ray, RunDir, Threads, Workers
+from bbprompt.commands.flags import BatchTokens, Debug, Device, Dtype, Json, Moved, Quiet, Ray, RunDir, Threads, Workers
 from bbprompt.commands.output import command, write, write_json
 from bbprompt.commands.stop import Stop, stop_of
 from bbprompt.errors import UsageError
@@ -88,9 +88,7 @@ def tune(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(show_default=False, help="Tokens that run through the model at once.")
-    ] = None,
+    batch_tokens: BatchTokens = None,
     max_tokens: Annotated[
         int | None, typer.Option(show_default=False, help="Longest sequence [default: the model's limit].")
     ] = None,

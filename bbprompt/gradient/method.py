@@ -22,7 +22,6 @@ from bbprompt.baselines.report import compare
 from bbprompt.config import MethodConfig, TuneConfig
 from bbprompt.connect import chosen_device, cores, single_precision
 from bbprompt.descent_settings import GradientConfig
-from bbprompt.embedding import can_embed
 from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.frozen import frozen_tensors, written_out
 from bbprompt.gradient.calls import DescentCalls
@@ -34,6 +33,7 @@ from bbprompt.gradient.start import start_of
 from bbprompt.opened import Watcher
 from bbprompt.oracle import Oracle, OracleInfo
 from bbprompt.outcome import outcome
+from bbprompt.possible import check_graded
 from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.result import BaselineScore, Calls, Result, Seconds
@@ -143,11 +143,7 @@ def prepare_gradient(
     check_fit(prompt, backbone)
     if not backbone.packed and prompt.config.readout != "verbalizer":
         raise ArtifactError(f"backbone {backbone.id}: such a language model is read by a verbalizer, not by a head")
-    if prompt.config.readout == "prototype" and task.same is not None:
-        raise UsageError(
-            f"--method {method.name}: under prototypes the task {task.name} compares texts by a threshold that no "
-            "gradient here fits; use prompts with a span head"
-        )
+    check_graded(method, task, prompt.config.readout)
     warn_of_seen_examples(config, task, prompt)
     tokens = config.batch_tokens or _BATCH_TOKENS[device]
     info = info_of(backbone, device, config.dtype, backbone.limit(config.max_tokens), tokens, prompt)
@@ -303,6 +299,4 @@ def _baselines(run: PreparedGradient, tensors: _Tensors, watcher: Watcher) -> tu
     if not run.config.baselines:
         return ()
     oracle, _ = _oracle(run, tensors)
-    if not can_embed(oracle):
-        return ()
     return compare(run.task, run.few, run.test, oracle, watcher.comparing)
