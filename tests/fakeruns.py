@@ -18,7 +18,7 @@ def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> 
     """A result.
 
     `keys` may say before, majority, upstream and prompt (scores after stages; a calibration follows a named one), n,
-    source, budget, metric.
+    source, budget, metric, baselines, train_calls, seconds.
     """
     metric = keys.get("metric", "accuracy")
     stages = [("upstream", "listing", keys["upstream"])] if "upstream" in keys else []
@@ -34,7 +34,7 @@ def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> 
             "backend": "local",
             "seed": seed,
             "budget": keys.get("budget", 100),
-            "calls": {"train": 80, "dev": 10, "test": 2},
+            "calls": {"train": keys.get("train_calls", 80), "dev": 10, "test": 2},
             "before": {
                 "metric": metric,
                 "dev": 0.5,
@@ -60,7 +60,7 @@ def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> 
                 {"name": name, "reads": "text", "dev": 0.6, "test": value, "stderr": 0.04, "seconds": 1.0}
                 for name, value in keys.get("baselines", {}).items()
             ],
-            "seconds": {"total": 10.0, "oracle": 7.0, "optimizer": 1.0, "load": 1.0, "test": 1.0},
+            "seconds": {"total": keys.get("seconds", 10.0), "oracle": 7.0, "optimizer": 1.0, "load": 1.0, "test": 1.0},
             "digest": "0" * 64,
         }
     )

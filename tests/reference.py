@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.prompts import ModularPrompt
-from bbprompt.texts.mrc import Encoded, encode
+from bbprompt.texts.mrc import Encoded, Offsets, encode
 
 
 def prepended_states(
@@ -123,6 +124,23 @@ class PlainOracle:
         return np.array(log_probabilities).reshape(-1, 2), np.array(raw).reshape(-1, 2), best
 
 
+def counted_texts(module: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that what is opened in a module from now on cuts into tokens, in a list that grows."""
+    written: list[str] = []
+
+    def tokenize_and_count(tokenizer: Any) -> Callable[[str], tuple[Sequence[int], Offsets]]:
+        tokenize = tokenize_with(tokenizer)
+
+        def count(text: str) -> tuple[Sequence[int], Offsets]:
+            written.append(text)
+            return tokenize(text)
+
+        return count
+
+    monkeypatch.setattr(f"{module}.tokenize_with", tokenize_and_count)
+    return written
+
+
 def points_of(prompt: ModularPrompt, count: int, seed: int = 0) -> np.ndarray:
     """Random points of a prompt's space."""
     return np.random.default_rng(seed).normal(0, 1, (count, *prompt.space.shape))
@@ -134,7 +152,7 @@ def compare(ours: Scores, plain: PlainOracle, batch: TextBatch, points: np.ndarr
     owner = np.repeat(np.arange(len(batch.forms)), batch.sizes)
     for n, point in enumerate(points):
         log_probabilities, raw, best = plain.score(batch, point, support, longest)
-        np.testing.assert_allclose(ours.logits[n], raw, atol=1e-4)
-        np.testing.assert_allclose(ours.logits[n] - ours.normalizer[n][owner], log_probabilities, atol=1e-4)
+        np.testing.assert_allclose(ours.logits[n], raw, atol=1e-5)
+        np.testing.assert_allclose(ours.logits[n] - ours.normalizer[n][owner], log_probabilities, atol=1e-5)
         if ours.best is not None:
             assert ours.best[n].tolist() == [list(span) for span in best]

@@ -109,6 +109,12 @@ def test_two_point_adaptation_mends_a_wrong_first_sigma() -> None:
     assert losses["tpa"] < 0.6 * losses["csa"]
 
 
+def test_it_decomposes_no_oftener_than_every_third_generation() -> None:
+    generations, optimizer = 18, CMAES(np.zeros(300), 0.5, seed=2)
+    run(optimizer, sphere, generations)
+    assert 1 < optimizer._es.sm.count_eigen <= 1 + generations / 3, "the first one is of the identity"
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e-8, 1.0, 1e8, 1e300])
 def test_only_the_order_of_losses_matters(scale: float) -> None:
     reference, scaled = CMAES(np.ones(4), 0.3, 7, 8), CMAES(np.ones(4), 0.3, 7, 8)

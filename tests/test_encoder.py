@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,41 +10,33 @@ import tiny
 import torch
 from reference import plain_states, prepended_states
 
-from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.backbone import Backbone, load_backbone
+from bbprompt.backends.encoder import FAMILY, Encoder
 from bbprompt.backends.layout import pack
 from bbprompt.backends.linear import packable
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import NO_TOKEN
 
-KINDS = ("bert", "roberta", "electra")
+KINDS = (*tiny.MASKED, "cpt")
 PRECISIONS = (None, torch.float32, torch.bfloat16)
 LENGTHS = (5, 40, 9, 23, 24, 5, 1, 38)
 
 
 @pytest.fixture(scope="module")
-def models(tiny_bert_dir: Path, tiny_roberta_dir: Path) -> dict[str, Any]:
-    from transformers import ElectraConfig, ElectraModel
+def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Backbone]:
+    root = tmp_path_factory.mktemp("models")
+    folders = {kind: tiny.masked_dir(root / kind, kind, positions=64) for kind in tiny.MASKED}
+    folders["cpt"] = tiny.cpt_dir(root / "cpt", words=400, positions=64)
+    return {kind: load_backbone(str(folder)) for kind, folder in folders.items()}
 
-    from bbprompt.backends.backbone import load_backbone
 
-    config = ElectraConfig(
-        vocab_size=400,
-        embedding_size=16,  # narrower than the states, as published: a projection stands between
-        hidden_size=tiny.HIDDEN,
-        num_hidden_layers=tiny.LAYERS,
-        num_attention_heads=tiny.HEADS,
-        intermediate_size=tiny.FFN,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        electra = ElectraModel(config).eval()
-    return {
-        "bert": load_backbone(str(tiny_bert_dir)).model,
-        "roberta": load_backbone(str(tiny_roberta_dir)).model,
-        "electra": electra,
-    }
+@pytest.fixture(scope="module")
+def models(backbones: dict[str, Backbone]) -> dict[str, Any]:
+    return {kind: backbone.model for kind, backbone in backbones.items()}
+
+
+def encoder_of(backbone: Backbone, prepack: bool = True) -> Encoder:
+    return Encoder(backbone.model, token_type=backbone.token_type, prepack=prepack)
 
 
 def texts(seed: int = 0) -> list[list[int]]:
@@ -76,39 +67,46 @@ def largest_difference(ours: list[Any], theirs: list[np.ndarray]) -> float:
     ("prepack", "fast"), [(True, None), (True, torch.float32), (True, torch.bfloat16), (False, None)]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_stock_forward(models: dict[str, Any], kind: str, prepack: bool, fast: Any) -> None:
-    ids = texts()
+def test_equals_the_stock_forward(backbones: dict[str, Backbone], kind: str, prepack: bool, fast: Any) -> None:
+    ids, backbone = texts(), backbones[kind]
     with torch.inference_mode():
-        ours = run(Encoder(models[kind], prepack=prepack), ids, fast=fast)
-    assert largest_difference(ours, plain_states(models[kind], ids)) < 1e-5
+        ours = run(encoder_of(backbone, prepack), ids, fast=fast)
+    assert largest_difference(ours, plain_states(backbone.model, ids, token_type=backbone.token_type)) < 1e-5
+
+
+def test_every_family_is_tested(models: dict[str, Any]) -> None:
+    assert {models[kind].config.model_type for kind in KINDS} == set(FAMILY)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_injection_equals_a_hook_before_each_layer(models: dict[str, Any], kind: str) -> None:
-    ids = [text for text in texts() if len(text) > 4]
+def test_injection_equals_a_hook_before_each_layer(backbones: dict[str, Backbone], kind: str) -> None:
+    ids, backbone = [text for text in texts() if len(text) > 4], backbones[kind]
     prompts = np.random.default_rng(1).normal(size=(tiny.LAYERS, 3, tiny.HIDDEN)).astype(np.float32)
     with torch.inference_mode():
-        ours = run(Encoder(models[kind]), ids, torch.from_numpy(prompts))
-        bare = run(Encoder(models[kind]), ids)
-    assert largest_difference(ours, plain_states(models[kind], ids, prompts)) < 1e-5
+        ours = run(encoder_of(backbone), ids, torch.from_numpy(prompts))
+        bare = run(encoder_of(backbone), ids)
+    stock = plain_states(backbone.model, ids, prompts, token_type=backbone.token_type)
+    assert largest_difference(ours, stock) < 1e-5
     assert largest_difference(ours, [one.numpy() for one in bare]) > 0.1, "the prompts must be visible"
 
 
 @pytest.mark.parametrize("fast", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_before_the_first_token(models: dict[str, Any], kind: str, fast: Any) -> None:
+def test_rows_before_the_first_token(backbones: dict[str, Backbone], kind: str, fast: Any) -> None:
+    backbone = backbones[kind]
     ids, prompt = texts(), np.random.default_rng(1).normal(size=(3, tiny.HIDDEN)).astype(np.float32)
     longer = [[NO_TOKEN] * 3 + text for text in ids]
     with torch.inference_mode():
-        encoder = Encoder(models[kind])
+        encoder = encoder_of(backbone)
         ours = run(encoder, longer, torch.from_numpy(prompt)[None], first=0, fast=fast)
         zero, bare = run(encoder, longer, fast=fast), run(encoder, ids, fast=fast)
         layout, own = pack([len(text) for text in longer]), pack([len(text) for text in ids])
         rows, known = encoder.embed(longer, layout), encoder.embed(ids, own)
-    assert largest_difference(ours, prepended_states(models[kind], ids, prompt)) < 1e-5
-    assert largest_difference(zero, prepended_states(models[kind], ids, 0 * prompt)) < 1e-5
+    for found, added in ((ours, prompt), (zero, 0 * prompt)):
+        stock = prepended_states(backbone.model, ids, added, backbone.token_type)
+        assert largest_difference(found, stock) < 1e-5
     # Rows of zeros are attended to, although they change no token's own embedding.
-    assert largest_difference([one[3:] for one in zero], [one.numpy() for one in bare]) > 0.1
+    assert largest_difference([one[3:] for one in zero], [one.numpy() for one in bare]) > 0.01
     for at, first, text in zip(layout.starts.tolist(), own.starts.tolist(), ids, strict=True):
         assert not rows[at : at + 3].any()
         assert torch.equal(rows[at + 3 : at + 3 + len(text)], known[first : first + len(text)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_prompt
-from reference import PlainOracle, compare, points_of
+from reference import PlainOracle, compare, counted_texts, points_of
 from tiny_prompt import batch_of
 
 from bbprompt.backends.backbone import Backbone, load_backbone
@@ -50,9 +50,23 @@ def test_tokens_are_those_that_enter_the_model(kind: str, deep: ModularPrompt, b
     )
     oracle, batch = LocalOracle(backbone, deep, batch_tokens=100), batch_of(kind, 5)
     oracle.score(batch, points_of(deep, 2))
-    hook.remove()
     assert len(entered) > 1, "in pieces"
     assert oracle.count_tokens(batch) == sum(entered)
+    pieces = len(entered)
+    oracle.score(batch, points_of(deep, 3, seed=1))
+    hook.remove()
+    assert len(entered) == pieces, "embedded once"
+
+
+def test_a_batch_is_tokenized_once(deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = counted_texts("bbprompt.backends.local", monkeypatch)
+    oracle, batch = LocalOracle(backbone, deep), batch_of("pair")
+    oracle.score(batch, points_of(deep, 2))
+    assert len(once := written.copy()) >= len(batch.forms)
+    oracle.score(batch, points_of(deep, 3, seed=1))
+    assert written == once
+    oracle.score(batch_of("single"), points_of(deep, 1))
+    assert len(written) > len(once)
 
 
 def test_the_prompts_matter(deep: ModularPrompt, backbone: Backbone) -> None:

@@ -15,7 +15,7 @@ from clients import EAGER, close_all, kept
 from reference import PlainOracle, compare, points_of, prepended_states
 from safetensors.numpy import load_file
 from test_export import code_in
-from test_verbalizer import CAUSAL, MASKED, batch_for, causal_dir, load_tiny, points_for
+from test_verbalizer import CAUSAL, batch_for, language_models, load_tiny, masked_logits, points_for
 from test_vllm import shares
 from tiny_prompt import batch_of
 from tiny_run import begin, go_on
@@ -50,11 +50,10 @@ STOCK = (*CAUSAL, "t5", "mt5")
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_bert_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    made = {family: causal_dir(root / family, family) for family in CAUSAL}
-    made |= {"t5": tiny.t5_dir(root / "t5"), "mt5": tiny.t5_dir(root / "mt5", kind="mt5")}
-    return made | {"bert": tiny_bert_dir, "roberta": tiny.roberta_dir(root / "roberta", positions=128)}
+    t5 = {kind: tiny.t5_dir(root / kind, kind=kind) for kind in ("t5", "mt5")}
+    return language_models(root) | t5
 
 
 def prepended(backbone: Backbone, readout: ReadoutKind = "verbalizer", **changes: Any) -> ModularPrompt:
@@ -80,11 +79,11 @@ def expected(backbone: Backbone, stock: Any, family: str, form: Form, prompt: np
     words = [word_tokens(form.parts[-1].text, word, tokenize) for word in form.options]
     text = tokenize("".join(part.text for part in form.parts))[0]
     with torch.no_grad():
-        if family in MASKED:
+        if family in tiny.MASKED:
             gap = max(map(len, words))
             ids = [tokenizer.cls_token_id, *text, *[tokenizer.mask_token_id] * gap, tokenizer.sep_token_id]
             states = torch.from_numpy(prepended_states(stock.base_model, [ids], prompt)[0])
-            logits = (stock.cls if family == "bert" else stock.lm_head)(states[None])[0]
+            logits = masked_logits(stock, states[None])[0]
             at = len(prompt) + 1 + len(text)
             return [float(np.mean([float(logits[at + j, token]) for j, token in enumerate(word)])) for word in words]
         if family.endswith("t5"):
@@ -97,14 +96,16 @@ def expected(backbone: Backbone, stock: Any, family: str, form: Form, prompt: np
         return [float(found[word[0]]) for word in words]
 
 
-@pytest.mark.parametrize("family", [*MASKED, *STOCK])
+@pytest.mark.parametrize("family", [*tiny.MASKED, *STOCK])
 def test_label_words_equal_the_stock_forward(family: str, folders: dict[str, Path]) -> None:
-    backbone = load_tiny(folders[family]) if family not in MASKED else load_backbone(str(folders[family]), head=True)
-    loader = AutoModelForMaskedLM if family in MASKED else AutoModelForCausalLM
+    backbone = (
+        load_tiny(folders[family]) if family not in tiny.MASKED else load_backbone(str(folders[family]), head=True)
+    )
+    loader = AutoModelForMaskedLM if family in tiny.MASKED else AutoModelForCausalLM
     loader = AutoModelForSeq2SeqLM if family.endswith("t5") else loader
     stock: Any = loader.from_pretrained(folders[family], dtype=torch.float32).eval()
     prompt, batch = prepended(backbone), batch_for("pair")
-    oracle = (LocalOracle if family in MASKED else StockOracle)(backbone, prompt, batch_tokens=64)
+    oracle = (LocalOracle if family in tiny.MASKED else StockOracle)(backbone, prompt, batch_tokens=64)
     points = points_for(prompt)
     scores = check_scores(oracle.score(batch, points), batch, 3, channels=1)
     for n, point in enumerate(points):

@@ -98,7 +98,7 @@ def test_equals_the_mean_of_the_stock_states(kind: str, depth: str, pool_prompt:
                     left, right, sign = "".join(texts), word, 1
                 one, other = (embedding(backbone, prompt, point, text, pool_prompt) for text in (left, right))
                 logits.append(7.0 * sign * float(one @ other))
-                assert scores.logits[n, option, 0] == pytest.approx(logits[-1], abs=1e-4)
+                assert scores.logits[n, option, 0] == pytest.approx(logits[-1], abs=1e-5)
                 option += 1
 
 

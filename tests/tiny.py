@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 HIDDEN, LAYERS, HEADS, FFN = 32, 3, 4, 64
+_LIKE_BERT, _LIKE_ROBERTA = ("bert", "electra", "ernie"), ("roberta", "xlm-roberta", "camembert")
+MASKED = (*_LIKE_BERT, *_LIKE_ROBERTA)
 
 # The 6,763 characters of GB 2312, ASCII (also as continuations) and common full-width punctuation.
 HANZI = [
@@ -23,14 +25,33 @@ WIDE = list("，。！？：；、“”‘’（）《》【】…—～")
 WORDS = [*ASCII, *(f"##{c}" for c in ASCII if c.isalnum()), *WIDE, *HANZI]
 
 
-def bert_dir(folder: Path, *, positions: int = 128, seed: int = 0) -> Path:
-    """Write a BERT masked language model with a character vocabulary."""
+def masked_dir(folder: Path, kind: str, *, positions: int) -> Path:
+    """Write a masked language model of one of the kinds `MASKED`."""
+    return (bert_dir if kind in _LIKE_BERT else roberta_dir)(folder, kind=kind, positions=positions)
+
+
+def bert_dir(folder: Path, *, kind: str = "bert", positions: int = 128, seed: int = 0) -> Path:
+    """Write a masked language model of a kind that has BERT's tokenizer, with a character vocabulary."""
     import torch
-    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        BertTokenizer,
+        ElectraConfig,
+        ElectraForMaskedLM,
+        ErnieConfig,
+        ErnieForMaskedLM,
+    )
 
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = write_bert_vocabulary(folder / "vocab.txt")
-    config = BertConfig(
+    make, parse, own = {
+        "bert": (BertForMaskedLM, BertConfig, {}),
+        # Narrower than the states, as published: a projection stands between.
+        "electra": (ElectraForMaskedLM, ElectraConfig, {"embedding_size": 16}),
+        "ernie": (ErnieForMaskedLM, ErnieConfig, {"use_task_id": True}),
+    }[kind]
+    config = parse(
         vocab_size=len(vocabulary),
         hidden_size=HIDDEN,
         num_hidden_layers=LAYERS,
@@ -38,19 +59,28 @@ def bert_dir(folder: Path, *, positions: int = 128, seed: int = 0) -> Path:
         intermediate_size=FFN,
         max_position_embeddings=positions,
         initializer_range=0.3,
+        **own,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        BertForMaskedLM(config).save_pretrained(folder)
+        make(config).save_pretrained(folder)
     BertTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=positions).save_pretrained(folder)
     return folder
 
 
-def roberta_dir(folder: Path, *, positions: int = 64, seed: int = 0) -> Path:
-    """Write a RoBERTa masked language model; its table has two rows more than it has positions."""
+def roberta_dir(folder: Path, *, kind: str = "roberta", positions: int = 64, seed: int = 0) -> Path:
+    """Write a masked language model of RoBERTa's kind; its table has two rows more than it has positions."""
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+    from transformers import (
+        CamembertConfig,
+        CamembertForMaskedLM,
+        PreTrainedTokenizerFast,
+        RobertaConfig,
+        RobertaForMaskedLM,
+        XLMRobertaConfig,
+        XLMRobertaForMaskedLM,
+    )
 
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
     vocabulary = {word: i for i, word in enumerate([*specials, *WORDS, "<mask>"])}
@@ -60,7 +90,12 @@ def roberta_dir(folder: Path, *, positions: int = 64, seed: int = 0) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B:0 </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
-    config = RobertaConfig(
+    make, parse = {
+        "roberta": (RobertaForMaskedLM, RobertaConfig),
+        "xlm-roberta": (XLMRobertaForMaskedLM, XLMRobertaConfig),
+        "camembert": (CamembertForMaskedLM, CamembertConfig),
+    }[kind]
+    config = parse(
         vocab_size=len(vocabulary),
         hidden_size=HIDDEN,
         num_hidden_layers=LAYERS,
@@ -72,7 +107,7 @@ def roberta_dir(folder: Path, *, positions: int = 64, seed: int = 0) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        RobertaForMaskedLM(config).save_pretrained(folder)
+        make(config).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

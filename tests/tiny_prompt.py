@@ -63,6 +63,7 @@ def artifact(
     """Random modular prompts for a tiny backbone; `keys` go into the config."""
     rng = np.random.default_rng(seed)
     depth = layers or (tiny.LAYERS if kind == "mp2-deep" else 1)
+    channels = 2 if keys.get("readout", "span") == "span" else 0
 
     def normal(scale: float, *shape: int) -> np.ndarray:
         # Values that float16 holds exactly, so that a saved artifact is the one in memory.
@@ -87,8 +88,8 @@ def artifact(
         normal(1.0, depth, DIM, LENGTH * tiny.HIDDEN),
         normal(1.0, depth, MODULES, DIM),
         normal(2.0, TASKS, depth, MODULES),
-        normal(0.3, 2, tiny.HIDDEN),
-        normal(0.1, 2),
+        normal(0.3, channels, tiny.HIDDEN),
+        normal(0.1, channels),
     )
 
 
