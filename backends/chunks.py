@@ -13,7 +13,7 @@ from bbprompt.texts.mrc import Encoded
 
 __all__ = ["Chunk", "chunks_of", "in_order"]
 
-#: Of the cells that a chunk runs at most one in so many is padding, where texts are many enough.
+#: A chunk runs a cell of padding at most for so many tokens, where texts are many enough.
 _PADDING = 12
 #: A chunk that runs one in so many of the tokens that could run at once is large enough to end for its padding.
 _LARGE = 32
@@ -52,9 +52,9 @@ def chunks_of(sequences: Sequence[Encoded], most: int, *, shared: int = 0, padde
     width = tokens = 0
     for number in order:
         size, count = lengths[number], len(pieces[-1])
-        cells = (count + 1) * max(width, size)
+        cells, held = (count + 1) * max(width, size), tokens + size
         large = count * (width - shared) * _LARGE >= most
-        wasteful = padded and large and (cells - tokens - size) * _PADDING > cells - (count + 1) * shared
+        wasteful = padded and large and (cells - held) * _PADDING > held - (count + 1) * shared
         if count and (cells > most or wasteful):
             pieces.append([])
             width = tokens = 0

@@ -72,7 +72,6 @@ def test_chunks_hold_every_sequence_once_and_outputs_come_back(sizes: list[int],
 def test_hardly_anything_that_runs_is_padding(count: int, opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle, prompt = opener(batch_tokens=2048)
     cells = tokens = 0
-
     plain = body._padded
 
     def note(sequences: list[Any], device: torch.device) -> Any:
