@@ -56,7 +56,7 @@ def compare(
     if model is not None:
         found += (_label_words(task, few, test, model, report),)
     if not found:
-        _log.warning(
+        _log.info(
             "no method without tuning is compared: this model, as it is asked here, scores prompts alone. What such a "
             "method gives says `--method zero-shot` or, of a language model, `--method zero-shot-lm`"
         )
