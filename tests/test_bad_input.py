@@ -39,7 +39,8 @@ def failing(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
         ("pretrain mp2 --config mp2-prot", "--config mp2-prot: no such file or bundled recipe; did you mean"),
         (
             "pretrain mp2",
-            "give a recipe of yours or one of mp2-deep, mp2-deep-no-fsl, mp2-deep-pairs, mp2-proto, mp2-proto-more, mp2-shallow",
+            "give a recipe of yours or one of mp2-deep, mp2-deep-no-fsl, mp2-deep-pairs, mp2-proto, mp2-proto-more, "
+            "mp2-shallow",
         ),
         ("tune --task lcqmc --set prompt.sigm=1", "--set prompt.sigm: the method mp2-deep has no such setting; did"),
         ("methods mp2-deep --set rooter.calls=1", "no such setting; did you mean 'router.calls'"),
