@@ -108,16 +108,20 @@ def _texts_anew(oracle: _Oracle, batch: TextBatch) -> None:
 
 
 def _one_by_one(oracle: _Oracle, batch: TextBatch) -> None:
-    oracle.at_once = lambda *_: 1
+    patch.object(oracle, "at_once", lambda *_: 1).start()
 
 
 def _projections_anew(oracle: _Oracle, batch: TextBatch) -> None:
-    oracle._runner._shared = lambda *_: None
+    patch.object(oracle._runner, "_shared", lambda *_: None).start()
 
 
 def _prompts_anew(oracle: _Oracle, batch: TextBatch) -> None:
     runner = oracle._runner
-    runner._prompts = lambda own, layer: runner._made_of(torch.from_numpy(own.points[:, layer]), layer)
+
+    def made(own: Any, layer: int) -> Tensor:
+        return runner._made_of(torch.from_numpy(own.points[:, layer]), layer)
+
+    patch.object(runner, "_prompts", made).start()
 
 
 def _one_group(oracle: _Oracle, batch: TextBatch) -> None:
