@@ -306,10 +306,10 @@ def _dotted(settings: Mapping[str, Any], before: str = "") -> list[str]:
 
 
 def parse_set(pairs: Sequence[str]) -> dict[str, Any]:
-    """Read `key=value` flags; values are YAML scalars.
+    """Read `key=value` flags; values are YAML, so `prompt={popsize: 10}` says a whole block.
 
     Raises:
-        UsageError: A pair without `=`, or a value that is no YAML scalar.
+        UsageError: A pair without `=`, or a value that is no YAML.
     """
     changes = {}
     for pair in pairs:
@@ -320,8 +320,6 @@ def parse_set(pairs: Sequence[str]) -> dict[str, Any]:
         try:
             value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UsageError(f"--set {shown}: not a plain value behind the equals sign") from error
-        if isinstance(value, (dict, list)):
-            raise UsageError(f"--set {shown}: one number, word or true/false is expected")
+            raise UsageError(f"--set {shown}: behind the equals sign stands no YAML value") from error
         changes[key] = value
     return changes

@@ -119,7 +119,8 @@ def _prompts_anew(oracle: _Oracle, batch: TextBatch) -> None:
     runner = oracle._runner
 
     def made(own: Any, layer: int) -> Tensor:
-        return runner._made_of(torch.from_numpy(own.points[:, layer]), layer)
+        prompts: Tensor = runner._made_of(torch.from_numpy(own.points[:, layer]), layer)
+        return prompts
 
     patch.object(runner, "_prompts", made).start()
 

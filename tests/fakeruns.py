@@ -17,11 +17,12 @@ from bbprompt.tasks.task import load_task
 def fake_result(task: str, method: str, seed: int, test: float, **keys: Any) -> Result:
     """A result.
 
-    `keys` may say before, majority, upstream and prompt (scores after stages; a calibration follows a named one), n,
-    source, budget, metric, baselines, train_calls, seconds.
+    `keys` may say before, majority, upstream, routed and prompt (scores after stages; a calibration follows a named
+    prompt), n, source, budget, metric, baselines, train_calls, seconds.
     """
     metric = keys.get("metric", "accuracy")
     stages = [("upstream", "listing", keys["upstream"])] if "upstream" in keys else []
+    stages += [("router", "bo-ucb", keys["routed"])] if "routed" in keys else []
     stages.append(("prompt", "cmaes", keys.get("prompt", test)))
     stages += [("calibration", "newton", test)] if "prompt" in keys else []
     return Result.model_validate(

@@ -181,6 +181,7 @@ def test_parse_set() -> None:
         "select=dev-loss",
         "router.warm_start=false",
         "a=b=c",
+        "calibration={folds: 4}",
     ]
     assert parse_set(pairs) == {
         "router.calls": 40,
@@ -189,6 +190,7 @@ def test_parse_set() -> None:
         "select": "dev-loss",
         "router.warm_start": False,
         "a": "b=c",
+        "calibration": {"folds": 4},
     }
     changed = method_with(load_method("mp2-deep"), parse_set(["prompt.sigma=1e-2"]))
     assert changed.prompt is not None
@@ -201,9 +203,9 @@ def test_parse_set() -> None:
     [
         "router.calls",
         "=3",
-        "router.calls=[1]",
-        "router={calls: 3}",
         "select='open",
+        "router={calls: 3",
+        "router={calls: 3, calls: 4, [1]: 2}",
         "x=@a",
         "x=" + "{" * 5000,
         "x=" + "1" * 5000,

@@ -18,7 +18,7 @@ from fakeruns import fake_run
 from tiny_run import finished
 
 from bbprompt import cli
-from bbprompt.config import TuneConfig
+from bbprompt.config import TuneConfig, parse_set
 from bbprompt.prompts import ModularPrompt, bundled_prompts
 from bbprompt.report.again import SWEEP_FLAGS, reproduce, reproduce_sweep
 from bbprompt.report.artifact import task_groups
@@ -189,6 +189,7 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert "mathdefault" not in page.text
 
 
+PROMPT_STAGE = {"layout": "joint", "popsize": 10, "sigma_first": 0.5, "sigma": 0.1}
 GRID = {"tasks": ["lcqmc", "tnews"], "methods": ["mp2-deep"], "seeds": [1, 2]}
 
 
@@ -196,6 +197,7 @@ GRID = {"tasks": ["lcqmc", "tnews"], "methods": ["mp2-deep"], "seeds": [1, 2]}
     ("grid", "settings"),
     [
         ({}, {"budget": 60, "test_limit": 5, "threads": 1, "set": {"router": None, "prompt.sigma": 0.5}}),
+        ({}, {"threads": 1, "set": {"prompt": PROMPT_STAGE, "select": "dev-loss"}}),
         ({}, {"threads": 1, "on_doubt": "charge"}),
         ({"variants": {"full": {}, "few": {"shots": 4, "set": {"select": "dev-loss"}}}}, {"threads": 1, "budget": 70}),
     ],
@@ -233,6 +235,13 @@ def test_router_of_a_run(tmp_path: Path) -> None:
     text = checked(tmp_path / "r.html").text
     assert "layer 2" in text
     assert text.count("0.25") == 6  # binary gates, the mean over K = 4
+
+
+def test_a_router_stage_that_found_nothing_is_said(tmp_path: Path) -> None:
+    for name, keys in (("routed", {"routed": 0.5}), ("plain", {})):
+        run = fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6, named=name, **keys)
+        assert cli.run(["report", str(run), "--out", str(tmp_path / "r.html"), "--no-test"]) == 0
+        assert ("came from no router" in checked(tmp_path / "r.html").text) is bool(keys)
 
 
 def test_weights_that_a_run_mixed_by_are_shown_as_they_are(tmp_path: Path) -> None:
@@ -333,6 +342,12 @@ def test_shades() -> None:
     assert "rgb(255,255,255)" in heat(["a"], ["c"], [[0.0]], ".0f")
 
 
+def test_a_short_column_beside_long_texts_stays_in_one_line() -> None:
+    found = table(["text", "right", "n"], [["a long text of many words " * 3, "负面", 1], ["short", "正面", 2]])
+    assert '<th>text</th><th class="short">right</th><th class="number">n</th>' in found
+    assert '<td class="short">负面</td>' in found
+
+
 def test_confusions_and_the_worst() -> None:
     def one(right: str, given: str, probability: float) -> Judged:
         return Judged({}, right, given, float(right == given), probability, 0.9)
@@ -354,3 +369,10 @@ def test_the_command_that_makes_a_run_again() -> None:
         "bbprompt tune --task lcqmc --method mp2-deep --budget 8000 --seed 42 --on-doubt charge --threads 2 "
         "--no-baselines --set prompt.sigma=0.1"
     )
+
+
+@pytest.mark.parametrize("value", [1e-05, None, "ce", "1", "null", "[", "a: b", "", "@a", {"popsize": 10}, ["a", "1"]])
+def test_changes_come_back_as_they_were(value: object) -> None:
+    config = TuneConfig(task="lcqmc", set={"prompt": value})
+    words = shlex.split(reproduce(config, {}).splitlines()[0])
+    assert parse_set([words[words.index("--set") + 1]]) == {"prompt": value}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,8 @@ def reproduce_sweep(experiment: Experiment, folder: Path) -> str:
     """The command that makes a sweep again; before it the file that it reads, where flags cannot say everything."""
     settings = dict(experiment.settings)
     changes = settings.pop("set", None) or {}
-    nested = any(isinstance(value, dict | list) for value in changes.values())
     commas = any("," in name for name in (*experiment.tasks, *experiment.methods))
-    if experiment.variants or nested or commas or not settings.keys() <= set(SWEEP_FLAGS):
+    if experiment.variants or commas or not settings.keys() <= set(SWEEP_FLAGS):
         values = experiment.model_dump(mode="json", exclude={"settings"}, exclude_defaults=True)
         text = yaml.safe_dump({**values, **experiment.settings}, allow_unicode=True, sort_keys=False)
         command = _command("sweep", {"config": "experiment.yaml", "out": folder}, {})
@@ -70,5 +69,10 @@ def _command(name: str, values: Mapping[str, Any], changes: Mapping[str, Any]) -
         elif value is not None:
             words += [f"--{flag}", str(value)]
     for key, value in changes.items():
-        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+        words += ["--set", f"{key}={_yaml(value)}"]
     return shlex.join(words)
+
+
+def _yaml(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+    return text.removesuffix("\n").removesuffix("\n...")

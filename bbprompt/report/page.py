@@ -26,7 +26,8 @@ th, td { padding: .28rem .7rem; text-align: left; vertical-align: top; border-bo
 th { font-weight: 600; background: var(--soft); }
 td:first-child { min-width: min(11rem, 30vw); }
 td:first-child.number, table.heat td { min-width: 0; }
-td.number, th.number { text-align: right; white-space: nowrap; }
+.number, .short { white-space: nowrap; }
+.number { text-align: right; }
 table.heat { table-layout: auto; }
 table.heat td, table.heat th { border: 1px solid #fff; padding: .25rem .5rem; text-align: center; }
 table.heat th { font-weight: 500; }
@@ -42,6 +43,8 @@ summary { cursor: pointer; font-weight: 600; }
 .wrong { color: #a4262c; }
 @media print { body { max-width: none; padding: 0; } h2 { break-after: avoid; } tr, .figure { break-inside: avoid; } }
 """
+
+_SHORT = 24  # characters of a cell that stays in one line
 
 
 class Html(str):
@@ -91,11 +94,8 @@ def details(title: str, *parts: object) -> Html:
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> Html:
-    """A table; a column is set to the right if all its cells look like numbers."""
-    numeric = [
-        bool(rows) and all(_like_a_number(row[place]) for row in rows) for place in range(len(rows[0]) if rows else 0)
-    ]
-    styles = [' class="number"' if flag else "" for flag in numeric] or [""] * len(head)
+    """A table; a column is set to the right if all its cells look like numbers, and unbroken if all are short."""
+    styles = [_column(head[place], [row[place] for row in rows]) for place in range(len(head))]
     lines = ["<tr>" + "".join(f"<th{s}>{escaped(c)}</th>" for s, c in zip(styles, head, strict=True)) + "</tr>"]
     lines = lines if any(str(cell) for cell in head) else []
     for row in rows:
@@ -146,6 +146,13 @@ def _shaded(value: float, share: float, form: str) -> Html:
     red, green, blue = (round(255 + share * (end - 255)) for end in (23, 78, 138))
     dark = ' class="dark"' if share > 0.7 else ""
     return Html(f'<td{dark} style="background:rgb({red},{green},{blue})">{format(value, form)}</td>')
+
+
+def _column(title: object, cells: Sequence[object]) -> str:
+    if cells and all(_like_a_number(cell) for cell in cells):
+        return ' class="number"'
+    # Beside a column of long texts a browser would squeeze a short one to a character a line.
+    return ' class="short"' if all(len(str(cell)) <= _SHORT for cell in (title, *cells)) else ""
 
 
 def _like_a_number(value: object) -> bool:

@@ -28,6 +28,11 @@ from bbprompt.yamlfile import validate
 
 __all__ = ["leaves", "run_page"]
 
+_NO_ROUTER = (
+    "The returned prompt came from no router: none that the router stage found was better on dev than the prompt from "
+    "which it set out."
+)
+
 
 def run_page(run_dir: Path, judged: Sequence[Judged] | None, notes: Sequence[str], most: int) -> str:
     """The page of a finished run.
@@ -58,6 +63,8 @@ def run_page(run_dir: Path, judged: Sequence[Judged] | None, notes: Sequence[str
         parts += _judged_parts(task, result, judged, most)
     if weights is not None:
         parts.append(_router_part(weights))
+    elif any(stage.name == "router" for stage in result.stages):
+        parts.append(section("Router", paragraph(_NO_ROUTER)))
     parts += [
         section("Do it again", code(reproduce(config, manifest))),
         section("Settings", *(_settings(name, value) for name, value in manifest.items())),
