@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import tiny
@@ -13,8 +14,27 @@ import tiny_prompt
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.prompts import ModularPrompt
 
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
 # No test asks the Hugging Face hub, nor does a process that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """One process runs a file, whose tests share what is slow to make, and one runs all files of Ray.
+
+    Of Rays only one may be started at a time. A mark of xdist's would say so, but 3.8 does not see it with pytest 9.2.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if Path(file).name.startswith("test_ray") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def rest(folder: Path, jobs: int) -> dict[str, Any]:
         f"include = {','.join(f'{part}/*' for part in parts)}",
         f"omit = {','.join(_modules())}",
     ]
-    return _measured(folder, settings, ["-n", str(jobs), "--dist", "loadgroup"])
+    return _measured(folder, settings, ["-n", str(jobs)])
 
 
 def _modules() -> list[str]:

@@ -154,7 +154,7 @@ FOUND = {
         b'{"backbone":"toy","backbone_digest":"a\\nb","hidden":2,"width":3,"tokens":4}',
         b'{"backbone":"toy","backbone_digest":"d","hidden":2,"width":1000000000000000000000000000000,"tokens":4}',
     ],
-    "--set": [b"a\nb", b"x='\n'y", b"x=[\n1]"],
+    "--set": [b"a\nb", b"x='\n'y", b"x=[\n1"],
     "prompt": [
         (78).to_bytes(8, "little")
         + b'{"point":{"dtype":"a\\nb","shape":[3,4],"data_offsets":[0,48]}}'.ljust(78)

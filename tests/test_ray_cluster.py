@@ -15,7 +15,6 @@ from tiny_run import finished
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
     pytest.mark.timeout(600),  # waits for the other tests of Ray, too
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'bbprompt[ray]'"),
 ]

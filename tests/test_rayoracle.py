@@ -39,7 +39,6 @@ from bbprompt.units import Unit
 # Not imported here: Ray decides on tokens when it is loaded.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
     pytest.mark.timeout(600),  # waits for the other tests of Ray, too
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'bbprompt[ray]'"),
 ]

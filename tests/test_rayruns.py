@@ -30,7 +30,6 @@ from bbprompt.sweep.runner import write_sweep
 # Ray is not imported here: it decides on tokens when it is loaded.
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("ray"),
     pytest.mark.timeout(600),  # waits for the other tests of Ray, too
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'bbprompt[ray]'"),
 ]
