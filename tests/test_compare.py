@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -243,8 +244,24 @@ def test_wrong_directories(tmp_path: Path) -> None:
     (path / "result.json").unlink()
     fake_run(tmp_path, "lcqmc", "mp2-deep", 2, 0.5, named="a")
     fake_run(tmp_path, "lcqmc", "mp2-deep", 2, 0.5, named="b")
-    with pytest.raises(UsageError, match="a and b are both mp2-deep on lcqmc with seed 2"):
+    with pytest.raises(UsageError, match=r"/a and .*/b are both mp2-deep on lcqmc with seed 2"):
         compared(tmp_path)
+
+
+def test_several_directories_are_read_as_one(tmp_path: Path) -> None:
+    grid = {"tasks": ["lcqmc"], "methods": ["mp2-deep"], "seeds": [1, 2]}
+    write_sweep(tmp_path / "a", experiment_from(None, grid, {}), None)
+    first = fake_run(tmp_path / "a", "lcqmc", "mp2-deep", 1, 0.6)
+    second = fake_run(tmp_path / "b", "lcqmc", "mp2-deep", 2, 0.7)
+    fake_run(tmp_path / "b", "lcqmc", "bbt", 3, None)
+    runs, missing = read_runs(tmp_path / "a", tmp_path / "b")
+    assert [run.result.seed for run in runs] == [1, 2]
+    assert [run.name for run in missing] == ["lcqmc-bbt-3"]  # seed 2 is missing in the first alone
+    assert len({each.place for each in [*runs, *missing]}) == 3
+    assert row(compare(runs, missing), "mp2-deep").cells["lcqmc"].mean == pytest.approx(0.65)
+    shutil.copytree(first, tmp_path / "b" / first.name)
+    with pytest.raises(UsageError, match=f"{first} and {second.with_name(first.name)} are both"):
+        read_runs(tmp_path / "a", tmp_path / "b")
 
 
 def test_csv_and_json_hold_fractions(folder: Path) -> None:

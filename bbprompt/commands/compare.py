@@ -15,8 +15,11 @@ __all__ = ["compare"]
 
 
 def compare(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", show_default=False, help="Of a sweep, or any directory of run directories.")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", show_default=False, help="Of a sweep, or any directory of runs; several are read as one."
+        ),
     ],
     baseline: Annotated[
         str | None,
@@ -51,7 +54,7 @@ def compare(
     from bbprompt.terminal import logging_to, open_console
 
     with logging_to(open_console()):
-        found = compared(*read_runs(folder), baseline, stages)
+        found = compared(*read_runs(*folders), baseline, stages)
     text, files = markdown(found), csv_files(found)
     if csv is not None:
         _put(csv, files["table.csv"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,23 +71,43 @@ class Missing:
     state: str
 
 
-def read_runs(folder: Path) -> tuple[list[FinishedRun], list[Missing]]:
-    """Read all runs of a directory.
+def read_runs(*folders: Path) -> tuple[list[FinishedRun], list[Missing]]:
+    """Read all runs of one or more directories; what is missing in one and finished in another is not missing.
 
     Args:
-        folder: Of a sweep, which says what there should be, or any directory with run directories in it.
+        folders: Each that of a sweep, which says what there should be, or any directory with run directories in it.
 
     Raises:
         UsageError: There are no runs, or two of the same task, method and seed.
         DiskError: A file of a run is damaged.
     """
+    found: list[FinishedRun] = []
+    missing: list[Missing] = []
+    known: dict[tuple[str, str, int], Path] = {}
+    for folder in folders:
+        runs, absent = _read_folder(folder, len(found) + len(missing))
+        for run in runs:
+            key = (run.result.task, run.row, run.result.seed)
+            if key in known:
+                raise UsageError(
+                    f"{known[key]} and {folder / run.name} are both {key[1]} on {key[0]} with seed {key[2]}; move one "
+                    "of them away, or let `bbprompt sweep` name variants"
+                )
+            known[key] = folder / run.name
+        found += runs
+        missing += absent
+    return found, [run for run in missing if (run.task, run.row, run.seed) not in known]
+
+
+def _read_folder(folder: Path, begin: int) -> tuple[list[FinishedRun], list[Missing]]:
+    """The runs of one directory; the first has the place `begin`."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such directory; give one that `bbprompt sweep --out` wrote")
     experiment = read_sweep(folder)
     found: list[FinishedRun] = []
     missing: list[Missing] = []
     if experiment is not None:
-        for place, cell in enumerate(experiment.cells()):
+        for place, cell in enumerate(experiment.cells(), begin):
             run = _read(place, folder / cell.name, cell.row) if (folder / cell.name / MANIFEST).is_file() else None
             if run is not None:
                 found.append(run)
@@ -100,13 +119,12 @@ def read_runs(folder: Path) -> tuple[list[FinishedRun], list[Missing]]:
     paths = sorted(path for path in folder.iterdir() if (path / MANIFEST).is_file())
     if not paths:
         raise UsageError(f"{folder}: no {SWEEP} and no run directories in it")
-    for place, path in enumerate(paths):
+    for place, path in enumerate(paths, begin):
         run = _read(place, path, None)
         if run is not None:
             found.append(run)
         else:
             missing.append(_unfinished(place, path))
-    _refuse_twins(folder, found)
     return found, missing
 
 
@@ -139,18 +157,6 @@ def _unfinished(place: int, path: Path) -> Missing:
     task, method = _text(manifest, "task", "name"), _text(manifest, "method", "name")
     track = _text(manifest, "task", "track")
     return Missing(place, path.name, method, task, track, int(seed) if seed.isdecimal() else 0, "stopped")
-
-
-def _refuse_twins(folder: Path, runs: Sequence[FinishedRun]) -> None:
-    known: dict[tuple[str, str, int], str] = {}
-    for run in runs:
-        key = (run.result.task, run.row, run.result.seed)
-        if key in known:
-            raise UsageError(
-                f"{folder}: {known[key]} and {run.name} are both {key[1]} on {key[0]} with seed {key[2]}; move one of "
-                "them away, or let `bbprompt sweep` name variants"
-            )
-        known[key] = run.name
 
 
 def read_curve(directory: RunDirectory) -> Curve | None:
