@@ -215,10 +215,30 @@ def test_curves_hold_their_last_value(tmp_path: Path) -> None:
     assert found.area == pytest.approx((16 * 0.375 + 20 * 0.75 + 0.875) / 37)
 
 
+def test_curves_are_over_the_tasks_that_all_searches_have(tmp_path: Path) -> None:
+    for method, tasks in {"mp2-deep": ("lcqmc", "drcd"), "mp2-proto": ("lcqmc",), "threshold": ("lcqmc",)}.items():
+        for task in tasks:
+            fake_run(tmp_path, task, method, 1, 0.6, curve=[(2, "start", 0.7, 0.7 if task == "lcqmc" else 0.1)])
+    fake_run(tmp_path, "tnews", "zero-shot", 1, 0.6, curve=[(2, "start", 0.7, 0.9)])
+    found = {each.method: (each.runs, each.area) for each in compared(tmp_path).anytime}
+    assert found == {"mp2-deep": (1, 0.7), "mp2-proto": (1, 0.7), "threshold": (1, 0.7)}
+    assert not any("no table" in note for note in compared(tmp_path).notes)
+    fake_run(tmp_path, "tnews", "mp2-shallow", 1, 0.6)
+    assert not compared(tmp_path).anytime
+    assert any("no table of dev scores" in note for note in compared(tmp_path).notes)
+
+
+def test_methods_without_a_shared_run_have_rows_of_their_own_before(tmp_path: Path) -> None:
+    fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6, before=0.6)
+    fake_run(tmp_path, "lcqmc", "mp2-shallow", 2, 0.6, before=0.8)
+    rows = {each.name: each.cells["lcqmc"].mean for each in compared(tmp_path).rows if each.name.startswith("before")}
+    assert rows == {"before (mp2-deep)": 0.6, "before (mp2-shallow)": 0.8}
+
+
 def test_a_lost_curve_costs_the_curve_alone(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "lcqmc-mp2-deep-1" / "curve.csv").write_text("nonsense")
     found = compared(folder)
-    assert {each.method: each.runs for each in found.anytime} == {"mp2-deep": 5, "mp2-shallow": 6}
+    assert {each.method: each.runs for each in found.anytime} == {"mp2-deep": 5, "mp2-shallow": 5}
     assert "left out of the curves" in caplog.text
 
 
@@ -259,6 +279,11 @@ def test_several_directories_are_read_as_one(tmp_path: Path) -> None:
     assert [run.name for run in missing] == ["lcqmc-bbt-3"]  # seed 2 is missing in the first alone
     assert len({each.place for each in [*runs, *missing]}) == 3
     assert row(compare(runs, missing), "mp2-deep").cells["lcqmc"].mean == pytest.approx(0.65)
+    # Directories of the same name in different sweeps are different runs.
+    fake_run(tmp_path / "c", "lcqmc", "mp2-shallow", 1, 0.5, named="x", baselines={"threshold": 0.8})
+    fake_run(tmp_path / "d", "tnews", "mp2-shallow", 1, 0.5, named="x", baselines={"zero-shot": 0.4})
+    cheap = row(compare(*read_runs(tmp_path / "c", tmp_path / "d")), "best cheap method").cells
+    assert {task: spread.mean for task, spread in cheap.items()} == {"lcqmc": 0.8, "tnews": 0.4}
     shutil.copytree(first, tmp_path / "b" / first.name)
     with pytest.raises(UsageError, match=f"{first} and {second.with_name(first.name)} are both"):
         read_runs(tmp_path / "a", tmp_path / "b")

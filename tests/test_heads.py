@@ -53,6 +53,14 @@ def test_nearest_mean_is_the_nearest_mean() -> None:
     assert head.scores(x).argmax(axis=1).tolist() == expected
 
 
+def test_a_label_without_an_example_is_never_the_answer() -> None:
+    x, gold = clusters()
+    kept = [index for index, label in enumerate(gold) if label != 1]
+    head = nearest_mean(x[kept], [gold[index] for index in kept], 3)
+    assert set(head.scores(x).argmax(axis=1).tolist()) == {0, 2}
+    assert np.isfinite(cross_entropy(head.scores(x), gold))
+
+
 def test_prototypes_leave_the_common_part_out() -> None:
     vectors, centre = np.eye(2), np.array([0.9, 0.1])
     head = prototypes(vectors, centre)

@@ -32,6 +32,7 @@ from bbprompt.prompts import ModularPrompt
 from bbprompt.readout import Readout
 from bbprompt.router import CODE
 from bbprompt.scoring import labelled
+from bbprompt.tasks.data import open_data
 from bbprompt.tasks.fewshot import pool_uids
 from bbprompt.tasks.task import load_task
 
@@ -167,7 +168,7 @@ def test_few_shot_pools_of_seen_tasks_are_left_out(recipe: PretrainConfig, upstr
     assert len(pool) > 64
     used = {example.uid for example in (*seen.train, *seen.valid)}
     assert not used & pool
-    assert len(seen.train) == len(all_train) - len(pool)
+    assert len(seen.train) + len(seen.valid) == len(all_train) - len(pool)
     # An upstream task keeps all of its examples, but for those that validate.
     pair = by_name["tiny-pair"]
     assert len(pair.train) + len(pair.valid) == 100
@@ -184,6 +185,22 @@ def test_what_does_not_fit_is_left_out(recipe: PretrainConfig, upstream_data: Pa
         loaded(recipe, upstream_data, frame=replace(shorter, limit=20))
     capped = loaded(recipe, upstream_data, cap=5)[0]
     assert [len(upstream.train) for upstream in capped] == [5, 5, 5]
+
+
+def test_what_is_tested_on_is_not_validated_on(recipe: PretrainConfig, upstream_data: Path) -> None:
+    """A `seen` task without a test split is tested on its dev split: a fifth of train is validated on instead."""
+    tasks, _ = loaded(recipe, upstream_data)
+    drawn = {task.task.name: {example.uid for example in task.valid} for task in tasks}
+    for name, spent in (("tiny-choice", False), ("tiny-extract", True)):
+        task = load_task(str(upstream_data / name / "task.yaml"))
+        dev = {example.uid for example in open_data(task, upstream_data / name).split("dev")}
+        assert drawn[name]
+        assert drawn[name].isdisjoint(dev) if spent else drawn[name] <= dev
+
+
+def test_a_single_validation_example_is_enough(recipe: PretrainConfig, upstream_data: Path, tmp_path: Path) -> None:
+    few = recipe.model_copy(update={"valid_size": 1, "keep": "last", "steps": 4})
+    assert len(pretrain(few, tmp_path / "out", upstream_data, silent)) == 3
 
 
 def test_a_sample_is_no_upstream_data(monkeypatch: pytest.MonkeyPatch, recipe: PretrainConfig) -> None:

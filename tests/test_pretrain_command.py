@@ -14,11 +14,14 @@ import yaml
 from bbprompt import cli
 from bbprompt.commands import pretrain as command
 from bbprompt.config import load_method, method_with
+from bbprompt.errors import DiskError
 from bbprompt.pretrain import run
+from bbprompt.pretrain.directory import claimed
 from bbprompt.pretrain.lm_recipe import HeadConfig
 from bbprompt.pretrain.mp2 import Progress
 from bbprompt.pretrain.recipe import PptSettings, PretrainConfig
 from bbprompt.prompts import ModularPrompt, resolve_prompts
+from bbprompt.store.disk import RealDisk
 from bbprompt.sweep.experiment import experiment_from
 from bbprompt.tasks.task import load_task
 from bbprompt.texts.ppt import format_of, language_of
@@ -175,6 +178,15 @@ def test_going_on_takes_the_recipe_of_the_directory(
     ((config, folder, _, settings),) = calls
     assert config.model_dump(mode="json") == recipe
     assert (folder, settings["resume"]) == (tmp_path, True)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with (
+        pytest.raises(DiskError, match="make this folder"),
+        claimed(RealDisk(), tmp_path / "file" / "out", PretrainConfig(kind="mp2-deep"), False),
+    ):
+        pass
 
 
 def test_a_wrong_recipe(tmp_path: Path, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:

@@ -179,6 +179,9 @@ def test_too_little_text(encoder: Path, tmp_path: Path) -> None:
     recipe = tinylm.make_recipe(encoder, {tinylm.corpus(tmp_path / "a.txt", 1): 1})
     with pytest.raises(DataError, match=r"a\.txt: too few documents"):
         train_head(recipe, tmp_path / "out", silent)
+    (tmp_path / "b.txt").write_text("\n\n".join(["你好", "再见", "谢谢"] * 30) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"b\.txt: too few documents"):
+        train_head(tinylm.make_recipe(encoder, {tmp_path / "b.txt": 1}), tmp_path / "other", silent)
 
 
 def test_the_command(encoder: Path, files: dict[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,21 @@ def test_examples_are_made_once_and_drawn_alike(
     assert single.present.sum(1).unique().tolist() == [2]
 
 
+def test_examples_of_a_format_are_the_same_beside_others(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    """The cache holds each format for itself."""
+    file = corpus(tmp_path / "corpus.txt.gz", 60)
+    tokenizer = load_backbone(str(tiny_bert_dir)).tokenizer
+    frame, tokenize = frame_for(tokenizer, (300, 301), 100), tokenize_with(tokenizer)
+    found = []
+    for number, formats in enumerate((["pair"], ["choice", "pair"])):
+        cache = tmp_path / str(number)
+        stores, _ = open_ppt(
+            settings(file, formats=formats), tokenize, frame, cache=cache, tokenizer_digest="t", seed=1
+        )
+        found.append([stores["pair"][at][0].ids for at in range(len(stores["pair"].keys))])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("examples", [1000, 60])
 def test_every_file_is_trained_on_and_validated_on(examples: int, tiny_bert_dir: Path, tmp_path: Path) -> None:
     files = [corpus(tmp_path / f"{number}.txt", 60, number) for number in range(2)]

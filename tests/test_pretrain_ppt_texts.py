@@ -131,18 +131,18 @@ def test_pairs_of_very_different_length_are_left_out() -> None:
     assert {example.fields["text_b"] for example in found if example} == {"丙"}
 
 
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 80))
-def test_an_over_long_pair_keeps_what_is_nearest_to_its_gap(one: int, other: int, room: int) -> None:
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(2, 80), st.booleans())
+def test_an_over_long_pair_keeps_what_is_nearest_to_its_gap(one: int, other: int, room: int, last: bool) -> None:
     before, behind = "".join(map(chr, range(200, 200 + one))), "".join(map(chr, range(400, 400 + other)))
     example = Example({"text_a": before, "text_b": behind}, (), 2, (), "uid")
-    found = around_gap(example, room, lambda text: (range(len(text)), [(i, i + 1) for i in range(len(text))]))
+    found = around_gap(example, room, lambda text: (range(len(text)), [(i, i + 1) for i in range(len(text))]), last)
     a, b = found.fields["text_a"], found.fields["text_b"]
     if one + other <= room:
         assert found is example
         return
     assert len(a) + len(b) == room
     assert before.endswith(a)
-    assert behind.startswith(b)
+    assert behind.endswith(b) if last else behind.startswith(b)
     assert min(len(a), len(b)) >= 1
     assert len(a) == 1 or len(b) == 1 or abs(len(a) / room - one / (one + other)) <= 0.5 / room + 1e-9, "in proportion"
     assert found.label == 2

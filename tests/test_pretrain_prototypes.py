@@ -175,16 +175,25 @@ def test_the_model_learns(recipe: PretrainConfig, data: Path, tmp_path: Path) ->
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
+class StoppedError(Exception):
+    """The end of the process."""
+
+
+def stopper(progress: Progress, steps: int) -> None:
+    if progress.step == 5:
+        raise StoppedError
+
+
+def test_without_pairs_there_are_no_offsets_to_go_on_with(recipe: PretrainConfig, data: Path, tmp_path: Path) -> None:
+    choices = recipe.model_copy(update={"tasks": recipe.tasks[1:], "tasks_per_step": 1})
+    with pytest.raises(StoppedError):
+        pretrain(choices, tmp_path / "out", data, stopper)
+    assert set(pretrain(choices, tmp_path / "out", data, silent, resume=True)) == {"tiny-choice"}
+
+
 def test_stopped_and_resumed_it_ends_the_same(
     trained: Path, recipe: PretrainConfig, data: Path, tmp_path: Path
 ) -> None:
-    class StoppedError(Exception):
-        """The end of the process."""
-
-    def stopper(progress: Progress, steps: int) -> None:
-        if progress.step == 5:
-            raise StoppedError
-
     again = recipe.model_copy(update={"head_rate": 0.02})
     with pytest.raises(StoppedError):
         pretrain(again, tmp_path / "out", data, stopper)

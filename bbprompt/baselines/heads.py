@@ -31,6 +31,9 @@ Matrix = NDArray[np.float64]
 #: Factors tried for a head whose scores are similarities, and so say who wins but not how surely.
 _SCALES = np.geomspace(1.0, 1000.0, 31)
 
+#: Score of a label that is never the answer: far below any other, and finite, for losses are journalled.
+_NEVER = -1e4
+
 
 @dataclass(frozen=True, slots=True)
 class LinearHead:
@@ -85,9 +88,11 @@ def prototypes(vectors: Matrix, centre: Matrix) -> LinearHead:
 
 def nearest_mean(features: Matrix, gold: Sequence[int], labels: int) -> LinearHead:
     """Score = minus the squared distance to the mean of the label's examples, up to what all labels share."""
-    right = np.asarray(gold)
-    means = np.stack([features[right == label].mean(axis=0) for label in range(labels)])
-    return LinearHead(2.0 * means, -(means**2).sum(axis=1))
+    right = np.eye(labels)[np.asarray(gold)]
+    counts = right.sum(axis=0)
+    means = right.T @ features / np.maximum(counts, 1.0)[:, None]
+    # A label without an example has no mean, and is never the answer.
+    return LinearHead(2.0 * means, np.where(counts > 0, -(means**2).sum(axis=1), _NEVER))
 
 
 def logistic(features: Matrix, gold: Sequence[int], labels: int, penalty: float) -> LinearHead:

@@ -12,8 +12,8 @@ from bbprompt.compare.runs import FinishedRun
 __all__ = ["best_cheap"]
 
 
-def best_cheap(runs: Sequence[FinishedRun]) -> dict[str, tuple[str, float]]:
-    """Run -> name and test score of the best cheap method on its examples; runs beside which there is none are not in.
+def best_cheap(runs: Sequence[FinishedRun]) -> dict[int, tuple[str, float]]:
+    """Place of a run -> name and test score of the best cheap method on its examples, where there is one.
 
     Best on test, which flatters them: the rows that they stand against are chosen on train and dev alone.
     """
@@ -24,7 +24,7 @@ def best_cheap(runs: Sequence[FinishedRun]) -> dict[str, tuple[str, float]]:
         for name, test in found:
             if _examples(run) not in best or test > best[_examples(run)][1]:
                 best[_examples(run)] = name, test
-    return {run.name: best[_examples(run)] for run in runs if _examples(run) in best}
+    return {run.place: best[_examples(run)] for run in runs if _examples(run) in best}
 
 
 def _examples(run: FinishedRun) -> tuple[str, int, str, str]:

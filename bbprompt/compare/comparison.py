@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bbprompt.compare.cheap import best_cheap
-from bbprompt.compare.runs import FinishedRun, Missing
+from bbprompt.compare.runs import Curve, FinishedRun, Missing
 from bbprompt.compare.statistics import Paired, holm, mean_sd, paired, step_values
 from bbprompt.errors import UsageError
 from bbprompt.yamlfile import closest
@@ -78,11 +78,11 @@ class CostRow:
 
 @dataclass(frozen=True, slots=True)
 class AnytimeRow:
-    """Highest dev metric that was seen after so many calls: mean over tasks and seeds.
+    """Highest dev metric that was seen after so many calls: mean over the tasks and seeds that all searches have.
 
     Attributes:
         method: The method.
-        runs: Runs with a curve.
+        runs: Runs that it is the mean of, as many in every row.
         values: Calls -> mean; a run that ended earlier keeps its last value.
         area: Mean of the curve from the first to the last call of the table.
     """
@@ -152,6 +152,8 @@ def compare(
     seeds = sorted({run.result.seed for run in runs})
     table = {**others, **scores}
     differences = tuple(_differences(methods, scores, runs, groups, baseline or methods[0]))
+    anytime = tuple(_anytime(runs, methods))
+    apart = () if anytime or all(run.curve is None for run in runs) else (_APART,)
     return Comparison(
         tasks=_tasks(groups),
         groups=groups,
@@ -159,10 +161,10 @@ def compare(
         rows=tuple(_row(name, values, groups, seeds) for name, values in table.items()),
         differences=differences,
         costs=tuple(_cost(name, [run for run in runs if run.row == name]) for name in methods),
-        anytime=tuple(_anytime(runs, methods)),
+        anytime=anytime,
         runs=tuple(runs),
         missing=tuple(missing),
-        notes=(*_notes(runs, missing), *_beaten(differences, groups)),
+        notes=(*_notes(runs, missing), *apart, *_beaten(differences, groups)),
     )
 
 
@@ -186,13 +188,13 @@ def _scores(runs: Iterable[FinishedRun], value: Callable[[FinishedRun], float]) 
     return {(run.result.task, run.result.seed): value(run) for run in runs}
 
 
-def _cheap(runs: Iterable[FinishedRun], best: Mapping[str, tuple[str, float]]) -> Scores:
+def _cheap(runs: Iterable[FinishedRun], best: Mapping[int, tuple[str, float]]) -> Scores:
     """The best cheap method beside some runs, a score a task and seed; the highest where their examples differ."""
     found: Scores = {}
     for run in runs:
-        if run.name in best:
+        if run.place in best:
             key = run.result.task, run.result.seed
-            found[key] = max(best[run.name][1], found.get(key, -math.inf))
+            found[key] = max(best[run.place][1], found.get(key, -math.inf))
     return found
 
 
@@ -203,7 +205,8 @@ def _untuned(runs: Sequence[FinishedRun], methods: Sequence[str]) -> dict[str, S
     for name in methods:
         values = _scores((run for run in runs if run.row == name), _before)
         for names, held in shared:
-            if all(held[key] == values[key] for key in held.keys() & values.keys()):
+            both = held.keys() & values.keys()
+            if both and all(held[key] == values[key] for key in both):
                 names.append(name)
                 held.update(values)
                 break
@@ -301,20 +304,28 @@ def _cost(name: str, runs: Sequence[FinishedRun]) -> CostRow:
 
 
 def _anytime(runs: Sequence[FinishedRun], methods: Sequence[str]) -> Iterable[AnytimeRow]:
-    curves = [run.curve for run in runs if run.curve is not None and run.curve.calls]
-    if not curves:
+    """Over the tasks and seeds that all searches have, or rows would differ by them; cheap methods that have them."""
+    curves: dict[str, dict[tuple[str, int], Curve]] = {name: {} for name in methods}
+    for run in runs:
+        if run.curve is not None and run.curve.calls:
+            curves[run.row][run.result.task, run.result.seed] = run.curve
+    cheap = {run.row for run in runs if run.baseline}
+    rows = {name: own for name, own in curves.items() if own}
+    searched = [own.keys() for name, own in rows.items() if name not in cheap] or [own.keys() for own in rows.values()]
+    shared = sorted(set.intersection(*map(set, searched))) if searched else []
+    kept = {name: [own[key] for key in shared] for name, own in rows.items() if own.keys() >= set(shared)}
+    if not shared:
         return
-    first = max(curve.calls[0] for curve in curves)
-    last = max(curve.calls[-1] for curve in curves)
+    first = max(curve.calls[0] for own in kept.values() for curve in own)
+    last = max(curve.calls[-1] for own in kept.values() for curve in own)
     marks = sorted({first, last, *(mark for mark in _MARKS if first < mark < last)})
     fine = np.arange(first, last + 1, dtype=np.float64)
-    for name in methods:
-        own = [run.curve for run in runs if run.row == name and run.curve is not None and run.curve.calls]
-        if own:
-            mean = np.mean([step_values(curve.calls, curve.dev, fine) for curve in own], axis=0)
-            yield AnytimeRow(name, len(own), {mark: float(mean[mark - first]) for mark in marks}, float(mean.mean()))
+    for name, own in kept.items():
+        mean = np.mean([step_values(curve.calls, curve.dev, fine) for curve in own], axis=0)
+        yield AnytimeRow(name, len(own), {mark: float(mean[mark - first]) for mark in marks}, float(mean.mean()))
 
 
+_APART = "No task and seed has a curve of every search, so that there is no table of dev scores after so many calls."
 _MARKS = (10, 20, 50, 100, 200, 300, 500, 1000, 2000, 4000, 8000, 16000)
 
 

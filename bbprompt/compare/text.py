@@ -49,8 +49,9 @@ def tables(found: Comparison) -> list[tuple[str, str, Table]]:
         result.append(
             (
                 "Dev score after so many calls",
-                "In percent: mean over tasks and seeds of the highest few-shot dev metric so far, which need not be "
-                "that of the prompt that is returned; it flatters. The area is the mean of the curve.",
+                f"In percent: mean over the {found.anytime[0].runs} tasks and seeds that all searches have of the "
+                "highest few-shot dev metric so far, which need not be that of the prompt that is returned; it "
+                "flatters. The area is the mean of the curve.",
                 _anytime(found),
             )
         )
@@ -224,7 +225,7 @@ def _long(found: Comparison) -> tuple[Sequence[str], Iterable[Sequence[object]]]
                 "seconds_oracle": result.seconds.oracle,
                 "digest": result.digest,
                 **{f"test_after_{name}": after.get(name, "") for name in stages},
-                **dict(zip(("cheap_method", "cheap_test"), cheap.get(run.name, ("", "")), strict=True)),
+                **dict(zip(("cheap_method", "cheap_test"), cheap.get(run.place, ("", "")), strict=True)),
             }
         )
     return _plain(rows)

@@ -22,9 +22,8 @@ class SoftPrompt(nn.Module):
     """A prompt p_l = sum_k g_lk p_lk with the modules p_lk = z_lk A_l, A and z merged.
 
     Released MP2 merges A and z for gradient descent too, for what is tuned is the prompt itself and no point of the
-    subspace. Its second stage writes one prompt over all modules; here, as in the paper, "only the selected prompts"
-    move: a closed gate passes no gradient. With one module this is prompt tuning, or P-tuning v2 where every layer has
-    a prompt.
+    subspace. As in the paper, "only the selected prompts" move: a closed gate passes no gradient. With one module this
+    is prompt tuning, or P-tuning v2 where every layer has a prompt.
 
     Args:
         prompt: Where it begins; its modules mixed evenly are the untuned prompt.

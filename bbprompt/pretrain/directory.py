@@ -57,7 +57,10 @@ def _bind(disk: Disk, out: Path, config: BaseModel, resume: bool) -> None:
         return
     if file.is_file():
         raise UsageError(f"{out}: holds a training already; go on with --resume {out}, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pretrain_disk_error(error, "make this folder", out) from error
     write_atomic(disk, file, text.encode())
 
 

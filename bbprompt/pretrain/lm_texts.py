@@ -107,8 +107,9 @@ def kept_tokens(stores: Sequence[TokenStore], rows: int, most: int, least: int) 
     counts = np.zeros(rows, np.int64)
     for store in stores:
         train = np.flatnonzero(~_held_out(store))
-        for begin in range(0, len(train), _COUNTED_AT_ONCE // int(store.lengths.max())):
-            some = train[begin : begin + _COUNTED_AT_ONCE // int(store.lengths.max())]
+        at_once = _COUNTED_AT_ONCE // int(store.lengths.max(initial=1))
+        for begin in range(0, len(train), at_once):
+            some = train[begin : begin + at_once]
             counts += np.bincount(np.concatenate([store[int(at)][0].ids for at in some]), minlength=rows)
     order = np.argsort(-counts, kind="stable")[:most]
     kept = np.sort(order[counts[order] >= least])

@@ -200,7 +200,7 @@ class ModularPrompts(nn.Module):
         if prototype_scale is not None:
             self.log_scale = nn.Parameter(torch.tensor(math.log(prototype_scale)))
             self.threshold = nn.Parameter(torch.tensor(_THRESHOLD))
-            self.offsets = nn.Parameter(torch.zeros(tasks, grades))
+            self.offsets = nn.Parameter(torch.zeros(tasks, grades), requires_grad=grades > 0)
 
     def points(self, phase: Phase, generator: torch.Generator, tasks: Tensor) -> Tensor:
         """Intrinsic points `(G, L, d)` of the given tasks."""

@@ -223,7 +223,7 @@ class Trainer:
     def _look(self) -> None:
         """Validate; keep the prompts where they are to be chosen by it and are better than any before."""
         best = self.config.keep == "best"
-        scores = self.validate(self.config.valid_size if best else self.config.valid_size // 4)
+        scores = self.validate(self.config.valid_size if best else -(-self.config.valid_size // 4))
         self.log({"step": self.step, "valid": scores})
         mean = sum(scores.values()) / len(scores)
         if best and (self.best is None or mean > self.best[0]):

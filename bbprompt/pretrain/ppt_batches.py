@@ -40,7 +40,9 @@ _Write = Callable[[Example], Encoded]
 Annotator = Callable[[Sequence[str]], NDArray[np.floating]]
 
 #: Version of how examples are made; goes into their digest, so that none made otherwise is taken from the cache.
-_RULES = 3
+_RULES = 4
+#: A format's place seeds its examples, whatever other formats a recipe has: the cache holds each for itself.
+_ORDER: tuple[Format, ...] = ("choice", "pair", "single")
 #: Of so many documents one is validated on (PPT kept 5 % apart).
 _HELD_OUT = 20
 #: Of so many sentences one is asked about.
@@ -171,15 +173,15 @@ def open_ppt(
     ]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     stores = {}
-    for number, form in enumerate(settings.formats):
+    for form in settings.formats:
         words = tuple(annotator_words) if form == "single" else ()
         if head is None:
             write = _span_writer(span_task(form, settings.language, words), tokenize, frame)
         else:
             write = _cloze_writer(form, settings, words, head)
         if form == "pair":
-            write = _pair_writer(write, tokenize, frame)
-        rng = np.random.default_rng((seed, 3, number))
+            write = _pair_writer(write, tokenize, frame, last=head is not None and head.kind == "causal")
+        rng = np.random.default_rng((seed, 3, _ORDER.index(form)))
 
         def examples(
             notes: dict[str, int], form: Format = form, write: _Write = write, rng: np.random.Generator = rng
@@ -206,14 +208,14 @@ def _span_writer(task: Task, tokenize: _Tokenize, frame: Frame) -> _Write:
     return write
 
 
-def _pair_writer(write: _Write, tokenize: _Tokenize, frame: Frame) -> _Write:
-    """Writes pairs, of which an over-long one loses what is farthest from the gap (PPT's code)."""
+def _pair_writer(write: _Write, tokenize: _Tokenize, frame: Frame, last: bool) -> _Write:
+    """Writes pairs, of which an over-long one loses what is farthest from the gap (PPT's code); `last`: behind both."""
 
     @functools.cache
     def room() -> int:
         return max(frame.limit - len(write(Example({"text_a": "", "text_b": ""}, (), 0, (), "")).ids), 2)
 
-    return lambda example: write(around_gap(example, room(), tokenize))
+    return lambda example: write(around_gap(example, room(), tokenize, last))
 
 
 def _cloze_writer(form: Format, settings: PptSettings, words: Sequence[str], head: VerbalizerHead) -> _Write:

@@ -90,14 +90,18 @@ def pair(
 
 
 def around_gap(
-    example: Example, room: int, tokenize: Callable[[str], tuple[Sequence[int], Sequence[tuple[int, int]]]]
+    example: Example,
+    room: int,
+    tokenize: Callable[[str], tuple[Sequence[int], Sequence[tuple[int, int]]]],
+    last: bool = False,
 ) -> Example:
-    """A pair that is too long, both texts shortened in proportion: what stands nearest to the gap between them stays.
+    """A pair that is too long, both texts shortened in proportion: what stands nearest to the gap stays.
 
     Args:
         example: With the fields text_a and text_b.
         room: Most tokens of both together, at least 2.
         tokenize: Text to token ids and their character offsets.
+        last: Whether the gap stands behind both texts, as causal models need it, and not between them.
     """
     before, behind = example.fields["text_a"], example.fields["text_b"]
     (_, first), (_, second) = tokenize(before), tokenize(behind)
@@ -105,7 +109,9 @@ def around_gap(
     if total <= room or not first or not second:
         return example
     kept = min(max(round(room * len(first) / total), 1), room - 1)
-    fields = {"text_a": before[first[-kept][0] :], "text_b": behind[: second[room - kept - 1][1]]}
+    other = room - kept
+    nearest = behind[second[-other][0] :] if last else behind[: second[other - 1][1]]
+    fields = {"text_a": before[first[-kept][0] :], "text_b": nearest}
     return Example(fields, example.options, example.label, (), input_uid(fields))
 
 

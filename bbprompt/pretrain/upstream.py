@@ -104,9 +104,10 @@ def load_upstream(
     """Read every task's training examples and some to validate on, and turn them into tokens once.
 
     From a `seen` task the few-shot pools of `spare_seeds` are left out, so that tuning on them later is true
-    few-shot; from every task, what a test split of the evaluation side holds as well (`evaluation_inputs`).
-    Validation comes from the dev split, else a fifth at most, rounded up, of the shuffled training split is kept for
-    it. Examples whose question and options alone do not fit are left out and counted.
+    few-shot; from every task, and from what is validated on, what a test split of the evaluation side holds as well
+    (`evaluation_inputs`). Validation comes from the dev split, unless a `seen` task has no test split and is tested on
+    that one; else a fifth at most, rounded up, of the shuffled training split is kept for it. Examples whose question
+    and options alone do not fit are left out and counted.
 
     Args:
         tasks: The tasks.
@@ -138,7 +139,11 @@ def load_upstream(
         clean = [example for example in train if _texts(example) not in tested]
         if len(clean) < len(train):
             log.info("%s: left out %d examples that stand in a test split", task.name, len(train) - len(clean))
-        pool = _Pool(task, clean, source.split("dev") if "dev" in source.splits else None, tokenize, frame)
+        # Without a test split its dev split is what `tune` tests on.
+        spent = task.track == "seen" and "test" not in source.splits
+        dev = source.split("dev") if "dev" in source.splits and not spent else []
+        unseen = [example for example in dev if _texts(example) not in tested]
+        pool = _Pool(task, clean, unseen or None, tokenize, frame)
         limits, held = (option_limit, option_characters), pool.held_out(valid)
 
         def examples(
