@@ -160,9 +160,9 @@ class VerbalizerHead:
                     at += range(len(word))
                     tokens += word
             values = self._head.logits(features[:, text, at], torch.as_tensor(tokens, device=self._device))
-            share = torch.zeros(len(owner), len(sizes), device=self._device)
-            share[range(len(owner)), owner] = 1.0
-            logits = values @ share / torch.as_tensor(sizes, device=self._device)
+            logits = values.new_zeros(*values.shape[:-1], len(sizes))
+            logits.index_add_(-1, torch.as_tensor(owner, device=self._device), values)
+            logits /= torch.as_tensor(sizes, device=self._device)
             pieces.append(logits)
             normalizer += [
                 part.logsumexp(-1) for part in torch.split(logits, [len(form.options) for form in forms], dim=-1)

@@ -126,7 +126,11 @@ class MethodConfig(Settings):
             )
         if self.tempered and (self.baseline is not None or self.gradient is not None or self.legacy_decision):
             raise ValueError("tempered: goes with a search and the sum of log-probabilities; set it to false")
-        if self.tempered and self.prompt is not None and self.prompt.keep == "all-time":
+        if (
+            self.tempered
+            and self.prompt is not None
+            and (self.prompt.layout, self.prompt.keep) == ("layerwise", "all-time")
+        ):
             raise ValueError(
                 "tempered: under prompt.keep 'all-time' a prompt has no train scores of its own; set it to false"
             )
@@ -212,7 +216,7 @@ class TuneConfig(Settings):
     backbone: str | None = None
     prompts: str | None = None
     budget: Annotated[int, Field(strict=True)] = 8000
-    seed: Annotated[int, Field(ge=0, strict=True)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63, strict=True)] = 42
     shots: Count | None = None
     backend: str = "local"
     on_doubt: Literal["resend", "charge"] | None = None

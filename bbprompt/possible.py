@@ -19,7 +19,9 @@ from bbprompt.tasks.task import Task
 from bbprompt.texts.forms import check_readout
 from bbprompt.texts.ppt import Format, Language, format_of, in_pattern, language_of
 
-__all__ = ["check_form", "check_graded", "check_loss", "check_possible", "known_prompts"]
+__all__ = ["check_form", "check_graded", "check_loss", "check_possible", "check_router", "known_prompts"]
+
+_ENUMERATED = 16  # entries of a router, all of whose 2^16 settings can still be listed
 
 
 class _Trained(BaseModel):
@@ -59,6 +61,8 @@ def check_possible(method: MethodConfig, task: Task, name: str, prompts: PromptC
     check_form(method, task, len(task.options), name, prompts)
     if method.gradient is not None and method.gradient.form is not None:
         in_pattern(task, method.gradient.form)
+    if prompts is not None:
+        check_router(method, prompts)
     own = method.own_prompt or prompts
     if own is not None:
         check_readout(task, own.readout)
@@ -73,6 +77,20 @@ def check_loss(method: MethodConfig, task: Task) -> None:
     """
     if method.loss == "hinge" and task.type == "extractive":
         raise UsageError(f"--set loss=hinge: the task {task.name} has no options to keep apart; use loss=ce")
+
+
+def check_router(method: MethodConfig, prompts: PromptConfig) -> None:
+    """Refuse to list all routers where there are too many.
+
+    Raises:
+        UsageError: It is so.
+    """
+    entries = prompts.layers * prompts.modules
+    if method.router is not None and method.router.optimizer == "enumerate" and entries > _ENUMERATED:
+        raise UsageError(
+            f"--set router.optimizer=enumerate: takes at most {_ENUMERATED} router entries, these prompts have "
+            f"{entries}; take bo, or prompts at the input alone"
+        )
 
 
 def check_graded(method: MethodConfig, task: Task, readout: ReadoutKind) -> None:

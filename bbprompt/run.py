@@ -25,7 +25,7 @@ from bbprompt.language import language_backbone
 from bbprompt.opened import Opened, Watcher
 from bbprompt.oracle import Oracle, OracleInfo, precisions_of
 from bbprompt.outcome import outcome, run_digest
-from bbprompt.possible import check_loss
+from bbprompt.possible import check_loss, check_router
 from bbprompt.prompts import ModularPrompt, resolve_prompts
 from bbprompt.random_projection import random_prompt
 from bbprompt.readable import NamingOracle, check_readable, named
@@ -180,6 +180,7 @@ def _opened(config: TuneConfig, backend: str) -> Opened:
     config = config.model_copy(update={"threads": threads})
     with named(data, few.train):
         prompt = _prompt(config, backend, method, task, few)
+    check_router(method, prompt.config)
     check_synonyms(method, prompt.config.readout)
     warn_of_seen_examples(config, task, prompt)
     warn_of_single_words(method, task)

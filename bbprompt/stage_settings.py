@@ -67,7 +67,7 @@ class PromptStageConfig(Settings):
         sigma_first: Initial step size at the input layer.
         sigma: Initial step size at the other layers.
         bound: Coordinates stay within plus and minus this; None for no bounds.
-        keep: What becomes of a layer after its generation: "improving" takes the generation's best candidate
+        keep: Layerwise, what becomes of a layer after its generation: "improving" takes the generation's best candidate
             if it beats the current prompt under the same other layers; "all-time" takes the best that this
             layer's search has ever seen, though the other layers have moved since (released code).
         dev_every: Train calls between two looks at the dev set.

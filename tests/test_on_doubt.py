@@ -81,6 +81,22 @@ def test_a_calibration_that_a_crash_was_charged_for(tmp_path: Path, last: int, b
     assert ledger.reserved == budget
 
 
+@pytest.mark.parametrize(("name", "budget"), [("all-time", 39), ("all-time", 40), ("calibrated", 45), ("joint", 39)])
+def test_looks_that_a_crash_was_charged_for(tmp_path: Path, name: str, budget: int) -> None:
+    """Whatever request is lost, the run ends with what it held, and a dead look is not asked for again for ever."""
+    calm = Paid()
+    run(tmp_path / "calm", calm, charge=True, name=name, budget=budget)
+    for at in range(3, len(calm.batches) + 1):
+        folder = tmp_path / str(at)
+        with pytest.raises(OracleError):
+            run(folder, Paid(FaultyOracle(ToyOracle(), at)), charge=True, name=name, budget=budget)
+        _, ledger = run(folder, Paid(), charge=True, name=name, budget=budget)
+        assert ledger.reserved <= budget
+        silent = Paid()
+        run(folder, silent, charge=True, name=name, budget=budget)
+        assert silent.calls == 0
+
+
 def test_a_death_after_the_budget_could_not_hold_what_was_made_anew() -> None:
     """Found by the trials: the search goes on without a generation, is killed, and must go the same way again."""
     happened = doubts.Trials("all-time", 50).one("charge", "1 charge 173")

@@ -115,3 +115,15 @@ def test_listing_a_grid_loads_no_torch() -> None:
         "experiment_from('main-table', {}, {}).cells(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_too_many_routers_are_not_listed(tiny_pair_data: Path, tiny_prompts: Path) -> None:
+    """Said before a model is loaded, and before any call."""
+    keys = {"task": str(tiny_pair_data / "task.yaml"), "data": str(tiny_pair_data), "prompts": str(tiny_prompts)}
+    config = TuneConfig.model_validate({**keys, "threads": 1, "set": {"router.optimizer": "enumerate"}})
+    assert prepare(config)  # 3 layers of 3 modules
+    deep = TuneConfig(task="lcqmc", data="sample", set={"router.optimizer": "enumerate"})
+    with pytest.raises(
+        UsageError, match=r"--set router.optimizer=enumerate: takes at most 16 .* these prompts have 96"
+    ):
+        prepare(deep)

@@ -14,6 +14,7 @@ from safetensors.numpy import save
 from tiny_run import finished
 
 import bbprompt
+from bbprompt.commands.use import _json
 from bbprompt.errors import ArtifactError, DataError, DiskError, UsageError
 from bbprompt.predict import TunedPrompt, load_prompt
 
@@ -209,3 +210,15 @@ def test_other_prompts_of_the_same_name_are_refused(
     other.save(prompts)
     with pytest.raises(ArtifactError, match=r"not those that .* was tuned with"):
         load_prompt(run)
+
+
+@pytest.mark.parametrize(
+    ("value", "written"), [("\ud83d", "\\ud83d"), (float("inf"), None), ([1.0, float("nan")], [1.0, None])]
+)
+def test_what_passes_through_is_json_whatever_it_is(value: object, written: object) -> None:
+    """Half an emoji, as cut JavaScript has it, and numbers that JSON has no word for."""
+    line = _json({"text": "好吃", "x": value})
+    found = json.loads(line)
+    assert found["text"] == "好吃"
+    assert found["x"] == (value if isinstance(value, str) else written)
+    assert "好吃" in line

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import toyruns
 
-from bbprompt.errors import UsageError
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import CODE, PAPER, GateRule, compose
 from bbprompt.search.refine import refine_stage
@@ -182,9 +181,6 @@ def test_enumeration_tries_every_router_of_a_shallow_prompt() -> None:
     assert len(np.unique(np.round(tried, 9), axis=0)) == len(tried) == 7
     np.testing.assert_allclose(stage.incumbent.point, target, rtol=1e-12)
     assert stage.optimizer == "enumerate"
-    big = toyruns.space(layers=6)
-    with pytest.raises(UsageError, match="at most 16 router entries, these prompts have 18"):
-        router_stage(config, big, PAPER, Incumbent(big.even(), 1.0), 3)
 
 
 @pytest.mark.parametrize("rule", [PAPER, CODE, GateRule("binary", "normalized"), GateRule("sigmoid", "mean")])

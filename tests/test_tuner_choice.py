@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from toyruns import METHODS, looks_of
 
 from bbprompt.config import method_with
 from bbprompt.readout import Readout
+from bbprompt.search.choice import clearly_lower
 from bbprompt.search.evaluate import DevScore
-from bbprompt.search.tuner import Look, clearly_lower
+from bbprompt.search.tuner import Look
 
 # -------------------------------------------------------------------------------------------- the looks
 
@@ -24,13 +26,14 @@ def test_the_choice_follows_the_rule(select: str, tmp_path: Path, monkeypatch: p
     from bbprompt.search import tuner
 
     seen: list[Look] = []
-    original = tuner._Search.look
+    original = tuner._Search.looks
 
-    def watched(self: object, incumbent: object, searched: bool = False) -> Look:
-        seen.append(original(self, incumbent, searched))  # type: ignore[arg-type]
-        return seen[-1]
+    def watched(self: tuner._Search, *rest: Any, **keys: Any) -> bool:
+        made = original(self, *rest, **keys)
+        seen.extend(self._looks[len(seen) :])
+        return made
 
-    monkeypatch.setattr(tuner._Search, "look", watched)
+    monkeypatch.setattr(tuner._Search, "looks", watched)
     method = method_with(METHODS["both"], {"select": select})
     found, _, _ = toyruns.run(tmp_path, method, 200)
     value = {

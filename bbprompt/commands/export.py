@@ -24,7 +24,8 @@ def export(
         typer.Option(
             "--format",
             show_default=False,
-            help="peft (PROMPT_TUNING) and prompt-embeds (vLLM): input prompts of causal models; safetensors: any.",
+            help="peft: causal models (PROMPT_TUNING for input prompts, PREFIX_TUNING for deep ones); prompt-embeds "
+            "(vLLM): input prompts of causal models; safetensors: any.",
         ),
     ],
     quiet: Quiet = False,

@@ -155,8 +155,17 @@ def _labelled(
         probabilities = {name: round(share, 6) for name, share in found.probabilities.items()}
         fields = example.fields if isinstance(record, str) else record
         line = {**fields, "label": found.label, "probabilities": probabilities}
-        # Parquet may hold dates and the like; they are passed through as text.
-        yield jsonlib.dumps(line, ensure_ascii=False, default=str) + "\n", found.label
+        yield _json(line), found.label
+
+
+def _json(line: Mapping[str, Any]) -> str:
+    """A line of JSON, whatever passes through it: dates of Parquet as text, halves of characters escaped."""
+    try:
+        text = jsonlib.dumps(line, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:  # a number that JSON has no word for: nothing, as in tables
+        finite = jsonlib.loads(jsonlib.dumps(line, default=str), parse_constant=lambda _: None)
+        text = jsonlib.dumps(finite, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
 
 
 def _inputs(file: Path) -> Iterator[tuple[int, str | Mapping[str, Any]]]:

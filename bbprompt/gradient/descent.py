@@ -30,8 +30,9 @@ from bbprompt.gradient.soft import SoftPrompt
 from bbprompt.oracle import check_scores
 from bbprompt.readout import Readout
 from bbprompt.scoring import Labelled
+from bbprompt.search.choice import better
 from bbprompt.search.evaluate import DevScore, call_values, dev_score
-from bbprompt.search.tuner import Status, better
+from bbprompt.search.tuner import Status
 from bbprompt.store.ledger import Kind
 from bbprompt.tasks.task import Task
 

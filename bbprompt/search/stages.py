@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from bbprompt.errors import UsageError
 from bbprompt.optimizers.protocol import Optimizer
 from bbprompt.prompts import PromptSpace
 from bbprompt.router import GateRule
@@ -223,11 +222,7 @@ def router_stage(
     seed: int,
     helper: Aside | None = None,
 ) -> RowStage:
-    """Stage I of a method; `helper` as `router_helper` started it, or None for one of its own.
-
-    Raises:
-        UsageError: Enumeration of a deep router, which has too many entries.
-    """
+    """Stage I of a method; `helper` as `router_helper` started it, or None for one of its own."""
     layers, modules = space.router_shape
     dim = layers * modules
 
@@ -242,8 +237,6 @@ def router_stage(
         return RowStage("router", label, search, decode, start, routed)
 
     if config.optimizer == "enumerate":
-        if dim > 16:
-            raise UsageError(f"router.optimizer 'enumerate' takes at most 16 router entries, these prompts have {dim}")
         from bbprompt.optimizers.enumerate import Enumeration
 
         return stage(Enumeration(dim, config.batch), "enumerate")

@@ -7,11 +7,10 @@ is returned is decided by dev (and train) alone, by the method's `select` rule.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from bbprompt.config import MethodConfig
 from bbprompt.prompts import PromptSpace
 from bbprompt.readout import Readout
+from bbprompt.search.choice import better
 from bbprompt.search.evaluate import DevScore, Evaluator
 from bbprompt.search.refine import refine_stage
 from bbprompt.search.stages import Incumbent, Routing, Stage, prompt_stage, router_helper, router_stage
@@ -27,27 +27,7 @@ from bbprompt.store.ledger import BudgetExhausted
 
 _T = TypeVar("_T")
 
-__all__ = ["Found", "Look", "Looked", "StageTrace", "Status", "better", "clearly_lower", "search"]
-
-
-class Looked(Protocol):
-    """What train and dev say of a prompt, whatever it is made of; see `Look`."""
-
-    @property
-    def dev(self) -> DevScore:
-        """What dev says of it."""
-
-    @property
-    def searched(self) -> bool:
-        """Whether it was found by minimising the train loss."""
-
-    @property
-    def pooled_loss(self) -> float:
-        """Train and dev loss together."""
-
-    @property
-    def dev_losses(self) -> tuple[float, ...]:
-        """Dev loss of each text."""
+__all__ = ["Found", "Look", "StageTrace", "Status", "search"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +156,8 @@ def search(
     helper = router_helper(method.router)  # before the first call, so that it is ready when it is wanted
     run = _Search(method, evaluator, report)
     even = space.even()
-    before = run.look(Incumbent(even, float(evaluator.train(even[None])[0])))
+    run.looks([Incumbent(even, float(evaluator.train(even[None])[0]))])
+    before = run.chosen
     run.report("start", before.incumbent.loss)
     traces = []
     if method.router is not None:
@@ -206,27 +187,6 @@ def search(
     return Found(before, tuple(traces), traces[-1].chosen if traces else before, run.optimizer_seconds)
 
 
-def clearly_lower(losses: Sequence[float], others: Sequence[float], margin: float) -> bool:
-    """Whether a mean over texts is below another by more than `margin` standard errors of their paired difference."""
-    gain = np.subtract(others, losses)
-    error = float(gain.std(ddof=1)) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-    return float(gain.mean()) > margin * error
-
-
-def better(method: MethodConfig, look: Looked, held: Looked) -> bool:
-    """Whether the rule of choice of `method` prefers a later look to the one held so far."""
-    match method.select:
-        case "both-losses":
-            lower = look.pooled_loss < held.pooled_loss
-            return lower and (not look.searched or clearly_lower(look.dev_losses, held.dev_losses, method.margin))
-        case "dev-loss":
-            return look.dev.loss < held.dev.loss
-        case "pooled-loss":
-            return look.pooled_loss < held.pooled_loss
-        case "dev-metric":
-            return look.dev.metric > held.dev.metric
-
-
 class _Search:
     """What the stages of one search share: the looks taken so far."""
 
@@ -241,23 +201,31 @@ class _Search:
         """The look that the method's rule prefers; the earliest of equals."""
         return functools.reduce(lambda held, look: look if better(self._method, look, held) else held, self._looks)
 
-    def look(self, incumbent: Incumbent, searched: bool = False) -> Look:
-        """Score an incumbent on dev, unless that was done: one call."""
-        self.looks([incumbent], searched)
-        return next(known for known in self._looks if np.array_equal(known.incumbent.point, incumbent.point))
+    def looks(self, incumbents: Sequence[Incumbent], searched: bool = False) -> bool:
+        """Score incumbents on dev together, but for those that were looked at before: a call each.
 
-    def looks(self, incumbents: Sequence[Incumbent], searched: bool = False) -> None:
-        """Score incumbents on dev together, but for those that were looked at before: a call each."""
+        Returns:
+            False if calls that a crash lost were charged, and what is left does not hold these: nothing was scored.
+
+        Raises:
+            BudgetExhausted: It is so with the first look, before which there is nothing to return.
+        """
         new: list[Incumbent] = []
         for incumbent in incumbents:
             seen = [*(known.incumbent for known in self._looks), *new]
             if not any(np.array_equal(incumbent.point, other.point) for other in seen):
                 new.append(incumbent)
         if new:
-            scores = self._evaluator.dev(np.stack([incumbent.point for incumbent in new]))
+            try:
+                scores = self._evaluator.dev(np.stack([incumbent.point for incumbent in new]))
+            except BudgetExhausted:
+                if not self._looks:
+                    raise
+                return False
             for incumbent, score in zip(new, scores, strict=True):
                 readout, train = self._evaluator.readout(incumbent.point), self._train(incumbent)
                 self._looks.append(Look(incumbent, score, readout, train, searched))
+        return True
 
     def calibration(self) -> StageTrace:
         """Fit the labels' offsets to the chosen prompt; they stand whatever dev says, for it was fitted to as well."""
@@ -285,7 +253,10 @@ class _Search:
             if point.tobytes() in self._alone:
                 break
             self._alone.add(point.tobytes())
-            loss = float(self._evaluator.train(point[None])[0])
+            try:
+                loss = float(self._evaluator.train(point[None])[0])
+            except BudgetExhausted:  # as in `looks`
+                break
             at = next(i for i, known in enumerate(self._looks) if known is look)
             incumbent = replace(look.incumbent, loss=loss)
             self._looks[at] = replace(look, incumbent=incumbent, train=self._train(incumbent))
@@ -327,9 +298,15 @@ class _Search:
             if self._evaluator.spent - first + 2 * len(batch) > min(most, self._evaluator.left):
                 ended = "budget"
                 break
-            losses = self._evaluator.train(np.stack([point for point, _ in batch]))
+            try:
+                losses = self._evaluator.train(np.stack([point for point, _ in batch]))
+            except BudgetExhausted:  # as in `looks`
+                ended = "budget"
+                break
             told = zip(batch, losses, strict=True)
-            self.looks([Incumbent(point, float(loss), routing) for (point, routing), loss in told])
+            if not self.looks([Incumbent(point, float(loss), routing) for (point, routing), loss in told]):
+                ended = "budget"
+                break
             best = min(best, float(losses.min()))
             self.report("upstream", best)
         return StageTrace(
@@ -365,12 +342,12 @@ class _Search:
             train_calls += len(points)
             if train_calls >= next_look:
                 held = self.chosen
-                self.look(stage.incumbent, searched=True)
+                self.looks([stage.incumbent], searched=True)
                 idle = idle + 1 if self.chosen is held else 0
                 next_look += dev_every * ((train_calls - next_look) // dev_every + 1)
             self.report(stage.name, stage.incumbent.loss)
         if self._evaluator.left:
-            self.look(stage.incumbent, searched=True)
+            self.looks([stage.incumbent], searched=True)
         self.report(stage.name, stage.incumbent.loss)
         return StageTrace(
             stage.name,

@@ -88,7 +88,7 @@ def routes(scorer: Scorer, settings: ServeSettings, metrics: Metrics) -> FastAPI
             return refused
         if kept.get(digest) is not None:
             return Response(status_code=204)
-        if int(request.headers["content-length"]) > MOST_BATCH:  # a number, or the guard had refused it
+        if int(request.headers.get("content-length", 0)) > MOST_BATCH:  # a number, or the guard had refused it
             return _refusal(413, "body", f"texts of at most {MOST_BATCH} bytes are taken at once")
         sent = await request.body()
         try:
