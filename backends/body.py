@@ -12,15 +12,17 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import NO_TOKEN, Encoded, Frame
+
+if TYPE_CHECKING:  # a backbone is checked with what is here
+    from bbprompt.backends.backbone import Backbone
 
 __all__ = [
     "Body",
@@ -28,6 +30,7 @@ __all__ = [
     "SentinelBody",
     "blocks_of",
     "body_of",
+    "called",
     "check_embeds",
     "embedded",
     "inputs_of",
@@ -36,6 +39,9 @@ __all__ = [
 
 #: Largest difference of two states, relative to the largest entry, of one computation in two forms.
 _SAME = 1e-4
+#: Where the blocks of a model are, by the names that transformers gives them: GPT-2, BLOOM and more; Llama and most
+#: others; MPT; T5; OPT; decoders of BERT's and RoBERTa's families.
+_BLOCKS = ("h", "layers", "blocks", "block", "decoder.layers", "encoder.layer")
 
 
 class Body(Protocol):
@@ -80,16 +86,30 @@ class CausalBody:
         front = sequences[0].ids[: frame.text_start]
         if prompts is None:
             if front != self._front:
-                self._front, self._seen = front, self.run(front).past_key_values if front else None
+                self._front, self._seen = front, self._keep(front, 1) if front else None
             return self._behind(sequences, len(front), copy.deepcopy(self._seen), 1)
         with prompted(blocks_of(self._model), frame.prompt_start, frame.prompt_end, prompts):
-            seen = self.run(front, len(prompts)).past_key_values
+            seen = self._keep(front, len(prompts))
         return self._behind(sequences, len(front), seen, len(prompts))
 
     def run(self, ids: Sequence[int], times: int = 1) -> Any:
         """The stock output for one sequence of tokens, that many times, with keys and values."""
         repeated = torch.as_tensor([ids], device=self._model.device).repeat(times, 1)
         return self._model(**inputs_of(self._model, repeated), use_cache=True)
+
+    def _keep(self, front: Sequence[int], times: int) -> Any:
+        """The keys and values of what stands before the texts.
+
+        Raises:
+            ArtifactError: The model keeps none, as OpenAI's first GPT and Mamba.
+        """
+        seen = getattr(self.run(front, times), "past_key_values", None)
+        if seen is None:
+            raise ArtifactError(
+                f"{called(self._model)}: it keeps no keys and values, which all texts here share those of the prompt "
+                "by; use another --backbone, such as GPT-2, Llama or OPT"
+            )
+        return seen
 
     def _behind(self, sequences: Sequence[Encoded], front: int, seen: Any, candidates: int) -> Tensor:
         """Run what follows the first `front` tokens; `seen` has a row a candidate and is extended in place."""
@@ -161,7 +181,8 @@ def check_embeds(backbone: Backbone) -> None:
         model = model.get_encoder()
     same = "inputs_embeds" in inspect.signature(model.forward).parameters
     if same:
-        ids = torch.arange(4, device=model.device)[None]
+        padding = getattr(model.config, "pad_token_id", None)  # RoBERTa counts none of it, where it can see it
+        ids = torch.tensor([[token for token in range(5) if token != padding]], device=model.device)
         expected = model(input_ids=ids, use_cache=False).last_hidden_state
         found = model(inputs_embeds=embedded(model, ids), use_cache=False).last_hidden_state
         same = bool((found - expected).abs().max() <= _SAME * expected.abs().max())
@@ -172,9 +193,28 @@ def check_embeds(backbone: Backbone) -> None:
         )
 
 
+def called(model: Any) -> str:
+    """A stock model in an error message: where it was loaded from and its type."""
+    config = model.config
+    return f"backbone {config.name_or_path or 'without a name'} of type '{config.model_type}'"
+
+
 def blocks_of(model: Any) -> Any:
-    """The blocks of a stock model, in order, by the names that transformers gives them."""
-    return next(getattr(model, name) for name in ("h", "layers", "block") if hasattr(model, name))
+    """The blocks of a stock model without its head, in order.
+
+    Raises:
+        ArtifactError: They are not where any model that is known here has them.
+    """
+    for path in _BLOCKS:
+        found = model
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise ArtifactError(
+        f"{called(model)}: its blocks are none of {', '.join(_BLOCKS)}, so that no prompt can be added before them; "
+        "use another --backbone, such as GPT-2, Llama or OPT"
+    )
 
 
 @contextmanager

@@ -8,8 +8,9 @@ unfolds them to (N, S, H) under a mask. Several candidate prompts for the same t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ __all__ = ["Encoder", "check_family"]
 #: Model types whose layers carry BERT's names and post-LayerNorm order.
 FAMILY = ("bert", "roberta", "xlm-roberta", "electra", "camembert", "ernie")
 
+#: Bytes to whose multiples a weight is to be aligned.
+_ALIGNED = 16
+
 
 def check_family(model: Any) -> None:
     """Refuse a stock model that `Encoder` cannot run.
@@ -43,16 +47,45 @@ def check_family(model: Any) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Layer:
-    query: FrozenLinear
-    key_value: FrozenLinear
-    query_key_value: FrozenLinear
+    """The weights of a layer. Which of the three projections below it needs shows when they are first read.
+
+    Attributes:
+        projections: Weight `(3H, H)` and bias `(3H,)` of queries, keys and values.
+        linear: Makes a map of weight and bias.
+    """
+
+    projections: tuple[Tensor, Tensor]
+    linear: Callable[[Tensor, Tensor], FrozenLinear]
     attention_out: FrozenLinear
     attention_norm: tuple[Tensor, Tensor]
     up: FrozenLinear
     down: FrozenLinear
     norm: tuple[Tensor, Tensor]
+
+    @cached_property
+    def query_key_value(self) -> FrozenLinear:
+        """All three projections in one: of a layer that computes all its rows."""
+        return self.linear(*self.projections)
+
+    @cached_property
+    def query(self) -> FrozenLinear:
+        """Of the rows that are read, where those are not all."""
+        return self.linear(*self._parts[0])
+
+    @cached_property
+    def key_value(self) -> FrozenLinear:
+        """Of all rows, where queries are asked for at a few."""
+        return self.linear(*self._parts[1])
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Views: weight and bias of the queries, and of keys and values."""
+        third = self.attention_out.weight.shape[1]
+        # Split once for both and not sliced: the way back then joins their gradients, and adds no zeros to them.
+        weights, biases = (torch.split(each, [third, 2 * third]) for each in self.projections)
+        return (weights[0], biases[0]), (weights[1], biases[1])
 
     @property
     def tail(self) -> tuple[Tensor, ...]:
@@ -107,30 +140,34 @@ class Encoder:
         self._projection = getattr(model, "embeddings_project", None)  # ELECTRA with narrow embeddings
         self._tail = torch.compile(_tail, dynamic=True) if compiled else None
         prepack = prepack and self.device.type == "cpu" and packable(dtype)
-        self.layers = tuple(self._read_layer(layer, prepack, linear) for layer in model.encoder.layer)
+        make = partial(linear, prepack=prepack)
+        self.layers = tuple(self._read_layer(layer, make) for layer in model.encoder.layer)
+        for layer in self.layers[:-1]:
+            # Every forward reads it: it takes its memory before anyone measures what is left.
+            _ = layer.query_key_value
 
-    def _read_layer(self, layer: Any, prepack: bool, linear: type[FrozenLinear]) -> _Layer:
+    def _read_layer(self, layer: Any, linear: Callable[[Tensor, Tensor], FrozenLinear]) -> _Layer:
         def own(parameter: Tensor) -> Tensor:
             return (parameter if self._learns else parameter.detach()).to(self.device, self.dtype)
 
-        def joined(*modules: nn.Linear) -> FrozenLinear:
-            weight = torch.cat([own(module.weight) for module in modules])
-            bias = torch.cat([own(module.bias) for module in modules])
-            return linear(weight, bias, prepack)
+        def one(module: nn.Linear) -> FrozenLinear:
+            return linear(_standing(own(module.weight)), own(module.bias))
 
         def norm(module: nn.LayerNorm) -> tuple[Tensor, Tensor]:
             return own(module.weight), own(module.bias)
 
         attention = layer.attention
-        inner = attention.self
+        parts = attention.self.query, attention.self.key, attention.self.value
         return _Layer(
-            query=joined(inner.query),
-            key_value=joined(inner.key, inner.value),
-            query_key_value=joined(inner.query, inner.key, inner.value),
-            attention_out=joined(attention.output.dense),
+            projections=(
+                torch.cat([own(part.weight) for part in parts]),
+                torch.cat([own(part.bias) for part in parts]),
+            ),
+            linear=linear,
+            attention_out=one(attention.output.dense),
             attention_norm=norm(attention.output.LayerNorm),
-            up=joined(layer.intermediate.dense),
-            down=joined(layer.output.dense),
+            up=one(layer.intermediate.dense),
+            down=one(layer.output.dense),
             norm=norm(layer.output.LayerNorm),
         )
 
@@ -246,7 +283,8 @@ class Encoder:
         softmax; and the mean of the values V x + c is V (mean of x) + c.
         """
         n, texts, rows, h = query.shape
-        key, value = weights.key_value.weight.view(2, self.heads, -1, h).unbind()
+        weight, bias = weights.projections  # the keys' and values' own map is not read here, and so not made
+        _, key, value = weight.view(3, self.heads, -1, h).unbind()
         scale = 1 / math.sqrt(h // self.heads)
         by_head = query.reshape(-1, self.heads, h // self.heads).transpose(0, 1) * scale
         carried = (by_head @ key).view(self.heads, n, texts, rows, h)
@@ -259,7 +297,7 @@ class Encoder:
             found = (scores.softmax(-1) @ grid).view(n, len(group.texts), self.heads, rows, h)
             seen[:, :, group.texts] = found.permute(2, 0, 1, 3, 4)
         mixed = seen.view(self.heads, -1, h) @ value.transpose(-1, -2)
-        return mixed.transpose(0, 1).reshape(n, texts, rows, h) + weights.key_value.bias[h:]
+        return mixed.transpose(0, 1).reshape(n, texts, rows, h) + bias[2 * h :]
 
     def _heads(self, rows: Tensor) -> Tensor:
         """(..., S, H) to (..., heads, S, H / heads)."""
@@ -274,6 +312,15 @@ class Encoder:
                 scores = scores + mask.logical_not().to(scores.dtype) * torch.finfo(scores.dtype).min
             return scores.softmax(-1) @ value
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def _standing(weight: Tensor) -> Tensor:
+    """A weight as products read it: itself, or a copy where it does not lie in whole vectors.
+
+    Tensors of a file lie as the file has them, and other alignment changes the last bits of a single row's product.
+    """
+    stands = weight.is_contiguous() and weight.data_ptr() % _ALIGNED == 0
+    return weight if stands else weight.clone(memory_format=torch.contiguous_format)
 
 
 def _tail(mixed: Tensor, residual: Tensor, weights: tuple[Tensor, ...], epsilon: float) -> Tensor:

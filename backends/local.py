@@ -10,7 +10,7 @@ import functools
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.embedding import embed_texts, marker_for
 from bbprompt.backends.encoder import Encoder
 from bbprompt.backends.fit import check_fit, info_of
-from bbprompt.backends.head import Head, Plan
+from bbprompt.backends.head import Head
 from bbprompt.backends.language import LocalLanguageModel, same_model
 from bbprompt.backends.layout import pack
 from bbprompt.backends.memory import Portion, free_bytes
-from bbprompt.backends.population import Place, Runner, Trunk
+from bbprompt.backends.population import Lane, Place, Prepared, Runner, Trunk
 from bbprompt.backends.precision import ENOUGH, ENOUGH_THROUGHOUT, Probe, error_of, log_probabilities, spread_of
 from bbprompt.backends.prototype_head import PrototypeHead
 from bbprompt.backends.span_head import SpanHead
@@ -53,39 +53,6 @@ _SLACK = 4
 _CHECKED = 4
 #: Candidates from which on deviations are worth their float32 reference.
 _POPULATION = 8
-
-
-@dataclass(frozen=True, slots=True)
-class _Lane:
-    """What one precision needs of a chunk.
-
-    Attributes:
-        place: Where tokens and prompts lie and what is read; the rows are the same in every lane.
-        trunk: States shared by candidates.
-    """
-
-    place: Place
-    trunk: Trunk
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Some sequences of a batch, ready to run.
-
-    Attributes:
-        plan: How the head reads them.
-        main: In the oracle's precision.
-        rough: In bfloat16 where that is another and is used.
-    """
-
-    plan: Plan
-    main: _Lane
-    rough: _Lane | None
-
-    @property
-    def tokens(self) -> int:
-        """How many there are in all sequences."""
-        return self.main.trunk.states[0].shape[1]
 
 
 class LocalOracle:
@@ -133,7 +100,7 @@ class LocalOracle:
         self._head = open_head(backbone, config, weights, self._tokenize, self._frame, self._encoder.device)
         self._used = Counter[str]()
         self._backbone = backbone
-        self._kept: OrderedDict[tuple[str, Support], list[_Chunk]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, Support], list[Prepared]] = OrderedDict()
         self._portion = Portion(batch_tokens, self._encoder.device, self._kept.clear)
         self._kept_room, self._kept_most = free_bytes(self._encoder.device) // _KEPT_PART, 0
         self._info = info_of(backbone, device, dtype, limit, batch_tokens, prompt)
@@ -147,10 +114,10 @@ class LocalOracle:
     def kept_bytes(self) -> int:
         """Memory taken by the states that are kept between calls.
 
-        At most eight batches of texts, and a quarter of the memory that was free when this was opened.
+        Of at most eight batches of texts, and a quarter of the memory that was free when this was opened. While a
+        request is answered, those of the texts that run through the model just then come on top.
         """
-        lanes = [lane for chunks in self._kept.values() for chunk in chunks for lane in (chunk.main, chunk.rough)]
-        return sum(lane.trunk.bytes for lane in lanes if lane is not None)
+        return sum(trunk.bytes for chunks in self._kept.values() for chunk in chunks for trunk in chunk.trunks)
 
     @property
     def precisions(self) -> dict[str, int]:
@@ -225,7 +192,7 @@ class LocalOracle:
         the same bits wherever it is computed.
         """
         checked = check_points(points, self._info)
-        return self._answer(lambda: self._unit(batch, checked, support, longest_answer, unit))
+        return self._answer(lambda: self._units(batch, checked, support, longest_answer, (unit,)))
 
     def _exact(
         self,
@@ -238,26 +205,42 @@ class LocalOracle:
     ) -> Scores:
         """Scores in one precision throughout: the oracle's, or bfloat16 if `rough`."""
         units = plan_units(len(points), self.at_once(batch, support))
-        return join([self._unit(batch, points, support, longest_answer, unit, rough=rough) for unit in units])
+        return self._units(batch, points, support, longest_answer, units, rough=rough)
 
-    def _unit(
+    def _units(
         self,
         batch: TextBatch,
         points: NDArray[np.float32],
         support: Support,
         longest_answer: int | None,
-        unit: Unit,
+        units: Sequence[Unit],
         *,
         rough: bool = False,
     ) -> Scores:
-        chunks, outputs = self._chunks(batch, support), []
+        """Scores of some units, put together: chunk by chunk, so that a chunk's states are needed only once."""
+        chunks, parts = self._chunks(batch, support), []
+        plans = [chunk.plan for chunk in chunks]
+        found: list[list[Tensor]] = [[] for _ in units]
         for chunk in chunks:
-            runner, lane = (self._rough, chunk.rough) if rough else (self._runner, chunk.main)
-            if runner is None or lane is None:
-                raise ValueError("this oracle has no bfloat16 encoder")
+            runner, lane = self._lane(chunk, rough=rough)
             finish = functools.partial(self._head.apply, chunk.plan)
-            outputs.append(runner.run(lane.place, lane.trunk, points, unit, finish))
-        return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
+            for unit, outputs in zip(units, found, strict=True):
+                outputs.append(runner.run(lane.place, lane.trunk, points, unit, finish))
+                if len(outputs) == len(chunks):
+                    parts.append(self._head.scores(batch, plans, outputs, longest_answer))
+                    outputs.clear()
+            self._make_room(chunks, chunk)
+        return join(parts)
+
+    def _lane(self, chunk: Prepared, *, rough: bool = False) -> tuple[Runner, Lane]:
+        """Where a chunk runs in one precision; its texts are embedded where that is not kept."""
+        runner, lane = (self._rough, chunk.rough) if rough else (self._runner, chunk.main)
+        if runner is None or lane is None:
+            raise ValueError("this oracle has no bfloat16 encoder")
+        if not lane.trunk.states:
+            states = self._encoder.embed(chunk.ids, chunk.main.place.layout)[None]
+            lane.trunk.states.append(states.to(runner.encoder.dtype))
+        return runner, lane
 
     def _mixed(
         self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
@@ -300,24 +283,33 @@ class LocalOracle:
     def _deviations(
         self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
     ) -> Scores:
-        chunks, held = self._chunks(batch, support), _HELD * self._portion.tokens
-        outputs = [
-            self._runner.run_deviations(
-                chunk.main.place, chunk.main.trunk, points, held, functools.partial(self._head.apply, chunk.plan)
-            )
-            for chunk in chunks
-        ]
+        chunks, held, outputs = self._chunks(batch, support), _HELD * self._portion.tokens, []
+        for chunk in chunks:
+            runner, lane = self._lane(chunk)
+            finish = functools.partial(self._head.apply, chunk.plan)
+            outputs.append(runner.run_deviations(lane.place, lane.trunk, points, held, finish))
+            self._make_room(chunks, chunk)
         return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
 
     def _answer(self, score: Callable[[], Scores]) -> Scores:
-        """What `score` returns; of what it kept, the batches that were used last and have room."""
         scores = self._portion.fit(score)
-        while (kept := self.kept_bytes) > self._kept_room:
-            self._kept.popitem(last=False)
-        self._kept_most = max(self._kept_most, kept)
+        self._kept_most = max(self._kept_most, self.kept_bytes)
         return scores
 
-    def _chunks(self, batch: TextBatch, support: Support) -> list[_Chunk]:
+    def _make_room(self, running: list[Prepared], done: Prepared) -> None:
+        """Where more is kept than there is room for, drop states of the batches that were used longest ago.
+
+        Then those of the chunk that is done, and not of those before it: a request begins with the first ones, so
+        that the next finds as many of them as fit.
+        """
+        others = [chunk for chunks in self._kept.values() if chunks is not running for chunk in reversed(chunks)]
+        for chunk in (*others, done):
+            if self.kept_bytes <= self._kept_room:
+                return
+            for trunk in chunk.trunks:
+                trunk.forget()
+
+    def _chunks(self, batch: TextBatch, support: Support) -> list[Prepared]:
         key = (batch.digest(), support)
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -335,18 +327,18 @@ class LocalOracle:
             self._kept.popitem(last=False)
         return chunks
 
-    def _prepare(self, encoded: list[Encoded], support: Support) -> _Chunk:
+    def _prepare(self, encoded: list[Encoded], support: Support) -> Prepared:
         device = self._encoder.device
         lengths = [len(item.ids) for item in encoded]
         layout = pack(lengths, device, _SLACK, self._encoder.dtype)
         slots = torch.arange(len(self._frame.placeholders)) + self._frame.prompt_start
         plan = self._head.plan(encoded, layout, support)
-        states = self._encoder.embed([item.ids for item in encoded], layout)[None]
-        main = _Lane(Place(layout, layout.rows(slots).flatten(), plan.read), Trunk([states]))
+        ids = tuple(item.ids for item in encoded)
+        main = Lane(Place(layout, layout.rows(slots).flatten(), plan.read), Trunk([]))
         if self._rough is None:
-            return _Chunk(plan, main, None)
+            return Prepared(ids, plan, main, None)
         rough = replace(main.place, layout=pack(lengths, device, _SLACK, torch.bfloat16))
-        return _Chunk(plan, main, _Lane(rough, Trunk([states.bfloat16()])))
+        return Prepared(ids, plan, main, Lane(rough, Trunk([])))
 
 
 def open_head(

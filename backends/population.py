@@ -18,10 +18,11 @@ from torch import Tensor
 
 from bbprompt.backends.deviation import deviate
 from bbprompt.backends.encoder import Encoder
+from bbprompt.backends.head import Plan
 from bbprompt.backends.layout import Layout
 from bbprompt.units import Unit
 
-__all__ = ["Place", "Runner", "Trunk"]
+__all__ = ["Lane", "Place", "Prepared", "Runner", "Trunk"]
 
 
 @dataclass(slots=True)
@@ -29,7 +30,7 @@ class Trunk:
     """What candidates share.
 
     Attributes:
-        states: States entering layers 0, 1, … of one candidate.
+        states: States entering layers 0, 1, … of one candidate; a run needs the first. None where nothing is kept.
         points: The points they were computed with.
         shared: A layer and its projections of the states that enter it, without prompts.
     """
@@ -42,6 +43,11 @@ class Trunk:
     def bytes(self) -> int:
         """Memory that it takes."""
         return sum(state.nbytes for state in self.states) + (self.shared[1].nbytes if self.shared else 0)
+
+    def forget(self) -> None:
+        """Let go of all of it."""
+        self.states.clear()
+        self.points = self.shared = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,46 @@ class Place:
     def texts(self) -> int:
         """How many texts these are."""
         return len(self.layout.order)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """What one precision needs of a chunk.
+
+    Attributes:
+        place: Where tokens and prompts lie and what is read; the rows are the same in every lane.
+        trunk: States shared by candidates.
+    """
+
+    place: Place
+    trunk: Trunk
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Some sequences of a batch, ready to run.
+
+    Attributes:
+        ids: Their tokens.
+        plan: How the head reads them.
+        main: In the oracle's precision.
+        rough: In bfloat16 where that is another and is used.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    plan: Plan
+    main: Lane
+    rough: Lane | None
+
+    @property
+    def tokens(self) -> int:
+        """How many there are in all sequences."""
+        return sum(map(len, self.ids))
+
+    @property
+    def trunks(self) -> list[Trunk]:
+        """Of each lane."""
+        return [lane.trunk for lane in (self.main, self.rough) if lane is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,15 +13,24 @@ from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder
-from bbprompt.backends.layout import pack
+from bbprompt.backends.layout import Layout, pack
+from bbprompt.backends.memory import free_bytes
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.oracle import TextBatch
-from bbprompt.random_projection import BackboneFacts, clipped_std, placeholders_for
+from bbprompt.random_projection import BackboneFacts, placeholders_for
 from bbprompt.tasks.example import Form
 from bbprompt.texts.mrc import encode
+from bbprompt.units import best_batch_tokens
 
 __all__ = ["facts_of", "measure"]
+
+#: Of `clipped_std`.
+_ROUNDS, _WIDTH = 5, 3.0
+#: Values that are in float64 at once.
+_BLOCK = 1 << 16
+#: States of a stock model take at most one part in so many of the free memory, or those of one layer.
+_PART = 4
 
 
 def facts_of(backbone: Backbone) -> BackboneFacts:
@@ -41,9 +51,10 @@ def measure(
     """Standard deviations of the states that enter each layer, on texts with placeholders and no prompt.
 
     For the first layer it is that of the whole word-embedding matrix; without `deep` it is the only one. Later ones
-    are clipped (see `clipped_std`). The released code measures while a first random candidate is at the input layer
-    and counts padding; here there is neither. The forward is that of the untuned prompt on the few-shot texts, which
-    the run pays for as its first call.
+    are clipped (see `bbprompt.random_projection.clipped_std`), for which all values of a layer have to be there: those
+    of one layer are held in float32, or of a stock model those of as many as fit. The released code measures while a
+    first random candidate is at the input layer and counts padding; here there is neither. The forward is that of the
+    untuned prompt on the few-shot texts, which the run pays for as its first call.
     """
     words = backbone.model.get_input_embeddings().weight
     facts = facts_of(backbone)
@@ -51,7 +62,7 @@ def measure(
     if deep:
         limit = backbone.limit(max_tokens)
         ids = _written(backbone, forms, placeholders_for(facts.vocabulary, prompt_length), limit)
-        stds += [clipped_std(states) for states in (_states if backbone.packed else _stock_states)(backbone, ids)]
+        stds += [_clipped_std(states) for states in (_states if backbone.packed else _stock_states)(backbone, ids)]
     return replace(facts, stds=tuple(stds))
 
 
@@ -69,26 +80,83 @@ def _written(
     return [item.ids for item in head.sequences(TextBatch(tuple(forms)))]
 
 
-def _states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """States that enter the second and each later layer of an encoder."""
+def _states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+    """States that enter the second and each later layer of an encoder; each overwrites the one before."""
     encoder = Encoder(backbone.model, token_type=backbone.token_type, prepack=False)
-    layout = pack([len(each) for each in ids])
-    states = encoder.embed(ids, layout)[None]
-    found = []
+    order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
+    pieces: list[tuple[slice, Layout]] = []
+    states = torch.empty(1, sum(map(len, ids)), backbone.hidden)
+    first = 0
+    for some in _cut([ids[i] for i in order], best_batch_tokens("cpu")):
+        layout, size = pack([len(each) for each in some]), sum(map(len, some))
+        rows = slice(first, first + size)
+        states[0, rows] = encoder.embed(some, layout)
+        pieces.append((rows, layout))
+        first += size
     for layer in range(len(encoder.layers) - 1):
-        states = encoder.layer(layer, states, layout)
-        found.append(states.float().numpy())
-    return found
+        for rows, layout in pieces:
+            states[:, rows] = encoder.layer(layer, states[:, rows], layout)
+        yield states.numpy()
 
 
-def _stock_states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-    """The same of a causal model or of T5's encoder, by its own forward, text by text."""
+def _cut(texts: Sequence[Sequence[int]], most: int) -> Iterator[list[Sequence[int]]]:
+    """Texts in order, in pieces of at most so many tokens or of one text."""
+    piece: list[Sequence[int]] = []
+    for text in texts:
+        if piece and sum(map(len, piece)) + len(text) > most:
+            yield piece
+            piece = []
+        piece.append(text)
+    yield piece
+
+
+def _stock_states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
+    """The same of a causal model or of T5's encoder, by its own forward, text by text.
+
+    Where memory does not hold all layers' states, the texts run once more for every few layers.
+    """
     causal = backbone.head is not None and backbone.head.causal
     model: Any = backbone.model if causal else backbone.model.get_encoder()
-    texts = [
-        model(input_ids=torch.tensor([each]), output_hidden_states=True, use_cache=False).hidden_states for each in ids
-    ]
-    return [
-        np.concatenate([states[layer].float().numpy().ravel() for states in texts])
-        for layer in range(1, backbone.layers)
-    ]
+    size = sum(map(len, ids)) * backbone.hidden
+    several = max(free_bytes("cpu") // _PART // (size * np.dtype(np.float32).itemsize), 1)
+    for first in range(1, backbone.layers, several):
+        layers = range(first, min(first + several, backbone.layers))
+        found, done = np.empty((len(layers), size), dtype=np.float32), 0
+        for each in ids:
+            states = model(input_ids=torch.tensor([each]), output_hidden_states=True, use_cache=False).hidden_states
+            end = done + states[first].numel()
+            for row, layer in zip(found, layers, strict=True):
+                row[done:end] = states[layer].float().numpy().ravel()
+            done = end
+        yield from found
+
+
+def _clipped_std(values: NDArray[np.float32]) -> float:
+    """What `clipped_std` gives by default, to the last bit, without copies of all values in float64.
+
+    To clip again and again is to clip once to the narrowest bounds, so that no clipped values need be kept.
+    """
+    flat, low, high = values.ravel(), -np.inf, np.inf
+    for _ in range(_ROUNDS):
+        mean, std = _moments(flat, low, high)
+        low, high = max(low, mean - _WIDTH * std), min(high, mean + _WIDTH * std)
+    return _moments(flat, low, high)[1]
+
+
+def _moments(values: NDArray[np.float32], low: float, high: float) -> tuple[float, float]:
+    """Mean and standard deviation of values clipped to bounds, in float64."""
+
+    def clipped(some: NDArray[np.float32]) -> NDArray[np.float64]:
+        return some.astype(np.float64).clip(low, high)
+
+    mean = _sum(values, clipped) / len(values)
+    return mean, math.sqrt(_sum(values, lambda some: np.square(clipped(some) - mean)) / len(values))
+
+
+def _sum(values: NDArray[np.float32], of: Callable[[NDArray[np.float32]], NDArray[np.float64]]) -> float:
+    """Sum of a function of values, of so many at once, in the halves in which numpy sums them: the same bits."""
+    if len(values) <= _BLOCK:
+        return float(of(values).sum())
+    half = len(values) // 2
+    half -= half % 8
+    return _sum(values[:half], of) + _sum(values[half:], of)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from bbprompt.backends import local
 from bbprompt.backends.head import Head, Plan
 from bbprompt.backends.layout import Layout
-from bbprompt.backends.linear import FrozenLinear
 from bbprompt.oracle import Scores, Support, TextBatch
 from bbprompt.texts.mrc import Encoded
 from benchmarks.frozen import Sweep, open_frozen, texts_of
@@ -102,7 +101,8 @@ def _texts_anew(oracle: _Oracle, batch: TextBatch) -> None:
 
     def prepare() -> None:
         with patch.object(oracle, "_kept", type(oracle._kept)()):
-            oracle._chunks(batch, "candidates")
+            for chunk in oracle._chunks(batch, "candidates"):
+                oracle._lane(chunk)
 
     _before(oracle, prepare)
 
@@ -132,9 +132,8 @@ def _one_group(oracle: _Oracle, batch: TextBatch) -> None:
 
 def _unpacked(oracle: _Oracle, batch: TextBatch) -> None:
     for layer in oracle._encoder.layers:
-        for field in fields(layer):
-            if isinstance(part := getattr(layer, field.name), FrozenLinear):
-                part.packed = None
+        for name in ("query", "key_value", "query_key_value", "attention_out", "up", "down"):
+            getattr(layer, name).packed = None
 
 
 def _name_all(oracle: _Oracle, output: _Output) -> None:

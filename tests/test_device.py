@@ -18,7 +18,7 @@ from tiny_prompt import batch_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bbprompt.backends import fit
+from bbprompt.backends import fit, local
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.local import LocalOracle
 from bbprompt.oracle import Support
@@ -46,6 +46,7 @@ class OneDevice(TorchDispatchMode):
 def away(backbone: Backbone, prompt: ModularPrompt, monkeypatch: pytest.MonkeyPatch, dtype: str) -> LocalOracle:
     """An oracle on the device without data, whose scores are left where they are."""
     monkeypatch.setattr(fit, "_describe", lambda device: device)
+    monkeypatch.setattr(local, "join", lambda parts: parts[0])  # of one unit, and no scores
     oracle: Any = LocalOracle(backbone, prompt, device="meta", dtype=dtype, batch_tokens=200)
     head = oracle._head
     monkeypatch.setattr(head, "scores", lambda batch, plans, outputs, _longest: head.values(batch, plans, outputs))
@@ -55,7 +56,7 @@ def away(backbone: Backbone, prompt: ModularPrompt, monkeypatch: pytest.MonkeyPa
 def left(oracle: Any, batch: Any, points: np.ndarray, support: Support) -> tuple[torch.Tensor, ...]:
     """Logits and normalizers of all candidates on all texts, where they are."""
     with torch.inference_mode(), OneDevice():
-        return oracle._unit(batch, points, support, None, Unit(0, len(points)))
+        return oracle._units(batch, points, support, None, [Unit(0, len(points))])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from reference import plain_states, prepended_states
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.encoder import FAMILY, Encoder
 from bbprompt.backends.layout import pack
-from bbprompt.backends.linear import packable
+from bbprompt.backends.linear import FrozenLinear, packable
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import NO_TOKEN
 
@@ -231,3 +232,76 @@ def test_other_models_are_refused() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(ArtifactError, match="activation 'relu'"):
         Encoder(BertModel(BertConfig(**sizes, intermediate_size=8, hidden_act="relu")))
+
+
+# ------------------------------------------------------------------------------------- copies of weights
+
+
+def storages(encoder: Encoder) -> set[int]:
+    """Where the plain weights of its products lie."""
+    layers = encoder.layers
+    maps = [layer.projections[0] for layer in layers]
+    maps += [each.weight for layer in layers for each in (layer.attention_out, layer.up, layer.down)]
+    return {weight.untyped_storage().data_ptr() for weight in maps}
+
+
+def packed_bytes(encoder: Encoder) -> int:
+    """Memory of all packed weights that there are."""
+    made = [part for layer in encoder.layers for part in vars(layer).values() if isinstance(part, FrozenLinear)]
+    return sum(part.packed.numel() * part.packed.element_size() for part in made if part.packed is not None)
+
+
+def test_one_module_is_not_copied(models: dict[str, Any]) -> None:
+    model = models["bert"]
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    encoder = Encoder(model)
+    assert len(storages(encoder) - own) == len(encoder.layers), "only what is joined, in each layer"
+    for layer, stock in zip(encoder.layers, model.encoder.layer, strict=True):
+        assert layer.up.weight.data_ptr() == stock.intermediate.dense.weight.data_ptr()
+    with torch.inference_mode():
+        encoder.layer(1, torch.zeros(1, 3, encoder.hidden), pack([3]), torch.tensor([[0]]))
+    read = encoder.layers[1]
+    joined = read.projections[0].untyped_storage().data_ptr()
+    assert {part.weight.untyped_storage().data_ptr() for part in (read.query, read.key_value)} == {joined}
+
+
+@pytest.mark.skipif(not packable(torch.float32), reason="nothing is packed here")
+def test_only_what_a_forward_reads_is_packed(models: dict[str, Any]) -> None:
+    encoder, size = Encoder(models["bert"]), 4 * tiny.HIDDEN**2
+    others = 4 * sum(each.weight.numel() for at in encoder.layers for each in (at.attention_out, at.up, at.down))
+    layout, last = pack([9, 9]), len(encoder.layers) - 1
+    assert packed_bytes(encoder) == others + 3 * size * last
+    with torch.inference_mode():
+        for rows, more in ((1, 1), (8, 3)):  # queries, then keys and values too
+            states = encoder.embed([[5] * 9] * 2, layout)[None]
+            for index in range(last + 1):
+                read = layout.rows(torch.arange(rows)) if index == last else None
+                states = encoder.layer(index, states, layout, read)
+            assert packed_bytes(encoder) == others + 3 * size * last + more * size
+
+
+@pytest.mark.parametrize("way", ["transposed", "shifted"])
+def test_a_weight_that_products_cannot_read_is_copied(way: str, models: dict[str, Any]) -> None:
+    model = copy.deepcopy(models["bert"])
+    for layer in model.encoder.layer:
+        weight = layer.intermediate.dense.weight
+        apart = torch.empty(weight.numel() + 1)[1:].view_as(weight) if way == "shifted" else weight.t().contiguous().t()
+        layer.intermediate.dense.weight = torch.nn.Parameter(apart.copy_(weight.detach()), requires_grad=False)
+    encoder, usual = (Encoder(each, prepack=False) for each in (model, models["bert"]))
+    assert encoder.layers[0].up.weight.data_ptr() != model.encoder.layer[0].intermediate.dense.weight.data_ptr()
+    with torch.inference_mode():
+        for one, other in zip(run(encoder, texts()), run(usual, texts()), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_projections_first_read_without_gradients_serve_those_with(models: dict[str, Any]) -> None:
+    layout, encoder = pack([9, 9]), Encoder(models["bert"], prepack=False)
+    read = layout.rows(torch.arange(8))
+    with torch.inference_mode():
+        plain = encoder.layer(1, encoder.embed([[5] * 9] * 2, layout)[None], layout, read)
+    states = encoder.embed([[5] * 9] * 2, layout)[None].requires_grad_()
+    found = encoder.layer(1, states, layout, read)
+    found.square().sum().backward()
+    assert (found - plain).abs().max() < 1e-5
+    assert states.grad is not None
+    assert states.grad.abs().max() > 0
