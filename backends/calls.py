@@ -41,7 +41,7 @@ class Policy:
     """How patient a client is; seconds.
 
     Attributes:
-        attempts: Most tries of a request that failed; one that a busy server declined does not count.
+        attempts: Most tries of a request.
         connect: To connect.
         deadline: For one try as a whole.
         total: For all tries of a request; no pause begins that would end later.
@@ -85,15 +85,11 @@ class Transient(OracleError):
         message: What happened.
         after: Seconds after which the server wants to be asked again.
         done: Whether the request may have been carried out.
-
-    Attributes:
-        busy: The server declined it and said when to ask again: it is well, and is waited for.
     """
 
     def __init__(self, message: str, after: float | None = None, *, done: bool = True) -> None:
         super().__init__(message)
         self.after, self.done = after, done
-        self.busy = bool(after) and not done
 
 
 class _Quota:
@@ -148,7 +144,7 @@ class Retries:
         Raises:
             OracleError: There is no answer, or `send` or `read` raises it.
         """
-        malformed = failed = 0
+        malformed = 0
         began = self._policy.clock()
 
         def once() -> _T:
@@ -171,20 +167,14 @@ class Retries:
                     raise OracleError(f"{self._url}: the answer is malformed: {error}") from error
                 raise Transient(f"the answer is malformed: {error}") from error
 
-        def enough(state: tenacity.RetryCallState) -> bool:
-            nonlocal failed
-            error = state.outcome.exception() if state.outcome is not None else None
-            busy = isinstance(error, Transient) and error.busy
-            failed += not busy
-            passed = max(self._policy.clock() - began, state.idle_for)
-            late = passed + state.upcoming_sleep >= self._policy.total
-            return late or (not busy and (failed >= self._policy.attempts or not self._quota.take()))
+        def late(state: tenacity.RetryCallState) -> bool:
+            return self._policy.clock() - began + state.upcoming_sleep >= self._policy.total
 
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(
                 lambda error: isinstance(error, Transient) and (self._policy.resend or not error.done)
             ),
-            stop=enough,
+            stop=lambda state: state.attempt_number >= self._policy.attempts or late(state) or not self._quota.take(),
             wait=self._pause,
             sleep=self._policy.sleep or self._wait,
             reraise=True,
