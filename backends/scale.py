@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +17,13 @@ from bbprompt.backends.memory import free_bytes
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead
 from bbprompt.oracle import TextBatch
-from bbprompt.random_projection import BackboneFacts, placeholders_for
+from bbprompt.random_projection import BackboneFacts, clipped_std, placeholders_for
 from bbprompt.tasks.example import Form
 from bbprompt.texts.mrc import encode
 from bbprompt.units import best_batch_tokens
 
 __all__ = ["facts_of", "measure"]
 
-#: Of `clipped_std`.
-_ROUNDS, _WIDTH = 5, 3.0
-#: Values that are in float64 at once.
-_BLOCK = 1 << 16
 #: States of a stock model take at most one part in so many of the free memory, or those of one layer.
 _PART = 4
 
@@ -62,7 +57,7 @@ def measure(
     if deep:
         limit = backbone.limit(max_tokens)
         ids = _written(backbone, forms, placeholders_for(facts.vocabulary, prompt_length), limit)
-        stds += [_clipped_std(states) for states in (_states if backbone.packed else _stock_states)(backbone, ids)]
+        stds += [clipped_std(states) for states in (_states if backbone.packed else _stock_states)(backbone, ids)]
     return replace(facts, stds=tuple(stds))
 
 
@@ -129,34 +124,3 @@ def _stock_states(backbone: Backbone, ids: Sequence[Sequence[int]]) -> Iterator[
                 row[done:end] = states[layer].float().numpy().ravel()
             done = end
         yield from found
-
-
-def _clipped_std(values: NDArray[np.float32]) -> float:
-    """What `clipped_std` gives by default, to the last bit, without copies of all values in float64.
-
-    To clip again and again is to clip once to the narrowest bounds, so that no clipped values need be kept.
-    """
-    flat, low, high = values.ravel(), -np.inf, np.inf
-    for _ in range(_ROUNDS):
-        mean, std = _moments(flat, low, high)
-        low, high = max(low, mean - _WIDTH * std), min(high, mean + _WIDTH * std)
-    return _moments(flat, low, high)[1]
-
-
-def _moments(values: NDArray[np.float32], low: float, high: float) -> tuple[float, float]:
-    """Mean and standard deviation of values clipped to bounds, in float64."""
-
-    def clipped(some: NDArray[np.float32]) -> NDArray[np.float64]:
-        return some.astype(np.float64).clip(low, high)
-
-    mean = _sum(values, clipped) / len(values)
-    return mean, math.sqrt(_sum(values, lambda some: np.square(clipped(some) - mean)) / len(values))
-
-
-def _sum(values: NDArray[np.float32], of: Callable[[NDArray[np.float32]], NDArray[np.float64]]) -> float:
-    """Sum of a function of values, of so many at once, in the halves in which numpy sums them: the same bits."""
-    if len(values) <= _BLOCK:
-        return float(of(values).sum())
-    half = len(values) // 2
-    half -= half % 8
-    return _sum(values[:half], of) + _sum(values[half:], of)
