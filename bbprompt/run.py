@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -267,6 +267,9 @@ def reopen(path: Path, *, writable: bool) -> tuple[RunDirectory, TuneConfig]:
         raise ResumeMismatch(f"{error}; the run was begun by another version of bbprompt") from error
 
 
+_PATHS = ("projection.head", "projection.start", "gradient.soft.head")  # settings of a method that may be directories
+
+
 def located(config: TuneConfig) -> TuneConfig:
     """The settings with every path absolute, so that a run can be resumed and used from anywhere."""
     named = {"task": config.task, "method": config.method}
@@ -275,12 +278,18 @@ def located(config: TuneConfig) -> TuneConfig:
     if config.data not in ("auto", "hub", "sample"):
         paths["data"] = config.data
     found = {key: str(Path(value).resolve()) for key, value in paths.items() if Path(value).exists()}
-    changes = dict(config.set)
-    for key in ("projection.head", "projection.start", "gradient.soft.head"):
-        value = changes.get(key)
-        if isinstance(value, str) and Path(value).is_dir():
-            changes[key] = str(Path(value).resolve())
-    return config.model_copy(update={**found, "set": changes})
+    return config.model_copy(update={**found, "set": _absolute(config.set)})
+
+
+def _absolute(changes: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Changes to a method with absolute paths, whether they name keys by dots or say whole blocks."""
+    found = dict(changes)
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            found[key] = _absolute(value, f"{before}{key}.")
+        elif before + key in _PATHS and isinstance(value, str) and Path(value).is_dir():
+            found[key] = str(Path(value).resolve())
+    return found
 
 
 def tune(run: Opened, directory: RunDirectory, watcher: Watcher | None = None) -> Result:

@@ -268,6 +268,17 @@ def test_the_head_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     changed = located(TuneConfig(task="lcqmc", set={"projection.head": "mine", "select": "dev-loss"}))
     assert changed.set == {"projection.head": str(tmp_path / "mine"), "select": "dev-loss"}
+    block = {
+        "projection": {"head": "mine", "dim": 5},
+        "gradient": {"soft": {"head": "mine"}},
+        "router": {"head": "mine"},
+    }
+    changed = located(TuneConfig(task="lcqmc", set=block))
+    assert changed.set == {
+        "projection": {"head": str(tmp_path / "mine"), "dim": 5},
+        "gradient": {"soft": {"head": str(tmp_path / "mine")}},
+        "router": {"head": "mine"},
+    }
 
 
 def test_what_does_not_fit_is_refused(
