@@ -4,19 +4,25 @@ A body gives for each text the state that tells the word in the gap. Prompts are
 placeholders, by hooks, so that everything else is transformers' own code. The rows of a prepended prompt are embeddings
 of zeros: other than in an encoder of the BERT family they take the first positions, as the rows of PEFT's prompt tuning
 and vLLM's `prompt_embeds` do, and a model that has embeddings of positions adds them.
+
+Candidates that share the prompts of the first layers share these layers: a `Trunk` holds what they give, and each runs
+from there on. No model code is needed for it: the blocks that are not run stay in their places and give what they gave
+before, so that a model counts positions, masks and layers as ever. Whether that is exact for a model and a layer is
+tried by `families.can_fork`.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from bbprompt.backends.chunks import Given, Trunk
 from bbprompt.backends.precision import warn_of_slow
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import NO_TOKEN, Encoded, Frame
@@ -57,7 +63,11 @@ class Body(Protocol):
         """
 
 
-def body_of(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Body:
+#: Gives the states `(n, N, 1, H)` of the texts of a chunk, told by its number: numbers are those of a `Trunk`.
+Run = Callable[[int, Sequence[Encoded]], Tensor]
+
+
+def body_of(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> CausalBody | SentinelBody:
     """The body of a causal model or an encoder-decoder."""
     warn_of_slow(dtype, device.type)
     model: Any = backbone.model.to(device=device, dtype=dtype)
@@ -69,8 +79,9 @@ def body_of(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Bod
 class CausalBody:
     """A causal model; texts are padded on the right, where it does not look.
 
-    What stands before a text is the same for all texts of a candidate, so it runs through the model once and they
-    attend to its keys and values. Without prompts these are kept for the next texts.
+    What stands before a text is the same for all texts of a candidate, so it runs through the model once for all texts
+    that `states` is given, or once for all chunks of `under`, and they attend to its keys and values. Without prompts
+    these are kept for the next texts. In the layers of a `Trunk` it runs once for all candidates.
 
     Args:
         model: The stock model without its head.
@@ -92,10 +103,54 @@ class CausalBody:
             seen = self._keep(front, len(prompts))
         return self._behind(sequences, len(front), seen, len(prompts))
 
+    def under(self, frame: Frame, prompts: Tensor, trunk: Trunk | None = None) -> Run:
+        """Run what stands before the texts, for `n` candidates.
+
+        Args:
+            frame: What surrounds the texts.
+            prompts: `(n, L, P, H)` for its placeholders, in the layers behind those of the trunk.
+            trunk: What the candidates share; what it lacks of a chunk is added when that runs. None for nothing.
+        """
+        blocks, trunk = list(blocks_of(self._model)), trunk or Trunk()
+        fork = len(trunk.prompts)
+        with (
+            _only(blocks, fork, len(blocks), trunk.front, len(prompts)),
+            prompted(blocks[fork:], frame.prompt_start, frame.prompt_end, prompts),
+        ):
+            seen = _joined(trunk.seen, fork, self._keep(frame.front, len(prompts)))
+
+        def run(number: int, sequences: Sequence[Encoded]) -> Tensor:
+            entering = self._entering(trunk, number, sequences, frame) if fork else None
+            with _only(blocks, fork, len(blocks), entering, len(prompts)):
+                return self._behind(sequences, frame.text_start, copy.deepcopy(seen), len(prompts))
+
+        return run
+
+    def grown(self, trunk: Trunk, frame: Frame, prompts: Tensor) -> Trunk:
+        """A trunk with further layers, whose prompts are `(l, P, H)`, at least one; the old one is of no more use."""
+        blocks, first = list(blocks_of(self._model)), len(trunk.prompts)
+        last = first + len(prompts)
+        with (
+            _only(blocks, first, last, trunk.front) as gave,
+            prompted(blocks[first:], frame.prompt_start, frame.prompt_end, prompts[None]),
+        ):
+            seen = self._keep(frame.front, 1)
+        return Trunk([*trunk.prompts, *prompts], Given.of(gave[0]), _joined(trunk.seen, first, seen), trunk.texts)
+
     def run(self, ids: Sequence[int], times: int = 1) -> Any:
         """The stock output for one sequence of tokens, that many times, with keys and values."""
         repeated = torch.as_tensor([ids], device=self._model.device).repeat(times, 1)
         return self._model(**inputs_of(self._model, repeated), use_cache=True)
+
+    def _entering(self, trunk: Trunk, number: int, sequences: Sequence[Encoded], frame: Frame) -> Given:
+        """What the last layer of the trunk gives for a chunk."""
+        first, given = trunk.texts.get(number, (0, None))
+        if given is None or first < len(trunk.prompts):
+            with _only(list(blocks_of(self._model)), first, len(trunk.prompts), given) as gave:
+                self._behind(sequences, frame.text_start, copy.deepcopy(trunk.seen), 1)
+            given = Given.of(gave[0])
+            trunk.texts[number] = len(trunk.prompts), given
+        return given
 
     def _keep(self, front: Sequence[int], times: int) -> Any:
         """The keys and values of what stands before the texts.
@@ -132,6 +187,8 @@ class CausalBody:
 class SentinelBody:
     """An encoder-decoder of the T5 family: the encoder reads the text with its prompts, the decoder the sentinel.
 
+    The position bias that the encoder's first block computes and hands on is kept with the states of a `Trunk`.
+
     Args:
         model: The stock model.
         told: Token ids that the decoder begins with: its start, and the sentinel that stands in the gap.
@@ -142,19 +199,55 @@ class SentinelBody:
 
     def states(self, sequences: Sequence[Encoded], frame: Frame, prompts: Tensor | None = None) -> Tensor:
         """States of the decoder at the sentinel; see `Body`."""
-        device = self._encoder.device
-        candidates = 1 if prompts is None else len(prompts)
-        ids, mask = (each.repeat(candidates, 1) for each in _padded([item.ids for item in sequences], device))
-        rows = torch.zeros(1, 0, 0, 0) if prompts is None else prompts.repeat_interleave(len(sequences), dim=0)
-        with prompted(blocks_of(self._encoder), frame.prompt_start, frame.prompt_end, rows):
-            read = self._encoder(**inputs_of(self._encoder, ids), attention_mask=mask).last_hidden_state
+        rows = torch.zeros(1, 0, 0, 0) if prompts is None else prompts
+        return self._decoded(*self._read(sequences, frame, rows), len(rows))
+
+    def under(self, frame: Frame, prompts: Tensor, trunk: Trunk | None = None) -> Run:
+        """See `CausalBody.under`; nothing runs before the texts."""
+        shared = trunk or Trunk()
+        fork = len(shared.prompts)
+
+        def run(number: int, sequences: Sequence[Encoded]) -> Tensor:
+            entering = self._entering(shared, number, sequences, frame) if fork else None
+            with _only(list(blocks_of(self._encoder)), fork, None, entering, len(prompts)):
+                read = self._read(sequences, frame, prompts, fork)
+            return self._decoded(*read, len(prompts))
+
+        return run
+
+    def grown(self, trunk: Trunk, frame: Frame, prompts: Tensor) -> Trunk:
+        """See `CausalBody.grown`."""
+        return Trunk([*trunk.prompts, *prompts], texts=trunk.texts)
+
+    def _entering(self, trunk: Trunk, number: int, sequences: Sequence[Encoded], frame: Frame) -> Given:
+        """What the last layer of the trunk gives for a chunk."""
+        first, given = trunk.texts.get(number, (0, None))
+        if given is None or first < len(trunk.prompts):
+            with _only(list(blocks_of(self._encoder)), first, len(trunk.prompts), given) as gave:
+                self._read(sequences, frame, torch.stack(trunk.prompts[first:])[None], first)
+            given = Given.of(gave[0])
+            trunk.texts[number] = len(trunk.prompts), given
+        return given
+
+    def _read(
+        self, sequences: Sequence[Encoded], frame: Frame, prompts: Tensor, first: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of texts, and their mask; the prompts are of its layers from `first` on."""
+        ids, mask = (
+            each.repeat(len(prompts), 1) for each in _padded([item.ids for item in sequences], self._encoder.device)
+        )
+        rows = prompts.repeat_interleave(len(sequences), dim=0)
+        with prompted(list(blocks_of(self._encoder))[first:], frame.prompt_start, frame.prompt_end, rows):
+            return self._encoder(**inputs_of(self._encoder, ids), attention_mask=mask).last_hidden_state, mask
+
+    def _decoded(self, read: Tensor, mask: Tensor, candidates: int) -> Tensor:
         states: Tensor = self._decoder(
-            input_ids=torch.as_tensor([self._told], device=device).repeat(len(ids), 1),
+            input_ids=torch.as_tensor([self._told], device=read.device).repeat(len(read), 1),
             encoder_hidden_states=read,
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
-        return states[:, -1].view(candidates, len(sequences), 1, -1)
+        return states[:, -1].view(candidates, len(read) // candidates, 1, -1)
 
 
 def inputs_of(model: Any, ids: Tensor) -> dict[str, Tensor]:
@@ -244,6 +337,48 @@ def prompted(blocks: Any, begin: int, end: int, prompts: Tensor) -> Iterator[Non
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _only(
+    blocks: Sequence[Any], first: int, last: int | None, entering: Given | None = None, candidates: int = 1
+) -> Iterator[list[Any]]:
+    """Run blocks `first` to `last` (exclusive) alone while the context is open.
+
+    The others are called, and compute nothing: those before give `entering`, which block `first - 1` once gave, for
+    each candidate, and those behind what block `last - 1` has just given.
+
+    Yields:
+        A list of what block `last - 1` gave, once it has run.
+    """
+    gave: list[Any] = []
+    given = None if entering is None else entering.times(candidates)
+    last = len(blocks) if last is None else last
+    instead = {id(block): (block, vars(block).get("forward")) for block in (*blocks[:first], *blocks[last:])}
+
+    def note(_module: nn.Module, _args: Any, out: Any) -> None:
+        gave[:] = [out]
+
+    handle = blocks[last - 1].register_forward_hook(note)
+    try:
+        for block in blocks[:first]:
+            vars(block)["forward"] = lambda *_args, **_more: given
+        for block in blocks[last:]:
+            vars(block)["forward"] = lambda *_args, **_more: gave[0]
+        yield gave
+    finally:
+        handle.remove()
+        for block, own in instead.values():
+            vars(block).pop("forward", None)
+            if own is not None:
+                vars(block)["forward"] = own
+
+
+def _joined(below: Any, layers: int, seen: Any) -> Any:
+    """Keys and values of the first layers, and those of the others that a run from there on gave."""
+    if layers:
+        seen.layers[:layers] = below.layers[:layers]
+    return seen
 
 
 def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,23 +3,29 @@
 Transformers has some two hundred families of causal models, and new ones with every release. What they have in common
 is relied on here: an output matrix behind the last state, blocks that pass one state a token on, keys and values that
 are kept. Nothing of it is looked up by name where it can be tried: on a few tokens, once, when the model is loaded.
+Whether candidates can share its first layers is tried for each number of them when it is first asked for.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bbprompt.backends.body import CausalBody, blocks_of
+from bbprompt.backends.body import CausalBody, SentinelBody, blocks_of
+from bbprompt.backends.chunks import Trunk
 from bbprompt.backends.lm_head import LanguageHead
+from bbprompt.backends.memory import is_exhausted
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import Encoded, Frame
 
-__all__ = ["check_model", "longest_input"]
+if TYPE_CHECKING:  # a backbone is checked with what is here
+    from bbprompt.backends.backbone import Backbone
+
+__all__ = ["can_fork", "check_model", "longest_input"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -31,6 +37,8 @@ _T5_TRAINED_ON = 512
 
 #: Largest difference of one computation in two forms, relative to the largest entry.
 _SAME = 1e-4
+#: The same in half precision, where candidates run beside others.
+_SAME_HALF = 0.1
 #: Tokens of a text that the model is tried on, those of them that stand before the text, and words in its gap.
 _TOKENS, _FRONT, _WORDS = 8, 3, 64
 _INSTEAD = "use another --backbone, such as BERT, GPT-2, Llama, OPT or T5"
@@ -75,9 +83,7 @@ def check_model(name: str, model: Any, head: LanguageHead) -> None:
             f"{where}: its config.json has no {' and no '.join(missing)}, as where a language model is part of a "
             "larger one; save the language model alone and give its directory"
         )
-    padding = getattr(model.config, "pad_token_id", None)  # no token of a text
-    tokens = [token for token in range(2 * _TOKENS) if token != padding][-_TOKENS:]
-    ids = torch.tensor([tokens]) % model.config.vocab_size
+    ids = _tokens(model.config)
     parts: list[tuple[str, Callable[[], None]]] = [("be run", lambda: _check_head(where, model, head, ids))]
     if head.kind != "masked":  # masked models run by code of our own, which has a list of its families
         body = model.get_encoder() if head.kind == "sentinel" else model.base_model
@@ -99,6 +105,66 @@ def check_model(name: str, model: Any, head: LanguageHead) -> None:
             where,
             _UNTOLD,
         )
+
+
+@torch.no_grad()
+def can_fork(backbone: Backbone, body: CausalBody | SentinelBody, layer: int) -> bool:
+    """Whether candidates that share their prompts below a layer can share what enters it, tried on a few tokens.
+
+    They cannot where a block takes more from those before it than the states, and what is the same for all texts: as
+    the keys and values of another layer. Then they run through all layers, which is logged.
+
+    Args:
+        backbone: The model that runs.
+        body: How it runs.
+        layer: From 1 on.
+    """
+    model: Any = backbone.model
+    tokens = tuple(_tokens(model.config)[0].tolist())
+    frame = Frame(tokens[:1], tokens[1:_FRONT], (), _TOKENS)
+    ahead, behind = tokens[:_FRONT], tokens[_FRONT:]
+    texts, others = (
+        [Encoded((*ahead, *text), ((0, 0),), (0, 0), (), 0) for text in (some, some[:-2])]
+        for some in (behind, behind[::-1])
+    )
+    drawn = torch.randn(2, backbone.layers, _FRONT - 1, backbone.hidden, generator=torch.Generator().manual_seed(0))
+    drawn[1, :layer] = drawn[0, :layer]
+    prompts = drawn.to(model.device)
+    half, reason = model.dtype != torch.float32, ""
+    # One candidate alone does the same sums in either form, which are the same bits in half precision as well.
+    for count, most in ((1, _SAME), (2, _SAME_HALF)) if half else ((2, _SAME),):
+        try:
+            expected = body.states(texts, frame, prompts[:count])
+            trunk = body.grown(Trunk(), frame, prompts[0, :layer])
+            run = body.under(frame, prompts[:count, layer:], trunk)
+            run(0, texts)
+            run(1, others)  # what a block handed on beside its states is of these now
+            found = run(0, texts)
+            apart = _apart(found, expected) / float(expected.abs().max())
+            reason = "" if apart <= most else f"states would differ by {apart:.2g}"
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_exhausted(error):
+                raise
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), 'no reason given')}"
+        if reason:
+            _log.info(
+                "backbone %s of type '%s': it cannot go on from the states that enter layer %d (%s), so that "
+                "candidates which differ from there on run through all layers",
+                backbone.id,
+                model.config.model_type,
+                layer,
+                reason,
+            )
+            return False
+    return True
+
+
+def _tokens(config: Any) -> Tensor:
+    """A few token ids `(1, S)` that stand in a text."""
+    padding = getattr(config, "pad_token_id", None)
+    tokens = [token for token in range(2 * _TOKENS) if token != padding][-_TOKENS:]
+    ids: Tensor = torch.tensor([tokens]) % config.vocab_size
+    return ids
 
 
 def _check_head(where: str, model: Any, head: LanguageHead, ids: Tensor) -> None:

@@ -170,15 +170,20 @@ def test_memory_that_runs_out_halves_the_batch_for_good(
     points, oracle = points_for(prompt), opener()[0]
     expected, asked = whole.score(batch, points).logits, [0]
 
-    plain = oracle._body.states
+    plain = oracle._body.under
 
-    def states(sequences: Any, frame: Any, prompts: torch.Tensor) -> Any:
-        asked.append(len(prompts) * len(sequences) * max(len(item.ids) for item in sequences))
-        if asked[-1] > 600:
-            raise error
-        return plain(sequences, frame, prompts)
+    def under(frame: Any, prompts: torch.Tensor, trunk: Any) -> Any:
+        run = plain(frame, prompts, trunk)
 
-    monkeypatch.setattr(oracle._body, "states", states)
+        def states(number: int, sequences: Any) -> Any:
+            asked.append(len(prompts) * len(sequences) * max(len(item.ids) for item in sequences))
+            if asked[-1] > 600:
+                raise error
+            return run(number, sequences)
+
+        return states
+
+    monkeypatch.setattr(oracle._body, "under", under)
     np.testing.assert_allclose(oracle.score(batch, points).logits, expected, atol=1e-5, rtol=1e-5)
     assert max(asked) > 600
     asked.clear()
@@ -193,7 +198,7 @@ def test_memory_that_never_suffices(unit: bool, opener: Opener, monkeypatch: pyt
         raise MemoryError
 
     oracle, prompt = opener()
-    monkeypatch.setattr(oracle._body, "states", fail)
+    monkeypatch.setattr(oracle._body, "under", fail)
     batch, points = varied(3), points_for(prompt)
     with pytest.raises(OracleError, match="does not fit into memory with 64 tokens"):
         oracle.score_unit(batch, points, "candidates", None, Unit(0, 1)) if unit else oracle.score(batch, points)
