@@ -1,1 +1,1 @@
-"""Where a frozen model lives: the local torch backend and, later, remote ones."""
+"""Where a frozen model lives: here in torch, on a Ray cluster, or behind a server."""

@@ -38,6 +38,40 @@ def deviate(
     Returns:
         `(n, T, H)` float32.
     """
+    run = _in_blocks if states.device.type == "cpu" else _at_once
+    return run(exact, rough, index, states, layout, projected)
+
+
+def _at_once(
+    exact: Encoder, rough: Encoder, index: int, states: Tensor, layout: Layout, projected: Tensor | None
+) -> Tensor:
+    """All candidates in each product, as a GPU wants it."""
+    weights, low = exact.layers[index], rough.layers[index]
+    h, epsilon = exact.hidden, exact.epsilon
+    reference, others = states[:1], states[1:]
+    if projected is None:
+        seen = exact.project(index, reference)
+        own = seen + low.query_key_value.linear((others - reference).bfloat16())
+    else:
+        seen, own = projected[:1], projected[1:]
+    mixed = exact.attend(seen, layout)
+    summed = reference + weights.attention_out(mixed)
+    gain = low.attention_out.linear((exact.attend(own, layout) - mixed).bfloat16())
+    others = others - reference + gain + summed
+    base = F.layer_norm(summed, (h,), *weights.attention_norm, epsilon)
+    gap = F.layer_norm(others, (h,), *weights.attention_norm, epsilon) - base
+    wide = weights.up(base)
+    active = F.gelu(wide)
+    total = base + weights.down(active)
+    inner = F.gelu(low.up.linear(gap.bfloat16()) + wide) - active
+    gap = gap + low.down.linear(inner.bfloat16()) + total
+    return F.layer_norm(torch.cat([total, gap]), (h,), *weights.norm, epsilon)
+
+
+def _in_blocks(
+    exact: Encoder, rough: Encoder, index: int, states: Tensor, layout: Layout, projected: Tensor | None
+) -> Tensor:
+    """A candidate and some rows at a time, which stay in a core's cache."""
     weights, low = exact.layers[index], rough.layers[index]
     h, epsilon = exact.hidden, exact.epsilon
     reference, steps = states[0], range(0, states.shape[1], _ROWS)

@@ -114,7 +114,6 @@ class Dispatcher(Generic[Task_, Reply]):
         self._last_loss = ""
         self._pace: float | None = None  # seconds a task, lately
         self.lost = 0
-        self.sent = 0
 
     @property
     def ready(self) -> int:
@@ -179,7 +178,6 @@ class Dispatcher(Generic[Task_, Reply]):
                     worker.since = self._clock()
                 ticket = self._carrier.send(worker.handle, [tasks[number] for number in numbers])
                 worker.held.append((ticket, numbers))
-                self.sent += len(numbers)
 
     def _message(self, tasks: int, free: int) -> int:
         """How many tasks go into one message: never more than the even share of the `free` messages."""

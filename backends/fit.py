@@ -27,7 +27,7 @@ def check_fit(prompt: ModularPrompt, backbone: Backbone) -> None:
         raise ArtifactError(
             f"the prompts were trained for {config.backbone} (weights {config.backbone_digest[:12]}), "
             f"not for {backbone.id} (weights {backbone.digest[:12]}); choose other --prompts or another "
-            "--backbone"
+            "--backbone, or train some: bbprompt pretrain"
         )
     rows = int(backbone.model.get_input_embeddings().weight.shape[0])
     problem = None

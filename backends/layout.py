@@ -22,7 +22,6 @@ class Group:
     """Texts of similar length that attend together.
 
     Attributes:
-        first: Packed row where the group begins; its texts stand one after the other.
         width: W, columns that are asked for: the tokens of the longest text, or a few more.
         rows: `(G, S)`, S >= W: row within the group of each cell of its padded grid; 0 where the cell is padding.
         cells: Flat cell of the grid's first W columns for each row of the group.
@@ -31,7 +30,6 @@ class Group:
         even: No cell is padding: the rows are the grid.
     """
 
-    first: int
     width: int
     rows: Tensor
     cells: Tensor
@@ -92,7 +90,6 @@ def pack(
         cells = mask[:, :width].flatten().nonzero().squeeze(1)
         groups.append(
             Group(
-                first,
                 width,
                 rows.to(device),
                 cells.to(device),

@@ -45,8 +45,11 @@ log = logging.getLogger("bbprompt")
 _KEPT_BATCHES = 8
 #: States kept between calls take at most one part in so many of the memory that is free at first.
 _KEPT_PART = 4
-#: Deviations hold the states of so many times the tokens that run at once; they run some rows at a time.
-_HELD = 16
+#: Deviations hold the states of so many times the tokens that run at once, on a CPU, where some rows run at a time, and
+#: on a GPU: the more candidates, the less their reference costs each.
+_HELD, _HELD_AT_ONCE = 16, 4
+#: A head reads one candidate for so many tokens that run at once.
+_READ = 64
 #: Texts that attend together differ by less than so many tokens: less padding, more and smaller steps.
 _SLACK = 4
 #: Candidates from which on a request is worth a check.
@@ -62,8 +65,8 @@ class LocalOracle:
         backbone: The stock model with its tokenizer.
         prompt: The artifact behind the oracle.
         device: "cpu" or "cuda".
-        dtype: "float32", "bfloat16", or "mixed": populations in bfloat16, or on a CPU as bfloat16 deviations from a
-            float32 reference, where that is exact enough for what tells them apart; everything else in float32.
+        dtype: "float32", "bfloat16", or "mixed": populations in bfloat16, or as bfloat16 deviations from a float32
+            reference, where that is exact enough for what tells them apart; everything else in float32.
         batch_tokens: Tokens that run through the encoder at once (candidates times texts); halved for good
             where memory runs out.
         max_tokens: Longest sequence; None for the backbone's limit.
@@ -94,9 +97,9 @@ class LocalOracle:
         projection = torch.from_numpy(prompt.projection).to(device)
         self._runner = Runner(self._encoder, projection, rough)
         self._rough = None if rough is None else Runner(rough, projection)
-        # Deviations run a candidate and some rows at a time, to stay in a core's cache: no work for a GPU.
-        self._deviates = self._encoder.device.type == "cpu"
+        self._held = _HELD if self._encoder.device.type == "cpu" else _HELD_AT_ONCE
         weights = torch.from_numpy(prompt.head_weight), torch.from_numpy(prompt.head_bias)
+        self._reads_all = config.pooling is not None  # an embedding is the mean of all rows
         self._head = open_head(backbone, config, weights, self._tokenize, self._frame, self._encoder.device)
         self._used = Counter[str]()
         self._backbone = backbone
@@ -156,8 +159,9 @@ class LocalOracle:
         """Score every candidate on every text; see `bbprompt.oracle.Oracle`."""
         checked = check_points(points, self._info)
         mixed = self._rough is not None and len(checked) >= _CHECKED
-        # In the last layer so little is left to compute that no precision pays for its check.
-        mixed = mixed and self._runner.fork(checked) < len(self._encoder.layers) - 1
+        if mixed and not self._reads_all:
+            # Of a last layer at a few rows so little is left to compute that no precision pays for its check.
+            mixed = self._runner.fork(checked) < len(self._encoder.layers) - 1
         score = self._mixed if mixed else self._exact
         return self._answer(lambda: score(batch, checked, support, longest_answer))
 
@@ -217,30 +221,35 @@ class LocalOracle:
         *,
         rough: bool = False,
     ) -> Scores:
-        """Scores of some units, put together: chunk by chunk, so that a chunk's states are needed only once."""
-        chunks, parts = self._chunks(batch, support), []
-        plans = [chunk.plan for chunk in chunks]
-        found: list[list[Tensor]] = [[] for _ in units]
-        for chunk in chunks:
-            runner, lane = self._lane(chunk, rough=rough)
-            finish = functools.partial(self._head.apply, chunk.plan)
-            for unit, outputs in zip(units, found, strict=True):
-                outputs.append(runner.run(lane.place, lane.trunk, points, unit, finish))
-                if len(outputs) == len(chunks):
-                    parts.append(self._head.scores(batch, plans, outputs, longest_answer))
-                    outputs.clear()
-            self._make_room(chunks, chunk)
-        return join(parts)
-
-    def _lane(self, chunk: Prepared, *, rough: bool = False) -> tuple[Runner, Lane]:
-        """Where a chunk runs in one precision; its texts are embedded where that is not kept."""
-        runner, lane = (self._rough, chunk.rough) if rough else (self._runner, chunk.main)
-        if runner is None or lane is None:
+        """Scores of some units: chunk by chunk, so that a chunk's states are needed only once, and read all at once."""
+        runner = self._rough if rough else self._runner
+        if runner is None:
             raise ValueError("this oracle has no bfloat16 encoder")
+        chunks, population, outputs = self._chunks(batch, support), runner.population(points), []
+        for chunk in chunks:
+            lane = self._lane(chunk, runner)
+            finish = functools.partial(self._head.apply, chunk.plan)
+            done = [runner.run(lane.place, lane.trunk, population, unit, finish) for unit in units]
+            outputs.append(done[0] if len(done) == 1 else torch.cat(done))
+            self._make_room(chunks, chunk)
+        return self._read(batch, chunks, outputs, longest_answer)
+
+    def _read(
+        self, batch: TextBatch, chunks: Sequence[Prepared], outputs: Sequence[Tensor], longest_answer: int | None
+    ) -> Scores:
+        """What the head makes of what it read of each chunk; of a large request, of some candidates at a time."""
+        plans, count = [chunk.plan for chunk in chunks], len(outputs[0])
+        size = max(self._portion.tokens // _READ, 1)
+        parts = [[each[i : i + size] for each in outputs] for i in range(0, count, size)]
+        return join([self._head.scores(batch, plans, part, longest_answer) for part in parts])
+
+    def _lane(self, chunk: Prepared, runner: Runner) -> Lane:
+        """What a runner needs of a chunk; its texts are embedded where that is not kept."""
+        lane = chunk.main if chunk.rough is None or runner is self._runner else chunk.rough
         if not lane.trunk.states:
             states = self._encoder.embed(chunk.ids, chunk.main.place.layout)[None]
             lane.trunk.states.append(states.to(runner.encoder.dtype))
-        return runner, lane
+        return lane
 
     def _mixed(
         self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
@@ -261,7 +270,7 @@ class LocalOracle:
             if spread_of(scores, batch.sizes) >= ENOUGH_THROUGHOUT * error_of(found, right):
                 self._used["bfloat16"] += 1
                 return scores
-        if worth and self._deviates:
+        if worth:
             scores = self._deviations(batch, points, support, longest_answer)
             found = log_probabilities(scores, batch.sizes)[chosen][:, probe.spans]
             if spread_of(scores, batch.sizes) >= ENOUGH * error_of(found[-1], right[-1]):
@@ -283,13 +292,14 @@ class LocalOracle:
     def _deviations(
         self, batch: TextBatch, points: NDArray[np.float32], support: Support, longest_answer: int | None
     ) -> Scores:
-        chunks, held, outputs = self._chunks(batch, support), _HELD * self._portion.tokens, []
+        chunks, held, outputs = self._chunks(batch, support), self._held * self._portion.tokens, []
+        population = self._runner.population(points)
         for chunk in chunks:
-            runner, lane = self._lane(chunk)
+            lane = self._lane(chunk, self._runner)
             finish = functools.partial(self._head.apply, chunk.plan)
-            outputs.append(runner.run_deviations(lane.place, lane.trunk, points, held, finish))
+            outputs.append(self._runner.run_deviations(lane.place, lane.trunk, population, held, finish))
             self._make_room(chunks, chunk)
-        return self._head.scores(batch, [chunk.plan for chunk in chunks], outputs, longest_answer)
+        return self._read(batch, chunks, outputs, longest_answer)
 
     def _answer(self, score: Callable[[], Scores]) -> Scores:
         scores = self._portion.fit(score)

@@ -26,6 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT = 1 << 30
 #: Tokens at once below which nothing is halved further.
 _LEAST_TOKENS = 64
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device | str) -> int:
@@ -37,10 +38,18 @@ def free_bytes(device: torch.device | str) -> int:
     if meminfo.is_file():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         free.append(1024 * int(fields["MemAvailable"].split()[0]))
-    group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        free.append(limit - used + _droppable())
     return max(min(free), 0)
+
+
+def _droppable() -> int:
+    """Bytes in use by the control group for files that were read, such as a checkpoint's, and not lately."""
+    with contextlib.suppress(OSError, ValueError):
+        fields = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return int(fields.get("inactive_file", 0))
+    return 0
 
 
 def batch_tokens_for(hidden: int, inner: int, device: torch.device | str) -> int:

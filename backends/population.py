@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -22,7 +21,11 @@ from bbprompt.backends.head import Plan
 from bbprompt.backends.layout import Layout
 from bbprompt.units import Unit
 
-__all__ = ["Lane", "Place", "Prepared", "Runner", "Trunk"]
+__all__ = ["Lane", "Place", "Population", "Prepared", "Runner", "Trunk"]
+
+#: Candidates of a request whose prompts are made at once, which is hardly dearer than making one's: the projection is
+#: read from memory once for all of them; and bytes that they may take while it runs.
+_TOGETHER, _MADE = 64, 1 << 26
 
 
 @dataclass(slots=True)
@@ -111,24 +114,51 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class _Own:
-    """Candidates that run together.
+class Population:
+    """The candidates of a request, and what follows from all of them; see `Runner.population`.
 
     Attributes:
-        points: `(m, L, d)`.
-        differs: `(L,)` in which layers the candidates of the whole request differ: how a prompt is made must not depend
-            on how a request is cut.
-        moved: `(m, D, d)`, the points of the D layers in which they differ, where prompts are made.
+        points: `(n, L, d)`.
+        differs: `(L,)` in which layers they differ: how a prompt is made must not depend on how a request is cut.
+        fork: The first layer in which they differ, or the last.
+        moved: `(n, D, d)`, the points of the D layers in which they differ, where prompts are made.
+        common: `(L, d)`, those of the first candidate, there too: in the other layers they are everyone's.
+        made: Layer -> prompts `(n, P, H)` of all of them, where those of all layers take little memory.
     """
 
     points: NDArray[np.float32]
     differs: NDArray[np.bool_]
+    fork: int
     moved: Tensor
+    common: Tensor
+    made: dict[int, Tensor]
 
-    def one(self, number: int) -> Self:
-        """One of the candidates."""
-        only = slice(number, number + 1)
-        return type(self)(self.points[only], self.differs, self.moved[only])
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """Candidates that run together.
+
+    Attributes:
+        of: The population that they are of.
+        first: Number of the first one.
+        last: Number behind the last one.
+        led: The first candidate of the population goes before them.
+    """
+
+    of: Population
+    first: int
+    last: int
+    led: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many they are."""
+        return self.last - self.first + self.led
+
+    def some(self, rows: Tensor) -> Tensor:
+        """Theirs of rows of all candidates; by slices, for a list of numbers would have a GPU be waited for."""
+        own = rows[self.first : self.last]
+        return torch.cat([rows[:1], own]) if self.led else own
 
 
 class Runner:
@@ -145,11 +175,26 @@ class Runner:
         # Of each layer the point that candidates shared last, and its prompt.
         self._made: dict[int, tuple[NDArray[np.float32], Tensor]] = {}
 
+    def fork(self, points: NDArray[np.float32]) -> int:
+        """The first layer in which candidates `(n, L, d)` differ, or the last."""
+        differs = _differences(points)
+        return min(int(differs.argmax()) if differs.any() else len(differs), len(self.encoder.layers) - 1)
+
+    def population(self, points: NDArray[np.float32]) -> Population:
+        """See in what candidates `(n, L, d)` differ, and move that to where prompts are made; no GPU is waited for."""
+        differs = _differences(points)
+        moved, common = (self._moved(part) for part in (points[:, differs], points[0]))
+        return Population(points, differs, self.fork(points), moved, common, {})
+
+    def _moved(self, points: NDArray[np.float32]) -> Tensor:
+        host, device = torch.from_numpy(points), self._projection.device
+        return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
     def run(
         self,
         place: Place,
         trunk: Trunk,
-        points: NDArray[np.float32],
+        population: Population,
         unit: Unit,
         finish: Callable[[Tensor], Tensor],
     ) -> Tensor:
@@ -158,26 +203,23 @@ class Runner:
         Args:
             place: The texts.
             trunk: Their trunk; changed, without effect on any result.
-            points: `(n, L, d)`, all candidates of the request: what is shared follows from all of them, so that the
-                scores of a unit do not depend on who computes the others.
+            population: All candidates of the request: what is shared follows from all of them, so that the scores of a
+                unit do not depend on who computes the others.
             unit: Which of them to run.
             finish: What becomes of the last states, `(m, N, R, H)` or `(m, T, H)`.
 
         Returns:
             What `finish` gave for the m candidates of the unit.
         """
-        differs = _differences(points)
-        fork = self._first(differs)
-        states = self._grow(place, trunk, points[0], fork)
-        shared = self._shared(place, trunk, fork, len(points))
-        own = self._own(points[unit.first : unit.last], differs)
-        return self._branch(place, states, shared, own, fork, finish)
+        states = self._grow(place, trunk, population)
+        shared = self._shared(place, trunk, population)
+        return self._branch(place, states, shared, _Own(population, unit.first, unit.last), finish)
 
     def run_deviations(
         self,
         place: Place,
         trunk: Trunk,
-        points: NDArray[np.float32],
+        population: Population,
         held: int,
         finish: Callable[[Tensor], Tensor],
     ) -> Tensor:
@@ -186,43 +228,26 @@ class Runner:
         Args:
             place: The texts.
             trunk: Their trunk.
-            points: `(n, L, d)`.
+            population: All candidates of the request.
             held: Tokens whose states are held at once, candidates times texts; but for rounding, a score does not
                 depend on it.
             finish: What becomes of the last states.
         """
-        differs = _differences(points)
-        fork = self._first(differs)
-        states = self._grow(place, trunk, points[0], fork)
-        shared = self._shared(place, trunk, fork, len(points))
-        size = max(held // states.shape[1], 1)
-        firsts = range(1, len(points), size)
+        states = self._grow(place, trunk, population)
+        shared = self._shared(place, trunk, population)
+        size, last = max(held // states.shape[1], 1), len(population.points)
         # The first candidate leads every piece, so that a score does not depend on how it was cut.
-        pieces = [self._own(np.concatenate((points[:1], points[i : i + size])), differs) for i in firsts]
-        done = [self._deviate(place, states, shared, piece, fork, finish) for piece in pieces]
+        pieces = [_Own(population, i, min(i + size, last), led=True) for i in range(1, last, size)]
+        done = [self._deviate(place, states, shared, piece, finish) for piece in pieces]
         return torch.cat([done[0], *(piece[1:] for piece in done[1:])])
 
-    def fork(self, points: NDArray[np.float32]) -> int:
-        """The first layer in which candidates differ, or the last."""
-        return self._first(_differences(points))
-
-    def _own(self, points: NDArray[np.float32], differs: NDArray[np.bool_]) -> _Own:
-        """Move all in which candidates differ at once; a GPU is not waited for."""
-        moved, device = torch.from_numpy(points[:, differs]), self._projection.device
-        if device.type == "cuda":
-            moved = moved.pin_memory()
-        return _Own(points, differs, moved.to(device, non_blocking=True))
-
-    def _first(self, differs: NDArray[np.bool_]) -> int:
-        return min(int(differs.argmax()) if differs.any() else len(differs), len(self.encoder.layers) - 1)
-
-    def _grow(self, place: Place, trunk: Trunk, point: NDArray[np.float32], fork: int) -> Tensor:
-        """States `(1, T, H)` entering layer `fork` of a candidate.
+    def _grow(self, place: Place, trunk: Trunk, population: Population) -> Tensor:
+        """States `(1, T, H)` entering the layer where the candidates part.
 
         Computed from the deepest kept layer below which the prompts are the same; always for one candidate
         alone, so that a reply does not depend on what was scored before.
         """
-        reach = 0
+        reach, fork, point = 0, population.fork, population.points[0]
         if trunk.points is not None:
             while reach < len(trunk.states) - 1 and reach < fork and _same(trunk.points, point, reach):
                 reach += 1
@@ -230,15 +255,16 @@ class Runner:
             trunk.shared = None
         del trunk.states[reach + 1 :]
         trunk.points = point.copy()
-        alone = self._own(point[None], np.zeros(len(point), dtype=np.bool_))
         for layer in range(reach, fork):
-            states = self._add(place, trunk.states[layer].clone(), alone, layer)
+            prompts = None if layer >= len(self._projection) else self._common(population, layer)
+            states = _added(trunk.states[layer].clone(), place, prompts)
             trunk.states.append(self.encoder.layer(layer, states, place.layout))
         return trunk.states[fork]
 
-    def _shared(self, place: Place, trunk: Trunk, fork: int, count: int) -> Tensor | None:
-        """The projections of layer `fork` without its prompts `(1, T, ...)`; None for one candidate."""
-        if count == 1 or fork >= len(self._projection):
+    def _shared(self, place: Place, trunk: Trunk, population: Population) -> Tensor | None:
+        """The projections of the layer where they part, without its prompts `(1, T, ...)`; None for one candidate."""
+        fork = population.fork
+        if len(population.points) == 1 or fork >= len(self._projection):
             return None
         if trunk.shared is None or trunk.shared[0] != fork:
             trunk.shared = (fork, self.encoder.project(fork, trunk.states[fork], self._keys_only(place, fork)))
@@ -248,73 +274,83 @@ class Runner:
         return layer == len(self.encoder.layers) - 1 and place.read is not None
 
     def _branch(
-        self,
-        place: Place,
-        trunk: Tensor,
-        shared: Tensor | None,
-        own: _Own,
-        fork: int,
-        finish: Callable[[Tensor], Tensor],
+        self, place: Place, trunk: Tensor, shared: Tensor | None, own: _Own, finish: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Candidates that share everything below layer `fork`."""
-        states = _copies(trunk, len(own.points))
-        last = len(self.encoder.layers) - 1
+        """Candidates that share everything below the layer where they part."""
+        states = _copies(trunk, own.count)
+        fork, last = own.of.fork, len(self.encoder.layers) - 1
         for layer in range(fork, last + 1):
-            projected = self._projected(place, shared, own, layer) if layer == fork else None
-            states = self._add(place, states, own, layer)
+            prompts = self._prompts(own, layer)
+            projected = self._projected(place, shared, prompts, own.count, layer) if layer == fork else None
+            states = _added(states, place, prompts)
             states = self.encoder.layer(layer, states, place.layout, place.read if layer == last else None, projected)
         return finish(states)
 
     def _deviate(
-        self,
-        place: Place,
-        trunk: Tensor,
-        shared: Tensor | None,
-        own: _Own,
-        fork: int,
-        finish: Callable[[Tensor], Tensor],
+        self, place: Place, trunk: Tensor, shared: Tensor | None, own: _Own, finish: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The same with all but the first candidate as deviations from it; the last layer is float32 throughout."""
+        """The same with all but the first candidate as deviations from it.
+
+        A last layer that is read at a few rows is float32 throughout: so little is left of it that its rounding would
+        cost more than it saves.
+        """
         if self.rough is None:
             raise ValueError("deviations need a bfloat16 encoder")
-        states = _copies(trunk, len(own.points))
-        last = len(self.encoder.layers) - 1
-        for layer in range(fork, last):
-            projected = self._projected(place, shared, own, layer) if layer == fork else None
-            states = self._add(place, states, own, layer)
-            states = deviate(self.encoder, self.rough, layer, states, place.layout, projected)
-        done = []
-        for n in range(len(own.points)):
-            point = own.one(n)
-            projected = self._projected(place, shared, point, last) if last == fork else None
-            ends = self._add(place, states[n : n + 1], point, last)
+        states = _copies(trunk, own.count)
+        fork, last = own.of.fork, len(self.encoder.layers) - 1
+        for layer in range(fork, last + (place.read is None)):
+            prompts = self._prompts(own, layer)
+            projected = self._projected(place, shared, prompts, own.count, layer) if layer == fork else None
+            states = deviate(self.encoder, self.rough, layer, _added(states, place, prompts), place.layout, projected)
+        if place.read is None:
+            return finish(states)
+        prompts, done = self._prompts(own, last), []
+        for n in range(own.count):
+            only = prompts if prompts is None or len(prompts) == 1 else prompts[n : n + 1]
+            projected = self._projected(place, shared, only, 1, last) if last == fork else None
+            ends = _added(states[n : n + 1], place, only)
             done.append(finish(self.encoder.layer(last, ends, place.layout, place.read, projected)))
         return torch.cat(done)
 
-    def _prompts(self, own: _Own, layer: int) -> Tensor:
-        """Prompts u A of a layer, `(m, P, H)`; `(1, P, H)` where all candidates have the same, which is kept."""
-        if own.differs[layer]:
-            return self._made_of(own.moved[:, int(own.differs[:layer].sum())], layer)
-        point, made = own.points[0, layer], self._made.get(layer)
+    def _prompts(self, own: _Own, layer: int) -> Tensor | None:
+        """Prompts u A of a layer, `(m, P, H)`; `(1, P, H)` where all candidates have the same; None where it has none.
+
+        Those in which the candidates of a request differ are made in one product for all of them, and kept while it
+        runs, unless they are many: then for those that run together, for who computes a few must not make them all.
+        """
+        if layer >= len(self._projection):
+            return None
+        of = own.of
+        if not of.differs[layer]:
+            return self._common(of, layer)
+        count, layers, _ = of.moved.shape
+        moved = of.moved[:, int(of.differs[:layer].sum())]
+        size = count * layers * self._projection.shape[2] * self.encoder.dtype.itemsize
+        if count > _TOGETHER or size > _MADE:
+            return self._made_of(own.some(moved), layer)
+        if layer not in of.made:
+            of.made[layer] = self._made_of(moved, layer)
+        return own.some(of.made[layer])
+
+    def _common(self, population: Population, layer: int) -> Tensor:
+        """The prompt `(1, P, H)` of the first candidate in a layer, which is kept."""
+        made, point = self._made.get(layer), population.points[0, layer]
         if made is None or not np.array_equal(made[0], point):
-            moved = torch.from_numpy(point[None]).to(self._projection.device)
-            made = self._made[layer] = (point.copy(), self._made_of(moved, layer))
+            made = self._made[layer] = (point.copy(), self._made_of(population.common[layer][None], layer))
         return made[1]
 
     def _made_of(self, points: Tensor, layer: int) -> Tensor:
         prompts = points @ self._projection[layer]
         return prompts.view(len(points), -1, self.encoder.hidden).to(self.encoder.dtype)
 
-    def _projected(self, place: Place, shared: Tensor | None, own: _Own, layer: int) -> Tensor | None:
+    def _projected(
+        self, place: Place, shared: Tensor | None, prompts: Tensor | None, count: int, layer: int
+    ) -> Tensor | None:
         """Projections of the layer for each candidate: the shared ones, changed at the placeholder rows."""
-        if shared is None:
+        if shared is None or prompts is None:
             return None
-        gain = self.encoder.shift(layer, self._prompts(own, layer), self._keys_only(place, layer))
-        return _add(_copies(shared, len(own.points)), place, gain)
-
-    def _add(self, place: Place, states: Tensor, own: _Own, layer: int) -> Tensor:
-        """Add the layer's prompts to the placeholder rows of every text, where the layer has any; in place."""
-        return states if layer >= len(self._projection) else _add(states, place, self._prompts(own, layer))
+        gain = self.encoder.shift(layer, prompts, self._keys_only(place, layer))
+        return _added(_copies(shared, count), place, gain)
 
 
 def _copies(rows: Tensor, count: int) -> Tensor:
@@ -322,8 +358,10 @@ def _copies(rows: Tensor, count: int) -> Tensor:
     return rows.expand(count, -1, -1).clone(memory_format=torch.contiguous_format)
 
 
-def _add(rows: Tensor, place: Place, gain: Tensor) -> Tensor:
+def _added(rows: Tensor, place: Place, gain: Tensor | None) -> Tensor:
     """Add `gain`, `(n, P, C)` or `(1, P, C)`, to `rows` `(n, T, C)` at the placeholders of every text, in place."""
+    if gain is None:
+        return rows
     return rows.index_add_(1, place.slots, gain[:, None].expand(len(rows), place.texts, -1, -1).flatten(1, 2))
 
 

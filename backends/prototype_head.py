@@ -125,7 +125,9 @@ class PrototypeHead:
             left += [first] * len(others)
             right += others
             bounds.append(len(left))
-        cosine = (embeddings[:, left] * embeddings[:, right]).sum(-1)
+        # One candidate at a time: those of a large request together would take gigabytes where texts have many options.
+        one, other = (torch.as_tensor(side, device=self._device) for side in (left, right))
+        cosine = torch.stack([(own[one] * own[other]).sum(-1) for own in embeddings])
         cosine = cosine - self._threshold * torch.as_tensor(compared, device=self._device)
         logits = cosine * (self._scale * torch.as_tensor(grades, device=self._device))
         normalizer = [logits[:, a:b].logsumexp(-1) for a, b in itertools.pairwise(bounds)]

@@ -159,7 +159,9 @@ class VerbalizerHead:
                     text += [number] * len(word)
                     at += range(len(word))
                     tokens += word
-            values = self._head.logits(features[:, text, at], torch.as_tensor(tokens, device=self._device))
+            rows, places, named = (torch.as_tensor(numbers, device=self._device) for numbers in (text, at, tokens))
+            # One candidate at a time: the features of all words for those of a large request would take gigabytes.
+            values = torch.stack([self._head.logits(own[rows, places], named) for own in features])
             logits = values.new_zeros(*values.shape[:-1], len(sizes))
             logits.index_add_(-1, torch.as_tensor(owner, device=self._device), values)
             logits /= torch.as_tensor(sizes, device=self._device)

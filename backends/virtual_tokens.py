@@ -89,6 +89,11 @@ def virtual_tokens(front: Front) -> NDArray[np.float32]:
             f"the prompt is added before {len(front.prompts)} layers, and rows before the text reach the first alone"
         )
     rows = embedded(front.model, front.ids)
+    if rows.shape[-1] != front.prompts.shape[-1]:
+        raise UsageError(
+            f"this backbone's embeddings have {rows.shape[-1]} units and its layers {front.prompts.shape[-1]}: the "
+            "prompt is added behind what leads from one to the other"
+        )
     rows[0, front.frame.prompt_start : front.frame.prompt_end] += front.prompts[0]
     with _prompted(front):
         expected = _entering(front, **inputs_of(front.model, front.ids))

@@ -102,7 +102,7 @@ def _texts_anew(oracle: _Oracle, batch: TextBatch) -> None:
     def prepare() -> None:
         with patch.object(oracle, "_kept", type(oracle._kept)()):
             for chunk in oracle._chunks(batch, "candidates"):
-                oracle._lane(chunk)
+                oracle._lane(chunk, oracle._runner)
 
     _before(oracle, prepare)
 
@@ -119,10 +119,15 @@ def _prompts_anew(oracle: _Oracle, batch: TextBatch) -> None:
     runner = oracle._runner
 
     def made(own: Any, layer: int) -> Tensor:
-        prompts: Tensor = runner._made_of(torch.from_numpy(own.points[:, layer]), layer)
+        prompts: Tensor = runner._made_of(own.some(torch.from_numpy(own.of.points[:, layer])), layer)
+        return prompts
+
+    def common(population: Any, layer: int) -> Tensor:
+        prompts: Tensor = runner._made_of(population.common[layer][None], layer)
         return prompts
 
     patch.object(runner, "_prompts", made).start()
+    patch.object(runner, "_common", common).start()
 
 
 def _one_group(oracle: _Oracle, batch: TextBatch) -> None:

@@ -33,7 +33,8 @@ from bbprompt.backends.lm_head import head_of
 from bbprompt.backends.scale import facts_of, measure
 from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.tokens import tokenize_with
-from bbprompt.errors import ArtifactError
+from bbprompt.backends.virtual_tokens import front_of, virtual_tokens
+from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.oracle import TextBatch, check_scores
 from bbprompt.prompts import ModularPrompt
 from bbprompt.random_projection import clipped_std, random_prompt
@@ -239,6 +240,19 @@ def test_a_method_runs_on_it(
         words += ["--set", change]
     assert cli.run([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["calls"]["train"] > 0
+
+
+@pytest.mark.parametrize(("name", "exact"), [("opt", True), ("opt-projected", False)])
+def test_a_prompt_behind_a_projection_of_the_embeddings_is_no_row_of_them(
+    name: str, exact: bool, folders: Callable[[str], Path]
+) -> None:
+    _, prompt = open_tiny(folders(name), "shallow", batch_tokens=64)
+    front = front_of(load_tiny(folders(name)), prompt, points_for(prompt)[1])
+    if exact:
+        assert virtual_tokens(front).shape[-1] == tiny.HIDDEN
+        return
+    with pytest.raises(UsageError, match=f"embeddings have 16 units and its layers {tiny.HIDDEN}"):
+        virtual_tokens(front)
 
 
 # ------------------------------------------------------------------------------------------- longest input

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
 import tiny
 import torch
 from reference import PlainOracle, compare, points_of
+from test_prototype_head import data_for, prompt_for
 from tiny_prompt import batch_of
 
+from bbprompt.backends import deviation
 from bbprompt.backends import population as population_module
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.encoder import Encoder
@@ -84,15 +88,23 @@ def test_few_candidates_that_lie_close_run_in_float32(deep: ModularPrompt, backb
     assert oracle.precisions == {"float32": 1}
 
 
-def test_candidates_that_lie_close_run_in_float32_on_a_gpu(
-    deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("layer", range(tiny.LAYERS - 1))
+def test_deviations_as_a_gpu_runs_them_are_the_same(
+    layer: int, deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, points = batch_of("pair"), population(deep, 1, 1e-3)
+    batch, points = batch_of("pair"), population(deep, layer, 1e-2)
+    exact = LocalOracle(backbone, deep).score(batch, points).logits
+    blocks = LocalOracle(backbone, deep, dtype="mixed").score(batch, points).logits
+    monkeypatch.setattr(deviation, "_in_blocks", deviation._at_once)
     oracle = LocalOracle(backbone, deep, dtype="mixed")
-    monkeypatch.setattr(oracle, "_deviates", False)
-    exact = LocalOracle(backbone, deep).score(batch, points)
-    np.testing.assert_array_equal(oracle.score(batch, points).logits, exact.logits)
-    assert oracle.precisions == {"float32": 1}
+    found = oracle.score(batch, points).logits
+    assert oracle.precisions == {"deviations": 1}
+    np.testing.assert_array_equal(found[0], blocks[0])  # the reference is float32 in both
+    np.testing.assert_allclose(found, blocks, atol=5e-4)  # products of bfloat16 round by their shape
+    moved = np.abs(exact - exact[:1]).max()
+    assert np.abs(found - exact).max() < 0.05 * moved
+    rough = LocalOracle(backbone, deep, dtype="bfloat16").score(batch, points).logits
+    assert np.abs(rough - exact).max() > 3 * np.abs(found - exact).max()
 
 
 def test_mixed_precision_does_not_depend_on_what_was_scored_before(
@@ -143,6 +155,40 @@ def test_a_population_that_is_held_in_pieces(
     np.testing.assert_allclose(pieces.logits, whole.logits, atol=5e-4)  # products of bfloat16 round by their shape
 
 
+@pytest.mark.parametrize("layer", range(tiny.LAYERS))
+def test_embeddings_are_deviations_through_the_last_layer(layer: int, backbone: Backbone) -> None:
+    prompt, data, readout = prompt_for(backbone), data_for("pair"), Readout()
+    points = population(prompt, layer, 1e-2)
+    oracle, exact = LocalOracle(backbone, prompt, dtype="mixed"), LocalOracle(backbone, prompt)
+    one, other = (readout.losses(each.score(data.batch, points), data.batch, data.gold) for each in (oracle, exact))
+    assert oracle.precisions == {"deviations": 1}
+    assert scipy.stats.kendalltau(one.mean(axis=1), other.mean(axis=1)).statistic > 0.9
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(("room", "products"), [(1 << 26, 1), (0, 6 * 3)])
+def test_prompts_are_made_once_a_request(
+    room: int, products: int, deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, points = batch_of("pair"), population(deep, 1, 1.0, 6)
+    exact = LocalOracle(backbone, deep).score(batch, points)
+    made: list[int] = []
+    plain = population_module.Runner._made_of
+
+    def counted(self: population_module.Runner, some: torch.Tensor, layer: int) -> torch.Tensor:
+        made.append(layer)
+        return plain(self, some, layer)
+
+    monkeypatch.setattr(population_module.Runner, "_made_of", counted)
+    monkeypatch.setattr(population_module, "_MADE", room)
+    oracle = LocalOracle(backbone, deep, batch_tokens=100)  # one candidate a unit, and the texts in several chunks
+    np.testing.assert_allclose(oracle.score(batch, points).logits, exact.logits, atol=1e-5)
+    assert oracle.at_once(batch) == 1
+    assert len(oracle._chunks(batch, "candidates")) == 3
+    assert made.count(1) == products
+    assert [made.count(layer) for layer in range(tiny.LAYERS) if layer != 1] == [1] * (tiny.LAYERS - 1)
+
+
 # ------------------------------------------------------------------------------------------- memory
 
 
@@ -170,6 +216,28 @@ def test_memory_that_runs_out_halves_the_batch_for_good(
     asked.clear()
     oracle.score(batch, points)
     assert max(asked) <= 300, "it must remember"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed"])
+def test_a_head_that_memory_is_short_for_reads_fewer_candidates(
+    dtype: str, deep: ModularPrompt, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, points = batch_of("pair"), population(deep, 1, 1e-3, 40)
+    whole = LocalOracle(backbone, deep, dtype=dtype).score(batch, points)
+    oracle: Any = LocalOracle(backbone, deep, dtype=dtype)
+    plain, asked = oracle._head.scores, []
+
+    def scores(batch: Any, plans: Any, outputs: Any, longest: int | None) -> Any:
+        asked.append(len(outputs[0]))
+        if asked[-1] > 16:
+            raise MemoryError
+        return plain(batch, plans, outputs, longest)
+
+    monkeypatch.setattr(oracle._head, "scores", scores)
+    np.testing.assert_allclose(oracle.score(batch, points).logits, whole.logits, atol=5e-4)
+    assert max(asked) == 40
+    assert oracle._portion.tokens == 1024
+    assert 16 in asked
 
 
 def test_deviations_that_memory_is_short_for_are_held_in_smaller_pieces(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,21 @@ from bbprompt.backends import memory
 
 def test_free_memory_is_measured() -> None:
     assert 1 << 20 < memory.free_bytes("cpu") < 1 << 50
+
+
+@pytest.mark.parametrize(("limit", "free"), [("1000000\n", 480_000), ("max\n", None)])
+def test_files_that_were_read_leave_memory_free(
+    limit: str, free: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\nfile 100000\ninactive_file 80000\nactive_file 20000\n")
+    whole = memory.free_bytes("cpu")
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert memory.free_bytes("cpu") == free if free else memory.free_bytes("cpu") > whole // 2
+    for stat in ("anon 500000\n", "no numbers\n", None):  # the limit holds whatever is said of files
+        (tmp_path / "memory.stat").write_text(stat) if stat else (tmp_path / "memory.stat").unlink()
+        assert memory.free_bytes("cpu") == 400_000 if free else memory.free_bytes("cpu") > whole // 2
 
 
 @pytest.mark.parametrize(("free", "tokens"), [(1 << 40, 4096), (100 << 20, 512), (0, 64)])

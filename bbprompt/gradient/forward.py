@@ -164,7 +164,7 @@ class Forward:
             # A prompt is its own projection at the point 1, see `bbprompt.frozen`.
             one = np.ones((1, len(prompt), 1), dtype=np.float32)
             runner = Runner(encoder, prompt.flatten(1)[:, None])
-            return runner.run(place, Trunk([entering]), one, Unit(0, 1), lambda last: last)
+            return runner.run(place, Trunk([entering]), runner.population(one), Unit(0, 1), lambda last: last)
 
         return states
 
