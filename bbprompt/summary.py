@@ -66,6 +66,7 @@ def notes(result: Result) -> list[str]:
     lines += _rivals(result)
     if not result.stages:
         return lines + _cut(result)
+    lines += _starved(result)
     lines += _unspent(result)
     lines += _precisions(result)
     if any(stage.name == "calibration" for stage in result.stages):
@@ -79,6 +80,14 @@ def notes(result: Result) -> list[str]:
     if before.majority and after.value <= before.majority:
         lines.append("On test the result does not beat the most frequent label.")
     return lines + _cut(result)
+
+
+def _starved(result: Result) -> list[str]:
+    """That nothing of the budget was left for a stage."""
+    names = [stage.name for stage in result.stages if stage.ended == "budget" and not stage.calls]
+    if not names:
+        return []
+    return [f"A budget of {result.budget} left no calls for this: {', '.join(names)}. Raise `--budget`."]
 
 
 def _unspent(result: Result) -> list[str]:

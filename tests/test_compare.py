@@ -92,8 +92,10 @@ def test_runs_of_cheap_methods_count_among_them(tmp_path: Path) -> None:
     assert (cheap.mean, cheap.n) == (pytest.approx(0.64), 2)
     against = {each.method: each.found.mean for each in found.differences if each.against == "best cheap method"}
     assert against == {"mp2-deep": pytest.approx(0.6 - 0.64), "mp2-shallow": pytest.approx(0.7 - 0.64)}
-    (note,) = [note for note in found.notes if "below" in note]
-    assert note == "On average below the best cheap method, which tunes no prompt: mp2-deep (by 4.0 points)."
+    assert [note for note in found.notes if "elow" in note] == [
+        "On average below the best cheap method, which tunes no prompt: mp2-deep (by 4.0 points).",
+        "Below the best cheap method on single tasks: mp2-deep on tnews.",
+    ]
     lines = {line["run"]: line for line in csv.DictReader(io.StringIO(csv_files(found)["runs.csv"]))}
     assert (lines["tnews-mp2-deep-2"]["cheap_method"], lines["tnews-mp2-deep-2"]["cheap_test"]) == ("logistic", "0.64")
     # One that saw other few-shot examples says nothing about this run.
@@ -107,7 +109,13 @@ def test_runs_of_cheap_methods_count_among_them(tmp_path: Path) -> None:
 def test_no_method_is_named_where_none_is_below_the_cheap_ones(tmp_path: Path) -> None:
     fake_run(tmp_path, "lcqmc", "threshold", 1, 0.6)
     fake_run(tmp_path, "lcqmc", "mp2-deep", 1, 0.6)
-    assert not [note for note in compared(tmp_path).notes if "below" in note]
+    assert not [note for note in compared(tmp_path).notes if "elow" in note]
+    # What is behind on one task and ahead on average is named where it is behind.
+    for task, cheap, tuned in (("tnews", 0.5, 0.9), ("ocnli", 0.5, 0.4)):
+        fake_run(tmp_path, task, "zero-shot", 1, cheap)
+        fake_run(tmp_path, task, "mp2-deep", 1, tuned)
+    (note,) = [note for note in compared(tmp_path).notes if "elow" in note]
+    assert note == "Below the best cheap method on single tasks: mp2-deep on ocnli."
 
 
 def test_what_a_run_takes(tmp_path: Path) -> None:

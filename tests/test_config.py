@@ -91,6 +91,17 @@ def test_the_released_settings() -> None:
     )
 
 
+def test_the_released_settings_of_a_prompt_at_the_input() -> None:
+    shallow = load_method("mp2-shallow-code")
+    assert shallow.rule is CODE
+    assert shallow.router is not None
+    assert shallow.prompt is not None
+    assert (shallow.router.space, shallow.router.calls, shallow.router.kappa) == ("continuous", 200, 2.0)
+    assert (shallow.router.random, shallow.router.batch, shallow.router.dev_every) == (20, 1, 10)
+    assert (shallow.prompt.layout, shallow.prompt.popsize, shallow.prompt.sigma_first) == ("joint", 20, 0.1)
+    assert (shallow.support, shallow.legacy_decision, shallow.select) == ("sequence", True, "dev-metric")
+
+
 def test_a_rule_of_ones_own() -> None:
     method = method_with(load_method("mp2-deep"), {"mixing": "normalized"})
     assert method.rule == GateRule("binary", "normalized")

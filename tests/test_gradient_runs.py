@@ -19,7 +19,7 @@ from test_verbalizer import causal_dir
 
 from bbprompt import cli
 from bbprompt.backends.backbone import load_backbone
-from bbprompt.config import TuneConfig, load_method, method_with
+from bbprompt.config import TuneConfig, load_method, located, method_with
 from bbprompt.errors import ArtifactError, DiskError, Interrupted, OracleError, ResumeMismatch, UsageError
 from bbprompt.export import export_prompt
 from bbprompt.gradient.checkpoint import CHECKPOINT
@@ -28,7 +28,7 @@ from bbprompt.gradient.soft import SoftPrompt
 from bbprompt.predict import load_prompt
 from bbprompt.prompts import PromptConfig
 from bbprompt.result import Result
-from bbprompt.run import Watcher, located, prepare, reopen, tune
+from bbprompt.run import Watcher, prepare, reopen, tune
 from bbprompt.search.tuner import Status
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.sweep.experiment import Experiment
@@ -110,6 +110,9 @@ def test_the_constants_of_the_papers() -> None:
         assert method.gradient is not None
         assert method.select == ("both-losses" if name.startswith("mp2") else "dev-metric")
         assert sum(stage.calls for stage in method.gradient.stages.values()) + 2 == 1000 + 80 + 2
+        assert method.gradient.prompt is not None
+        rate = {"spot": 3e-3, "mp2-gradient-deep": 2e-5, "mp2-gradient-shallow": 3e-4}.get(name, 5e-3)
+        assert (method.gradient.prompt.rate, method.gradient.prompt.dev_every) == (rate, 25)
         layers = method.gradient.soft.layers if method.gradient.soft else None
         assert layers == {"prompt-tuning": "input", "p-tuning-v2": "all"}.get(name)
 

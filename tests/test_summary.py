@@ -107,6 +107,12 @@ def test_calls_that_were_left_for_want_of_gain_are_spoken_of() -> None:
     assert len(notes(result(stages=stages, calls={"train": 7990, "dev": 10}))) == 1, "nothing was left"
 
 
+def test_a_stage_that_the_budget_does_not_reach_is_named() -> None:
+    stages = [{**RESULT["stages"][0], "ended": "budget"}, {**RESULT["stages"][1], "calls": 0, "ended": "budget"}]
+    *_, said = notes(result(stages=stages, budget=30))
+    assert said == "A budget of 30 left no calls for this: prompt. Raise `--budget`."
+
+
 def test_precisions_are_told_where_they_were_chosen() -> None:
     *_, said = notes(Result.model_validate({**RESULT, "precisions": {"bfloat16": 43, "float32": 2}}))
     assert said.endswith("43 in bfloat16, 2 in float32, for they lay too close together.")

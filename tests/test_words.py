@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,17 @@ def test_options_of_their_own_are_asked_by_letter(tiny_choice_data: Path, llama:
 
 def test_dev_chooses_among_the_orders_and_none(tiny_pair_data: Path, llama: Path, tmp_path: Path) -> None:
     losses: list[dict[str, float]] = []
-    result = begin(config(tiny_pair_data, llama, "in-context", set={"baseline.orders": 6}), tmp_path / "run")
+    result = begin(config(tiny_pair_data, llama, "in-context", seed=1, set={"baseline.orders": 6}), tmp_path / "run")
     for line in (tmp_path / "run" / "journal.log").read_text("utf-8").splitlines():
         losses += json.loads(line[: line.rindex("}") + 1])["record"].get("values", [])
-    dev = [float.fromhex(str(value["loss"])) for value in losses if "metric" in value]
-    assert len(dev) == 7
-    lowest = dev.index(min(dev))
-    shown = f"order {lowest})" if lowest else "(no demonstrations)"
+    looks = [{name: float.fromhex(str(value[name])) for name in value} for value in losses if "metric" in value]
+    assert len(looks) == 7
+    best = min(range(7), key=lambda i: (-looks[i]["metric"], looks[i]["loss"]))
+    assert best != min(range(7), key=lambda i: looks[i]["loss"]), "the loss alone would choose another"
+    shown = f"order {best})" if best else "(no demonstrations)"
     assert shown in result.stages[0].optimizer
     before = load_file(tmp_path / "run" / "prompt.safetensors")["before"]
-    assert (len(before) > 0) == (lowest > 0)
+    assert (len(before) > 0) == (best > 0)
 
 
 def test_a_small_budget_takes_fewer_candidates(tiny_pair_data: Path, llama: Path, tmp_path: Path) -> None:
@@ -110,6 +112,23 @@ class Stopper(Watcher):
         self.left -= 1
         if not self.left:
             raise Interrupted("stopped")
+
+
+def test_examples_that_do_not_fit_in_front_are_said_once(
+    tiny_pair_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    roomy = causal_dir(tmp_path / "roomy", "llama", max_position_embeddings=2048)
+    for name, limit in (("whole", None), ("short", 128)):
+        caplog.clear()
+        result = begin(config(tiny_pair_data, roomy, "in-context", max_tokens=limit), tmp_path / name)
+        assert result.calls.train == 5
+        told = [message for message in caplog.messages if "few-shot examples fit" in message]
+        if limit is None:
+            assert not told
+            continue
+        (line,) = told
+        assert re.match(r"in-context: only \d of 32 few-shot examples fit into half of the 128 tokens", line)
+        assert "raise --max-tokens, or, where that is all it can read, take a --backbone" in line
 
 
 @pytest.mark.parametrize("method", ["in-context", "promptboosting"])
@@ -149,7 +168,7 @@ def test_other_numbers_than_the_journal_holds_are_refused(
     [
         ("pair", "in-context", {"backbone": "bert"}, "is no causal language model"),
         ("pair", "in-context", {"max_tokens": 20}, "not one demonstration fits"),
-        ("pair", "promptboosting", {"backend": "http://nowhere"}, "only 'local'"),
+        ("pair", "promptboosting", {"backend": "http://nowhere"}, "only 'local' gives; leave out --backend"),
         ("pair", "promptboosting", {"prompts": "e5-small-mp2-deep"}, "uses no prompts"),
         ("pair", "promptboosting", {"budget": 3}, "needs at least 4"),
         ("pair", "in-context", {"set": {"baseline.rounds": 2}}, "no such setting"),

@@ -2,12 +2,14 @@
 
 In-context learning (Brown et al. 2020, arXiv:2005.14165): the few-shot training examples, solved, stand in front of
 every text. Their order matters much (Lu et al. 2022, arXiv:2104.08786), so a few are drawn; each has one example of
-each label in turn, and as many whole ones as fit into half of the model's length. The dev loss chooses among these
-orders and none. The train loss of an order is that of its demonstrations, each behind the earlier ones.
+each label in turn, and as many whole ones as fit into half of the model's length. Dev accuracy chooses among these
+orders and none, and the dev loss among equals. The train loss of an order is that of its demonstrations, each behind
+the earlier ones.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,8 @@ from bbprompt.texts.demonstrations import draw_order
 from bbprompt.texts.forms import cloze_form
 
 __all__ = ["WordApproach", "WordLabeller", "manual_prompt"]
+
+_log = logging.getLogger("bbprompt")
 
 
 class WordLabeller:
@@ -94,13 +98,14 @@ class WordApproach:
     def __init__(self, task: Task, asked: Asked, orders: int, seed: int) -> None:
         self._task, self._orders, self._seed = task, orders, seed
         self._asked = self.meter = asked
+        self._told = False  # whether it was said that not all examples fit
 
     def most(self, few: FewShot, test: int) -> int:
         """Few-shot texts once an order, test texts under what is returned and without demonstrations."""
         return (1 + self._orders) * (len(few.train) + len(few.dev)) + test * (2 if self._orders else 1)
 
     def solve(self, few: FewShot, calls: Calls) -> tuple[Solved, Solved]:
-        """Try the manual prompt and the orders; the lowest dev loss wins, the first of equals.
+        """Try the manual prompt and the orders; the best dev accuracy wins, of equal ones the lowest dev loss.
 
         Raises:
             UsageError: Not one demonstration fits the model.
@@ -109,7 +114,9 @@ class WordApproach:
         tried = [before]
         for number in range(min(self._orders, calls.candidates_left)):
             tried.append(self._order(number, few, calls))
-        return before, min(tried, key=lambda each: each.dev_loss)
+        # Not by the loss first: a bare prompt is sure of itself and often wrong, so that its loss is the highest even
+        # where it is right twice as often as with demonstrations.
+        return before, min(tried, key=lambda each: (-each.dev, each.dev_loss))
 
     def _order(self, number: int, few: FewShot, calls: Calls) -> Solved:
         order = draw_order(few.train, self._seed, number)
@@ -122,6 +129,7 @@ class WordApproach:
                 f"{self._asked.model.info.max_tokens} tokens that the model reads; raise --max-tokens or take a "
                 "--backbone with a longer input"
             )
+        self._tell_of_fewer(count, len(shown))
 
         def judge() -> Solved:
             labeller = WordLabeller(self._task, self._asked, demonstrations.ids)
@@ -131,6 +139,19 @@ class WordApproach:
             return Solved(reads, labeller, on_train, *_on_dev(labeller, few))
 
         return calls.make(f"in-context:{number}", judge)
+
+    def _tell_of_fewer(self, count: int, examples: int) -> None:
+        """Say so, once, when an order has no room for all few-shot examples."""
+        if count == examples or self._told:
+            return
+        self._told = True
+        _log.warning(
+            "in-context: only %d of %d few-shot examples fit into half of the %d tokens that the model reads; raise "
+            "--max-tokens, or, where that is all it can read, take a --backbone with a longer input",
+            count,
+            examples,
+            self._asked.model.info.max_tokens,
+        )
 
 
 def _on_dev(labeller: WordLabeller, few: FewShot) -> tuple[float, float]:

@@ -164,7 +164,7 @@ def compare(
         anytime=anytime,
         runs=tuple(runs),
         missing=tuple(missing),
-        notes=(*_notes(runs, missing), *apart, *_beaten(differences, groups)),
+        notes=(*_notes(runs, missing), *apart, *_beaten(differences, groups), *_behind(runs, methods)),
     )
 
 
@@ -330,7 +330,7 @@ _MARKS = (10, 20, 50, 100, 200, 300, 500, 1000, 2000, 4000, 8000, 16000)
 
 
 def _beaten(differences: Sequence[DifferenceRow], groups: Mapping[str, tuple[str, ...]]) -> Iterable[str]:
-    """Which methods are not worth their calls, as the paired differences over all tasks have it."""
+    """Which methods are not worth their calls, as their mean over all tasks has it."""
     whole = "all" if len(groups) > 1 else next(iter(groups))
     lost = [
         f"{row.method} (by {-100 * row.found.mean:.1f} points)"
@@ -339,6 +339,19 @@ def _beaten(differences: Sequence[DifferenceRow], groups: Mapping[str, tuple[str
     ]
     if lost:
         yield f"On average below the best cheap method, which tunes no prompt: {', '.join(lost)}."
+
+
+def _behind(runs: Sequence[FinishedRun], methods: Sequence[str]) -> Iterable[str]:
+    """On which tasks that is so, which an average hides, as the means over seeds have it."""
+    best, found = best_cheap(runs), []
+    for name in methods:
+        own = [run for run in runs if run.row == name and not run.baseline]
+        values, cheap = _scores(own, _final), _cheap(own, best)
+        tasks = [task for task in dict.fromkeys(task for task, _ in cheap) if sum(_minus(values, cheap, task)) < 0]
+        if tasks:
+            found.append(f"{name} on {', '.join(tasks)}")
+    if found:
+        yield f"Below the best cheap method on single tasks: {'; '.join(found)}."
 
 
 def _notes(runs: Sequence[FinishedRun], missing: Sequence[Missing]) -> Iterable[str]:
