@@ -27,7 +27,9 @@ __all__ = [
     "NO_PROMPTS",
     "MethodConfig",
     "TuneConfig",
+    "absolute",
     "load_method",
+    "located",
     "method_names",
     "method_with",
     "parse_set",
@@ -36,6 +38,8 @@ __all__ = [
 #: In place of a prompt artifact: there is none, or none that the method could know of.
 NO_PROMPTS = "none"
 NAMED_PROMPTS = "named"
+
+_PATHS = ("projection.head", "projection.start", "gradient.soft.head")  # settings of a method that may be directories
 
 _METHODS = Path(__file__).parent / "configs" / "methods"
 
@@ -254,6 +258,39 @@ class TuneConfig(Settings):
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result, as JSON; where it is computed does not."""
         return self.model_dump(mode="json", exclude={"ray", "workers"})
+
+
+def located(config: TuneConfig) -> TuneConfig:
+    """The settings with every path absolute, so that a run can be resumed and used from anywhere."""
+    return config.model_copy(update=absolute(dict(config)))
+
+
+def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `tune`, any of them, with every path that leads somewhere from here absolute."""
+    found = dict(settings)
+    for key, value in settings.items():
+        if key == "set" and isinstance(value, Mapping):
+            found[key] = _absolute(value)
+        elif isinstance(value, str) and _may_be_path(key, value) and Path(value).exists():
+            found[key] = str(Path(value).resolve())
+    return found
+
+
+def _may_be_path(key: str, value: str) -> bool:
+    if key in ("task", "method"):
+        return value.endswith((".yaml", ".yml"))
+    return key in ("backbone", "prompts") or (key == "data" and value not in ("auto", "hub", "sample"))
+
+
+def _absolute(changes: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Changes to a method with absolute paths, whether they name keys by dots or say whole blocks."""
+    found = dict(changes)
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            found[key] = _absolute(value, f"{before}{key}.")
+        elif before + key in _PATHS and isinstance(value, str) and Path(value).is_dir():
+            found[key] = str(Path(value).resolve())
+    return found
 
 
 def method_names() -> list[str]:

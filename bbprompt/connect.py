@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from bbprompt.embedding import Embedder
-from bbprompt.errors import OracleError, UsageError
+from bbprompt.errors import ArtifactError, OracleError, UsageError
 from bbprompt.language import LanguageModel
 from bbprompt.oracle import Oracle
-from bbprompt.prompts import ModularPrompt
+from bbprompt.prompts import ModularPrompt, bundled_prompts
 from bbprompt.random_projection import BackboneFacts
 from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.tasks.example import Form
@@ -79,7 +80,7 @@ def open_oracle(
         prompt: The artifact behind the oracle.
         backbone: Hub id or directory; None for the one the prompts were trained for. Not for servers that hold it.
         device: "auto", "cpu" or "cuda".
-        dtype: "auto" (mixed on CPUs with AVX-512 BF16 or AMX, else float32), "float32", "mixed" or "bfloat16".
+        dtype: "auto" (mixed on AVX-512 BF16, AMX or GPUs from Ampere on, else float32), "float32", "mixed", "bfloat16".
         batch_tokens: Tokens at once; None for the most that is fast and fits into the free memory.
         max_tokens: Longest sequence; None for the backbone's limit.
         threads: CPU threads; None for all cores, or 1 for each worker on Ray.
@@ -159,8 +160,7 @@ def open_embedder(
         UsageError: The backend is not local, or the device is not there.
         ArtifactError: The backbone cannot be loaded.
     """
-    if backend != "local":
-        raise UsageError(f"--backend '{backend}': this method reads the model's states, which only 'local' gives")
+    _only_here(backend, "this method reads the model's states, which")
     import torch
 
     from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
@@ -195,10 +195,7 @@ def open_language_model(
         UsageError: The backend is not local, or the device is not there.
         ArtifactError: The backbone cannot be loaded or has no language model head.
     """
-    if backend != "local":
-        raise UsageError(
-            f"--backend '{backend}': this method asks for scores over the whole vocabulary, which only 'local' gives"
-        )
+    _only_here(backend, "this method asks for scores over the whole vocabulary, which")
     import torch
 
     from bbprompt.backends.backbone import load_backbone
@@ -242,10 +239,9 @@ def measure_backbone(
         from bbprompt.backends.vllm import check_prompts
 
         check_prompts(backend, 1 if settings.layers == "input" else None, settings.readout)
-    elif backend != "local":
-        raise UsageError(
-            f"--backend '{backend}': a random projection is scaled by the model's states, which only 'local' gives"
-        )
+    else:
+        why = "a random projection is made here, from the model's states, which suits"
+        _only_here(backend, why, "'local' and vLLM (vllm+http://HOST:PORT)")
     import torch
 
     from bbprompt.backends.backbone import DEFAULT_BACKBONE, load_backbone
@@ -258,6 +254,11 @@ def measure_backbone(
     if settings.scale is not None or settings.distribution == "uniform":
         return facts_of(model)
     return measure(model, forms, settings.prompt_length, max_tokens, deep=settings.layers == "all")
+
+
+def _only_here(backend: str, why: str, allowed: str = "'local' gives") -> None:
+    if backend != "local":
+        raise UsageError(f"--backend '{backend}': {why} only {allowed}; leave out --backend")
 
 
 def chosen_device(asked: str) -> str:
@@ -299,9 +300,7 @@ def ask_server(url: str, workers: int = 1, *, resend: bool = True) -> Oracle:
 def server_kind(url: str) -> str:
     """Of a backend's URL what it speaks, with or without TLS."""
     scheme = url.partition("://")[0]
-    return {"https": "http", "kserve+https": "kserve", "kserve+grpcs": "kserve+grpc"}.get(
-        scheme, scheme.replace("+https", "+http")
-    )
+    return scheme.replace("https", "http").replace("grpcs", "grpc").replace("kserve+http", "kserve")
 
 
 def is_vllm(backend: str) -> bool:
@@ -360,6 +359,15 @@ def _open_vllm(
     return VllmOracle(server, model, prompt, workers=workers, max_tokens=max_tokens)
 
 
+def _bundled(digest: str) -> str | None:
+    """The name of prompts that come with the package; None for others."""
+    for name, folder in bundled_prompts().items():
+        with suppress(ArtifactError):
+            if ModularPrompt.load(folder).digest == digest:
+                return name
+    return None
+
+
 def _open_server(
     url: str, oracle: Oracle, prompt: ModularPrompt, dtype: str, max_tokens: int | None, threads: int | None
 ) -> Oracle:
@@ -369,8 +377,11 @@ def _open_server(
     torch.set_num_threads(threads or cores())  # for the optimizers, so that a search does not depend on the backend
     info, problem = oracle.info, None
     if info.prompts_digest != prompt.digest:
+        held, wanted = _bundled(info.prompts_digest), _bundled(prompt.digest)
         problem = (
-            f"holds other prompts ({info.prompts_digest[:12]}, not {prompt.digest[:12]}); give it the same --prompts"
+            f"holds other prompts ({held or info.prompts_digest[:12]}) than are wanted here "
+            f"({wanted or prompt.digest[:12]}); start it with these, `bbprompt "
+            f"{'export-server' if url.startswith('kserve') else 'serve'} --prompts {wanted or 'DIR'}`"
         )
     elif info.backbone_digest != prompt.config.backbone_digest:
         problem = f"holds another backbone than {prompt.config.backbone}; start it with the prompts' own"

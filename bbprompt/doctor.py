@@ -81,7 +81,7 @@ def _packages() -> Iterator[Finding]:
             wrong.append(f"{need.name} {version} (tested: {need.specifier})")
     own = importlib.metadata.version("bbprompt")
     if wrong:
-        fix = "pip install --upgrade bbprompt in a fresh virtual environment"
+        fix = "install bbprompt again in a fresh virtual environment (in a clone: pip install .)"
         yield Finding("packages", "problem", f"bbprompt {own}; {'; '.join(wrong)}", fix)
     else:
         yield Finding("packages", "ok", f"bbprompt {own}, all within the tested versions")

@@ -295,6 +295,7 @@ def load_prompt(
         }
         method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
         task = validate(Task, directory.manifest["task"], str(directory.path / MANIFEST))
+        server = server_of(config.backend if method.baseline is None else "local", backend)  # a baseline asks no server
         if method.baseline is not None:
             model = open_model(config, method, **use)
             _check_backbone(directory, model.info.backbone_digest if model is not None else "")
@@ -302,11 +303,10 @@ def load_prompt(
             return TunedPrompt(directory, config, load_baseline(directory, method.baseline, task, model), nothing)
         prompt, point = read_tuned(directory, config)
         oracle = open_oracle(
-            server_of(config.backend, backend),
+            server,
             prompt,
             backbone=config.backbone,
             max_tokens=config.max_tokens,
-            workers=config.workers,
             weights=_read_tensors(directory) if method.tunes_model else None,
             **use,
         )

@@ -73,7 +73,11 @@ def check_readable(
 
 @contextmanager
 def named(data: DataSource, examples: Sequence[Example]) -> Iterator[None]:
-    """Name the record in the place of the number that a text has among `examples`."""
+    """Name the record in the place of the number that a text has among `examples`.
+
+    Raises:
+        DataError: In place of a `TextError` that numbers one of `examples`; names file and line.
+    """
     try:
         yield
     except TextError as error:

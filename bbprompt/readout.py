@@ -127,7 +127,11 @@ class Readout:
         return logits, normalizer
 
     def extracts(self, scores: Scores, batch: TextBatch) -> list[list[str]]:
-        """The extracted answer of each text, for each candidate."""
+        """The extracted answer of each text, for each candidate.
+
+        Raises:
+            ValueError: The scores were asked for without `longest_answer`, so there are no answers in them.
+        """
         if scores.best is None:
             raise ValueError("these scores were asked for without answers")
         contexts = [form.parts[form.context].text for form in batch.forms]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bbprompt.advice import warn_of_idle_workers, warn_of_seen_examples, warn_of_shorter_input, warn_of_single_words
-from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.config import (
+    NAMED_PROMPTS,
+    NO_PROMPTS,
+    MethodConfig,
+    TuneConfig,
+    load_method,
+    located,
+    method_with,
+)
 from bbprompt.connect import cores, is_vllm, measure_backbone, open_oracle, server_kind
 from bbprompt.errors import DataError, ResumeMismatch, UsageError
 from bbprompt.frozen import frozen_tensors
@@ -53,7 +61,6 @@ __all__ = [
     "default_directory",
     "finished_result",
     "limited",
-    "located",
     "prepare",
     "reopen",
     "run_digest",
@@ -265,31 +272,6 @@ def reopen(path: Path, *, writable: bool) -> tuple[RunDirectory, TuneConfig]:
     except UsageError as error:
         directory.close()
         raise ResumeMismatch(f"{error}; the run was begun by another version of bbprompt") from error
-
-
-_PATHS = ("projection.head", "projection.start", "gradient.soft.head")  # settings of a method that may be directories
-
-
-def located(config: TuneConfig) -> TuneConfig:
-    """The settings with every path absolute, so that a run can be resumed and used from anywhere."""
-    named = {"task": config.task, "method": config.method}
-    paths = {key: value for key, value in named.items() if value.endswith((".yaml", ".yml"))}
-    paths |= {key: value for key, value in (("backbone", config.backbone), ("prompts", config.prompts)) if value}
-    if config.data not in ("auto", "hub", "sample"):
-        paths["data"] = config.data
-    found = {key: str(Path(value).resolve()) for key, value in paths.items() if Path(value).exists()}
-    return config.model_copy(update={**found, "set": _absolute(config.set)})
-
-
-def _absolute(changes: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Changes to a method with absolute paths, whether they name keys by dots or say whole blocks."""
-    found = dict(changes)
-    for key, value in changes.items():
-        if isinstance(value, Mapping):
-            found[key] = _absolute(value, f"{before}{key}.")
-        elif before + key in _PATHS and isinstance(value, str) and Path(value).is_dir():
-            found[key] = str(Path(value).resolve())
-    return found
 
 
 def tune(run: Opened, directory: RunDirectory, watcher: Watcher | None = None) -> Result:

@@ -108,7 +108,7 @@ def test_a_corrupt_artifact_and_one_for_another_backbone(
     words = ["tune", "--task", "lcqmc", "--data", str(tiny_pair_data), "--run-dir", str(tmp_path / "run")]
     code, said = failing([*words, "--prompts", str(tiny_prompts), "--backbone", str(tiny_roberta_dir)], capsys)
     assert code == 65
-    assert said.endswith("choose other --prompts or another --backbone")
+    assert said.endswith("choose other --prompts or another --backbone, or train some: bbprompt pretrain")
     ModularPrompt.load(tiny_prompts).save(tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

@@ -157,7 +157,7 @@ def test_other_numbers_than_the_journal_holds_are_refused(
         ("single", "threshold", {}, "two labels"),
         ("pair", "logistic", {"prompts": "e5-small-mp2-deep"}, "uses no prompts"),
         ("pair", "logistic", {"budget": 5}, "needs 6 calls on"),
-        ("pair", "logistic", {"backend": "http://nowhere"}, "only 'local'"),
+        ("pair", "logistic", {"backend": "http://nowhere"}, "only 'local' gives; leave out --backend"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -228,6 +228,10 @@ def test_the_commands_work_with_them(
     assert cli.run(["eval", str(folder), "--json", "--threads", "1"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["value"] == told["test"]["value"]
     labels = tmp_path / "labels.jsonl"
+    elsewhere = ["--backend", "http://localhost:1"]
+    for words in (["eval"], ["predict", "--input", str(tiny_pair_data / "test.jsonl"), "--output", str(labels)]):
+        assert cli.run([words[0], str(folder), *words[1:], *elsewhere]) == 2
+        assert "--backend http://localhost:1: the run began with a model here" in capsys.readouterr().err
     assert (
         cli.run(["predict", str(folder), "--input", str(tiny_pair_data / "test.jsonl"), "--output", str(labels)]) == 0
     )

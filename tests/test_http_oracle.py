@@ -21,7 +21,7 @@ from httpstage import Stage, connect
 from servers import TOKEN, serving, start, stop
 from tiny_prompt import batch_of
 
-from bbprompt import wire
+from bbprompt import prompts, wire
 from bbprompt.backends.backbone import load_backbone
 from bbprompt.backends.calls import Policy
 from bbprompt.backends.encoder import Encoder
@@ -119,6 +119,29 @@ class TestRealServer(OracleContract):
         with pytest.raises(UsageError, match="--device"):
             open_oracle(self.url, own, device="cpu")
         open_oracle(self.url, own, threads=1).close()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_other_prompts_are_named_where_they_come_with_the_package(
+    known: bool, tiny_prompts: Path, tiny_shallow_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "_BUNDLED", tmp_path)
+    held, wanted = (ModularPrompt.load(folder) for folder in (tiny_prompts, tiny_shallow_prompts))
+    if known:
+        shutil.copytree(tiny_prompts, tmp_path / "b-deep")
+        shutil.copytree(tiny_shallow_prompts, tmp_path / "c-shallow")
+        shutil.copytree(tiny_prompts, tmp_path / "a-damaged")
+        (tmp_path / "a-damaged" / "model.safetensors").write_bytes(b"junk")
+    with (
+        serving(open_oracle("local", held, dtype="float32", threads=1)) as url,
+        pytest.raises(OracleError) as raised,
+    ):
+        open_oracle(url, wanted, threads=1)
+    names = ("b-deep", "c-shallow") if known else (held.digest[:12], wanted.digest[:12])
+    assert f"holds other prompts ({names[0]}) than are wanted here ({names[1]}); start it with these, " in str(
+        raised.value
+    )
+    assert str(raised.value).endswith(f"`bbprompt serve --prompts {names[1] if known else 'DIR'}`")
 
 
 def test_the_number_of_workers_changes_nothing() -> None:

@@ -162,6 +162,31 @@ def test_what_follows_writes_texts_as_the_prompts_were_trained(formats: list[Any
     assert language_of(task) == language
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "words"),
+    [
+        ("mp2-proto", {}, "--method mp2-proto"),
+        ("mp2-proto", {"kind": "mp2-shallow"}, "--method mp2-proto"),
+        ("spot", {"readout": "prototype"}, "--method mp2-proto --set router=null"),
+        ("mp2-deep", {}, ""),
+        ("mp2-shallow", {}, "--method mp2-shallow"),
+        ("spot", {}, "--method mp2-shallow --set router=null"),
+        ("ppt", {}, "--method mp2-deep --set router=null"),
+    ],
+)
+def test_what_follows_reads_the_prompts_as_they_were_trained(recipe: str, changes: dict[str, Any], words: str) -> None:
+    trained = command._recipe(recipe, Path())
+    assert isinstance(trained, PretrainConfig)
+    found = command._following(trained.model_copy(update=changes))
+    assert " ".join(found) == f"--task lcqmc {words}".strip()
+
+
+def test_raw_text_has_no_directory_of_tasks(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["pretrain", "ppt", "--device", "cpu", "--data", "somewhere"]) == 2
+    assert "No such option: --data" in capsys.readouterr().err
+    assert not calls
+
+
 def test_going_on_takes_the_recipe_of_the_directory(
     calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

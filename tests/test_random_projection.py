@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from bbprompt.backends.backbone import Backbone, load_backbone
 from bbprompt.backends.scale import measure
-from bbprompt.config import TuneConfig, load_method
+from bbprompt.config import TuneConfig, load_method, located
 from bbprompt.errors import ArtifactError, UsageError
 from bbprompt.predict import load_prompt
 from bbprompt.prompts import ModularPrompt
@@ -30,7 +30,7 @@ from bbprompt.random_projection import (
     random_prompt,
 )
 from bbprompt.result import Result
-from bbprompt.run import located, prepare, reopen, tune
+from bbprompt.run import prepare, reopen, tune
 from bbprompt.stage_settings import ProjectionConfig
 from bbprompt.store.rundir import RunDirectory
 from bbprompt.tasks.example import Form, Part

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 import tiny_prompt
 import typer
 from fakeruns import fake_run
+from servers import serving
 from tiny_run import finished
 
 from bbprompt import cli
 from bbprompt.config import TuneConfig, parse_set
+from bbprompt.connect import open_oracle
 from bbprompt.prompts import ModularPrompt, bundled_prompts
 from bbprompt.report.again import SWEEP_FLAGS, reproduce, reproduce_sweep
 from bbprompt.report.artifact import task_groups
@@ -141,6 +144,24 @@ def test_the_cheap_methods_stand_beside_a_run(tmp_path: Path) -> None:
     ]
 
 
+def test_a_server_that_is_elsewhere_now_labels_the_test_examples(
+    tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def served() -> AbstractContextManager[str]:
+        return serving(open_oracle("local", ModularPrompt.load(tiny_prompts), dtype="float32", threads=1))
+
+    with served() as url:
+        run = finished(tmp_path / "run", tiny_pair_data, tiny_prompts, backend=url, baselines=False)
+    words = ["report", str(run), "--out", str(tmp_path / "r.html"), "--threads", "1"]
+    with served() as moved:
+        assert cli.run([*words, "--backend", moved]) == 0
+    for more, said in (["--no-test"], "--no-test labels nothing again"), (["--test"], f"{tiny_prompts} is no run"):
+        words[1] = str(tiny_prompts) if "is no run" in said else str(run)
+        assert cli.run([*words, *more, "--backend", "http://localhost:1"]) == 2
+        assert f"--backend http://localhost:1: {said}" in capsys.readouterr().err
+    assert "on 30 test examples" in checked(tmp_path / "r.html").text
+
+
 def test_a_run_without_its_test_data(run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "report.html"
     monkeypatch.setattr("bbprompt.predict.load_prompt", None)
@@ -198,7 +219,8 @@ GRID = {"tasks": ["lcqmc", "tnews"], "methods": ["mp2-deep"], "seeds": [1, 2]}
     [
         ({}, {"budget": 60, "test_limit": 5, "threads": 1, "set": {"router": None, "prompt.sigma": 0.5}}),
         ({}, {"threads": 1, "set": {"prompt": PROMPT_STAGE, "select": "dev-loss"}}),
-        ({}, {"threads": 1, "on_doubt": "charge"}),
+        ({}, {"threads": 1, "on_doubt": "charge", "allow_overlap": False, "baselines": False}),
+        ({}, {"threads": 1, "allow_overlap": True, "baselines": True}),
         ({"variants": {"full": {}, "few": {"shots": 4, "set": {"select": "dev-loss"}}}}, {"threads": 1, "budget": 70}),
     ],
 )
@@ -217,7 +239,7 @@ def test_the_commands_that_make_a_sweep_again(
     *file, command = text.splitlines()
     if file:
         Path("experiment.yaml").write_text("\n".join(file[1:-1]), encoding="utf-8")
-    assert bool(file) == ("on_doubt" in settings or bool(grid))
+    assert bool(file) == bool(grid)
     words = shlex.split(command.replace(str(out), str(tmp_path / "again")))
     assert cli.run([*words[1:], "--quiet"]) == 75  # nothing is done yet
     assert read_sweep(tmp_path / "again") == experiment
@@ -226,7 +248,7 @@ def test_the_commands_that_make_a_sweep_again(
 def test_the_flags_of_a_sweep_are_known() -> None:
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     names = {parameter.name for parameter in commands["sweep"].params}
-    assert set(SWEEP_FLAGS) == names & TuneConfig.model_fields.keys() - {"ray", "workers"}  # those say where it runs
+    assert set(SWEEP_FLAGS) == names & TuneConfig.model_fields.keys() - {"ray", "workers"}  # those say where
 
 
 def test_router_of_a_run(tmp_path: Path) -> None:

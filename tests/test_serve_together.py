@@ -94,7 +94,7 @@ def test_what_waits_on_the_same_texts_is_one_forward(together: bool) -> None:
     assert len(oracle.sizes) == numbers["bbprompt_together_count"]
 
 
-def test_a_request_does_not_spoil_those_that_share_its_forward() -> None:
+def test_a_request_does_not_spoil_those_that_share_its_forward(caplog: pytest.LogCaptureFixture) -> None:
     oracle = Sizes()
     client = Client(oracle, together=True)
     oracle.poison = 77.0
@@ -105,6 +105,11 @@ def test_a_request_does_not_spoil_those_that_share_its_forward() -> None:
     assert [answer.status_code for answer in found] == [200, 200, 500, 200]
     assert oracle.sizes == [5, 15, 5, 5, 5]
     assert np.array_equal(scores(found[1]).logits, ToyOracle().score(BATCH, asked[0]).logits)
+    # Why is said the first time, and how often is counted.
+    answers(client, oracle, [request(POINTS - 2), request(asked[0] + 5), request(poisoned + 0, call_id="1" * 64)])
+    assert counted(client)["bbprompt_parted_total"] == 2
+    (told,) = [message for message in caplog.messages if "together failed" in message]
+    assert told.startswith("a forward for 3 requests together failed (RuntimeError: these points break it); each is")
 
 
 def turn(points: np.ndarray, **changes: Any) -> Turn:

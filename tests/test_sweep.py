@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,27 @@ def test_the_grid_may_only_grow(tmp_path: Path) -> None:
         write_sweep(out, experiment(budget=60), first)
     assert read_sweep(out) == grown
     assert [path.name for path in out.iterdir()] == ["sweep.json"]
+
+
+def test_a_sweep_of_relative_paths_goes_on_from_anywhere(
+    tmp_path: Path, tiny_pair_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_pair_data, tmp_path / "mine")
+    (tmp_path / "head").mkdir()
+    monkeypatch.chdir(tmp_path)
+    grid = {"tasks": ["mine/task.yaml"], "methods": ["bbtv2-mrc"], "seeds": [1]}
+    variants = {"h": {"set": {"projection.head": "head"}}}
+    first = experiment_from(None, grid | {"variants": variants}, {"data": "mine", "threads": 1})
+    cells = write_sweep(tmp_path / "sweep", first, None)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = read_sweep(tmp_path / "sweep")
+    assert again is not None
+    assert again.cells() == cells
+    config = cells[0].config
+    assert (config.task, config.data) == (str(tmp_path / "mine" / "task.yaml"), str(tmp_path / "mine"))
+    assert config.set == {"projection.head": str(tmp_path / "head")}
+    assert cells[0].name == "task-bbtv2-mrc-h-1"
 
 
 def test_threads_stay_as_the_sweep_began(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from bbprompt import cli
 from bbprompt.commands.sweepview import SweepView
 from bbprompt.sweep.experiment import experiment_from
 from bbprompt.sweep.job import locked
-from bbprompt.sweep.runner import Failure, Sweep
+from bbprompt.sweep.runner import Failure, Sweep, read_sweep
 
 pytestmark = pytest.mark.slow
 
@@ -123,6 +123,19 @@ def test_done_runs_are_not_repeated_and_paired(
     assert cli.run(["compare", str(out)]) == 0
     assert "| mp2-deep-code | mp2-deep |" in capsys.readouterr().out
     assert cli.run(["report", str(out), "--out", str(tmp_path / "r.html"), "--quiet"]) == 0
+
+
+def test_the_flags_of_tune_are_settings_of_every_run(
+    tiny_pair_data: Path, tiny_prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bbprompt.sweep.runner.run_sweep", lambda *_: None)
+    more = ["--allow-overlap", "--on-doubt", "charge", "--no-baselines", "--quiet"]
+    assert cli.run([*flags(tiny_pair_data, tiny_prompts, tmp_path / "out"), *more]) == 75  # nothing is done yet
+    experiment = read_sweep(tmp_path / "out")
+    assert experiment is not None
+    for cell in experiment.cells():
+        config = cell.config
+        assert (config.allow_overlap, config.on_doubt, config.baselines) == (True, "charge", False)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,15 @@ import typer
 from bbprompt.errors import UsageError
 
 __all__ = [
+    "AllowOverlap",
+    "Baselines",
     "BatchTokens",
     "Debug",
     "Device",
     "Dtype",
     "Json",
     "Moved",
+    "OnDoubt",
     "Quiet",
     "Ray",
     "RunDir",
@@ -35,6 +38,31 @@ Moved = Annotated[
     str | None,
     typer.Option(
         "--backend", metavar="URL", show_default=False, help="The server, where it is no longer where the run began."
+    ),
+]
+OnDoubt = Annotated[
+    Literal["resend", "charge"] | None,
+    typer.Option(
+        "--on-doubt",
+        show_default=False,
+        help="Calls whose answer a crash lost: make them again, or count them [default: resend; charge at vLLM, which "
+        "may charge for every request].",
+    ),
+]
+AllowOverlap = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-overlap/--no-allow-overlap",
+        show_default=False,
+        help="Go on where few-shot inputs stand in the test split too.",
+    ),
+]
+Baselines = Annotated[
+    bool | None,
+    typer.Option(
+        "--baselines/--no-baselines",
+        show_default=False,
+        help="Show cheap methods without prompts beside the result [default: yes].",
     ),
 ]
 Device = Annotated[

@@ -92,14 +92,13 @@ def ppt(
     config: _Config = None,
     resume: _Resume = None,
     out: _Out = None,
-    data: _Data = None,
     device: Device = None,
     quiet: Quiet = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train one soft prompt on raw text, self-supervised (PPT); the recipe names the corpus."""
-    _pretrain(stop_of(context), ("ppt",), config, resume, out, data, device, quiet, json)
+    _pretrain(stop_of(context), ("ppt",), config, resume, out, None, device, quiet, json)
 
 
 def lm_head(
@@ -218,6 +217,8 @@ def _following(recipe: PretrainConfig) -> tuple[str, ...]:
     """Flags of a `tune` that fits the prompts."""
     if recipe.ppt is not None and recipe.readout == "verbalizer":
         return _filling_gaps(recipe.ppt)
+    if recipe.readout == "prototype":
+        return ("--task", "lcqmc", "--method", "mp2-proto", *(() if recipe.routed else ("--set", "router=null")))
     if recipe.routed:
         return ("--task", "lcqmc", *(() if recipe.deep else ("--method", "mp2-shallow")))
     return ("--task", "lcqmc", "--method", "mp2-deep" if recipe.deep else "mp2-shallow", "--set", "router=null")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bbprompt.commands.flags import Debug, Device, Dtype, Json, Quiet, Threads
+from bbprompt.commands.flags import Debug, Device, Dtype, Json, Moved, Quiet, Threads
 from bbprompt.commands.output import whole_file, write, write_json
 from bbprompt.errors import UsageError
 
@@ -41,6 +42,7 @@ def report(
         str | None,
         typer.Option(metavar="METHOD", show_default=False, help="Of a sweep: as `compare --baseline`."),
     ] = None,
+    backend: Moved = None,
     device: Device = None,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -63,6 +65,9 @@ def report(
         raise UsageError(f"--out {out}: is a directory; give the name of a file")
     if baseline is not None and kind != "sweep":
         raise UsageError(f"--baseline: {folder} is no sweep")
+    if backend is not None and (kind != "run" or not test):
+        why = "--no-test labels nothing again" if kind == "run" else f"{folder} is no run"
+        raise UsageError(f"--backend {backend}: {why}, so no server is asked; leave it out")
 
     from bbprompt.terminal import logging_to, open_console
 
@@ -77,7 +82,8 @@ def report(
 
             text = artifact_page(folder)
         else:
-            text = _run(folder, test, test_limit, examples, device or "auto", dtype, threads, quiet)
+            use = {"device": device or "auto", "dtype": dtype, "threads": threads, "backend": backend}
+            text = _run(folder, test, test_limit, examples, use, quiet)
     with whole_file(out) as stream:
         stream.write(text)
     if json:
@@ -112,11 +118,10 @@ def _run(
     test: bool,
     limit: int | None,
     most: int,
-    device: Literal["auto", "cpu", "cuda"],
-    dtype: Literal["auto", "float32", "mixed", "bfloat16"] | None,
-    threads: int | None,
+    use: Mapping[str, Any],
     quiet: bool,
 ) -> str:
+    """The page of a run; `use` are arguments of `load_prompt`."""
     from bbprompt.report.run import run_page
     from bbprompt.result import read_result
     from bbprompt.store.rundir import RunDirectory
@@ -126,18 +131,11 @@ def _run(
         if not directory.finished:
             raise UsageError(f"{folder}: this run is not finished; go on with `bbprompt resume {folder}`")
         said = notes(read_result(directory))
-    judged = _judged(folder, limit, device, dtype, threads, quiet) if test else None
+    judged = _judged(folder, limit, use, quiet) if test else None
     return run_page(folder, judged, said, most)
 
 
-def _judged(
-    folder: Path,
-    limit: int | None,
-    device: Literal["auto", "cpu", "cuda"],
-    dtype: Literal["auto", "float32", "mixed", "bfloat16"] | None,
-    threads: int | None,
-    quiet: bool,
-) -> list[Judged]:
+def _judged(folder: Path, limit: int | None, use: Mapping[str, Any], quiet: bool) -> list[Judged]:
     from bbprompt.predict import load_prompt
     from bbprompt.report.examples import judge
     from bbprompt.terminal import Meter, open_console
@@ -149,7 +147,7 @@ def _judged(
             meters.append(Meter(open_console(quiet), total))
         meters[0].update("test", done, "examples")
 
-    with load_prompt(folder, device=device, dtype=dtype, threads=threads) as prompt:
+    with load_prompt(folder, **use) as prompt:
         try:
             return judge(prompt, limit, show)
         finally:

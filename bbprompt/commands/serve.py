@@ -92,7 +92,9 @@ def serve(
         from bbprompt.serve.settings import ServeSettings
         from bbprompt.serve.tls import tls_context
     except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is not installed; pip install 'bbprompt[serve]'") from error
+        raise UsageError(
+            f"{error.name} is not installed; pip install 'bbprompt[serve]', or pip install '.[serve]' in a clone"
+        ) from error
     tls = tls_context(tls_cert, tls_key)
     token = read_token(os.environ)
     with logging_to(open_console(quiet)), listen(host, port, token) as listening:

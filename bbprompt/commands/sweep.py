@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bbprompt.commands.flags import BatchTokens, Debug, Device, Dtype, Json, Quiet, Threads
+from bbprompt.commands.flags import AllowOverlap, Baselines, BatchTokens, Debug, Device, Dtype, Json, OnDoubt, Quiet
 from bbprompt.commands.output import command, write, write_json
 from bbprompt.commands.stop import stop_of
 from bbprompt.errors import Interrupted, UsageError
@@ -74,18 +74,28 @@ def sweep(
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="ID_OR_DIR", show_default=False, help="As `tune --prompts`, for the methods that take prompts."
+            metavar="ID_OR_DIR|none", show_default=False, help="As `tune --prompts`, for the methods that take prompts."
         ),
     ] = None,
     budget: Annotated[int | None, typer.Option(show_default=False, help="Most calls of a run [default: 8000].")] = None,
     shots: Annotated[int | None, typer.Option(show_default=False, help="As `tune --shots`.")] = None,
     backend: Annotated[str | None, typer.Option(show_default=False, help="As `tune --backend`.")] = None,
+    on_doubt: OnDoubt = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_tokens: BatchTokens = None,
     max_tokens: Annotated[int | None, typer.Option(show_default=False, help="As `tune --max-tokens`.")] = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            show_default=False,
+            help="CPU threads of a run [default: the cores divided by --workers; 1 on Ray].",
+        ),
+    ] = None,
     test_limit: Annotated[int | None, typer.Option(show_default=False, help="As `tune --test-limit`.")] = None,
+    allow_overlap: AllowOverlap = None,
+    baselines: Baselines = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", show_default=False, help="As `tune --set` (repeatable)."),
@@ -98,7 +108,6 @@ def sweep(
 
     The same few-shot split for every method follows from the seed. With nothing but --out, a sweep goes on as it was
     begun. A failed run does not stop the others; at the end it is named, and the exit code is that of the first one.
-    The threads of a run are the cores divided by --workers, and 1 on Ray, unless --threads says otherwise.
     """
     grid = {"tasks": _listed(tasks), "methods": _listed(methods), "seeds": _seeds(seeds)}
     settings = {
@@ -108,12 +117,15 @@ def sweep(
         "budget": budget,
         "shots": shots,
         "backend": backend,
+        "on_doubt": on_doubt,
         "device": device,
         "dtype": dtype,
         "batch_tokens": batch_tokens,
         "max_tokens": max_tokens,
         "threads": threads,
         "test_limit": test_limit,
+        "allow_overlap": allow_overlap,
+        "baselines": baselines,
     }
     from bbprompt.connect import cores
 

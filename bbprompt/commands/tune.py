@@ -7,11 +7,26 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bbprompt.commands.flags import BatchTokens, Debug, Device, Dtype, Json, Moved, Quiet, Ray, RunDir, Threads, Workers
+from bbprompt.commands.flags import (
+    AllowOverlap,
+    Baselines,
+    BatchTokens,
+    Debug,
+    Device,
+    Dtype,
+    Json,
+    Moved,
+    OnDoubt,
+    Quiet,
+    Ray,
+    RunDir,
+    Threads,
+    Workers,
+)
 from bbprompt.commands.output import command, write, write_json
 from bbprompt.commands.stop import Stop, stop_of
 from bbprompt.errors import UsageError
@@ -55,7 +70,7 @@ def tune(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="ID_OR_DIR", show_default=False, help="Pre-trained prompts [default: the method's]."),
+        typer.Option(metavar="ID_OR_DIR|none", show_default=False, help="Pre-trained prompts [default: the method's]."),
     ] = None,
     budget: Annotated[
         int | None,
@@ -78,14 +93,7 @@ def tune(
             "[default: local].",
         ),
     ] = None,
-    on_doubt: Annotated[
-        Literal["resend", "charge"] | None,
-        typer.Option(
-            show_default=False,
-            help="Calls whose answer a crash lost: make them again, or count them [default: resend to a local model "
-            "and `bbprompt serve`, which lose nothing by it, charge elsewhere].",
-        ),
-    ] = None,
+    on_doubt: OnDoubt = None,
     device: Device = None,
     dtype: Dtype = None,
     batch_tokens: BatchTokens = None,
@@ -98,22 +106,8 @@ def tune(
     test_limit: Annotated[
         int | None, typer.Option(show_default=False, help="Score at most so many test examples.")
     ] = None,
-    allow_overlap: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-overlap",
-            show_default=False,
-            help="Go on where few-shot inputs stand in the test split too.",
-        ),
-    ] = None,
-    baselines: Annotated[
-        bool | None,
-        typer.Option(
-            "--baselines/--no-baselines",
-            show_default=False,
-            help="Show cheap methods without prompts beside the result [default: yes].",
-        ),
-    ] = None,
+    allow_overlap: AllowOverlap = None,
+    baselines: Baselines = None,
     run_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", show_default=False, help="[default: runs/<task>-<method>-<seed>-<digest>]."),

@@ -23,12 +23,15 @@ SWEEP_FLAGS = (
     "budget",
     "shots",
     "backend",
+    "on_doubt",
     "device",
     "dtype",
     "batch_tokens",
     "max_tokens",
     "threads",
     "test_limit",
+    "allow_overlap",
+    "baselines",
 )
 
 

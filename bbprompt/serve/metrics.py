@@ -30,6 +30,7 @@ class Metrics:
         requests: Seconds from a request's headers to the end of its answer, by route; `NOWHERE` for none.
         seconds: Seconds that the model took for a forward.
         together: Requests that a forward answered.
+        parted: Forwards that failed for several requests together, each of which was then asked for alone.
         candidates: Candidates in a request.
     """
 
@@ -50,6 +51,7 @@ class Metrics:
         )
         self.seconds = Histogram(f"{name}_model_seconds", "Model time of a forward.", buckets=_SECONDS, registry=to)
         self.together = Histogram(f"{name}_together", "Requests that a forward answered.", buckets=_SIZES, registry=to)
+        self.parted = Counter(f"{name}_parted", "Forwards for several requests that failed.", registry=to)
         self.candidates = Histogram(f"{name}_candidates", "Candidates in a request.", buckets=_SIZES, registry=to)
 
     def text(self) -> bytes:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,8 @@ from bbprompt.tasks.example import Form, Part
 from bbprompt.wire import ScoreRequest, encode_reply
 
 __all__ = ["Full", "OtherRequest", "Scorer"]
+
+_log = logging.getLogger("bbprompt")
 
 _FRESH = 2.0  # seconds in which a forward that worked proves that the model works
 _COUNTED = 256  # batches whose tokens are remembered
@@ -62,6 +65,7 @@ class Scorer:
         self._replies: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
         self._counted: dict[tuple[str, Support], int] = {}
         self._size = 0
+        self._parted = False  # whether it was said that a forward for several requests failed
         self._worked = -float("inf")
         self._began: float | None = None  # when the forward that is running began
 
@@ -162,8 +166,10 @@ class Scorer:
     def _compute(self, turns: list[Turn]) -> Sequence[bytes | Exception]:
         """Answers, or why there is none. What fails together is asked for alone: a request must not spoil another."""
         if len(turns) > 1:
-            with contextlib.suppress(Exception):
+            try:
                 return self._forward(turns)
+            except Exception as error:
+                self._part(turns, error)
         replies: list[bytes | Exception] = []
         for turn in turns:
             try:
@@ -171,6 +177,19 @@ class Scorer:
             except Exception as error:
                 replies.append(error)
         return replies
+
+    def _part(self, turns: list[Turn], error: Exception) -> None:
+        """Count that what was asked together failed; the first time, say why."""
+        if not self._parted:
+            _log.warning(
+                "a forward for %d requests together failed (%s: %s); each is asked for alone, which is slower. Said "
+                "once; bbprompt_parted_total of /metrics counts such failures",
+                len(turns),
+                type(error).__name__,
+                error,
+            )
+        self._parted = True
+        self._metrics.parted.inc()
 
     def _forward(self, turns: list[Turn]) -> list[bytes]:
         first, began = turns[0], time.monotonic()

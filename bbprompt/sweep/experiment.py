@@ -16,10 +16,18 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bbprompt.config import NAMED_PROMPTS, NO_PROMPTS, MethodConfig, TuneConfig, load_method, method_with
+from bbprompt.config import (
+    NAMED_PROMPTS,
+    NO_PROMPTS,
+    MethodConfig,
+    TuneConfig,
+    absolute,
+    load_method,
+    located,
+    method_with,
+)
 from bbprompt.errors import UsageError
 from bbprompt.possible import check_possible, known_prompts
-from bbprompt.run import located
 from bbprompt.settings import Name
 from bbprompt.tasks.task import load_task
 from bbprompt.yamlfile import closest, read_yaml, validate
@@ -111,6 +119,13 @@ class Experiment(BaseModel):
                 raise UsageError(found[self.tasks[0], row.name])
         return found
 
+    def located(self) -> Experiment:
+        """The same with every path absolute, so that the sweep goes on from anywhere."""
+        axes = {"tasks": "task", "methods": "method"}
+        lists = {key: tuple(absolute({of: name})[of] for name in getattr(self, key)) for key, of in axes.items()}
+        variants = {label: absolute(changes) for label, changes in self.variants.items()}
+        return self.model_copy(update={**lists, "variants": variants, "settings": absolute(self.settings)})
+
     def _rows(self) -> tuple[_Row, ...]:
         """The rows; wrong names are an error now, not after the hours that the runs before them take."""
         rows = []
@@ -173,7 +188,7 @@ def experiment_names() -> list[str]:
 
 
 def experiment_from(file: str | None, grid: Mapping[str, Any], settings: Mapping[str, Any]) -> Experiment:
-    """An experiment from a file and flags; flags win.
+    """An experiment from a file and flags, paths absolute; flags win.
 
     Args:
         file: A YAML file or the name of a bundled experiment; None for flags alone.
@@ -197,7 +212,7 @@ def experiment_from(file: str | None, grid: Mapping[str, Any], settings: Mapping
     for key in ("tasks", "methods", "seeds"):
         if key not in values:
             raise UsageError(f"--{key} is missing; give --tasks, --methods and --seeds, or --config")
-    return validate(Experiment, values, where)
+    return validate(Experiment, values, where).located()
 
 
 def _read(name: str) -> tuple[str, dict[str, Any]]:
