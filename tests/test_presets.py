@@ -36,14 +36,16 @@ PRESETS = (
     "bbtv2-mp2",
     "bbt-spot",
     "bbtv2-spot",
+    "bbt-ppt",
     "bbtv2-ppt",
 )
-#: Methods that begin with a pre-trained prompt -> its kind; a PPT prompt that stands at the input alone is not bundled.
+#: Methods that begin with a pre-trained prompt -> its kind.
 STARTS = {
     "bbt-mp2": "mp2-shallow",
     "bbtv2-mp2": "mp2-deep",
     "bbt-spot": "spot",
     "bbtv2-spot": "spot",
+    "bbt-ppt": "ppt",
     "bbtv2-ppt": "ppt",
 }
 TINY = {"projection.dim": 6, "prompt.popsize": 4, "prompt.dev_every": 8}
