@@ -128,7 +128,7 @@ def test_around_the_trained_prompts(
     name: str, tiny_pair_data: Path, tiny_prompts: Path, tiny_shallow_prompts: Path, tmp_path: Path
 ) -> None:
     # A prompt of SPoT or PPT is an artifact like the others, with one module.
-    shallow = STARTS[name] in ("mp2-shallow", "spot")
+    shallow = STARTS[name] in ("mp2-shallow", "spot") or name == "bbt-ppt"
     start, same = (tiny_shallow_prompts, "mp2-shallow") if shallow else (tiny_prompts, "mp2-deep")
     result = begin(tiny_pair_data, tmp_path / "run", name, {"projection.start": str(start)})
     few = {"router.calls": 8, "router.random": 4, "prompt.popsize": 4}
