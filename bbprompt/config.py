@@ -271,8 +271,8 @@ def absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         if key == "set" and isinstance(value, Mapping):
             found[key] = _absolute(value)
-        elif isinstance(value, str) and _may_be_path(key, value) and Path(value).exists():
-            found[key] = str(Path(value).resolve())
+        elif isinstance(value, str) and value.strip() and _may_be_path(key, value) and Path(value).exists():
+            found[key] = str(Path(value).absolute())  # a link keeps its name, by which a task or method is called
     return found
 
 
@@ -289,7 +289,7 @@ def _absolute(changes: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             found[key] = _absolute(value, f"{before}{key}.")
         elif before + key in _PATHS and isinstance(value, str) and Path(value).is_dir():
-            found[key] = str(Path(value).resolve())
+            found[key] = str(Path(value).absolute())
     return found
 
 

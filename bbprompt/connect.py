@@ -378,10 +378,10 @@ def _open_server(
     info, problem = oracle.info, None
     if info.prompts_digest != prompt.digest:
         held, wanted = _bundled(info.prompts_digest), _bundled(prompt.digest)
+        command = "export-server --format triton --out REPOSITORY" if url.startswith("kserve") else "serve"
         problem = (
             f"holds other prompts ({held or info.prompts_digest[:12]}) than are wanted here "
-            f"({wanted or prompt.digest[:12]}); start it with these, `bbprompt "
-            f"{'export-server' if url.startswith('kserve') else 'serve'} --prompts {wanted or 'DIR'}`"
+            f"({wanted or prompt.digest[:12]}); start it with these, `bbprompt {command} --prompts {wanted or 'DIR'}`"
         )
     elif info.backbone_digest != prompt.config.backbone_digest:
         problem = f"holds another backbone than {prompt.config.backbone}; start it with the prompts' own"

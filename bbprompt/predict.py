@@ -287,15 +287,13 @@ def load_prompt(
             if directory.finished:
                 raise DiskError(f"{directory.path / PROMPT}: missing from a finished run; restore it or tune again")
             raise UsageError(f"{Path(run_dir) / PROMPT}: {_unfinished(run_dir)}")
-        use: dict[str, Any] = {
-            "device": device,
-            "dtype": dtype or config.dtype,
-            "batch_tokens": batch_tokens,
-            "threads": threads,
-        }
+        use: dict[str, Any] = {"device": device, "dtype": dtype or config.dtype, "threads": threads}
+        use["batch_tokens"] = batch_tokens
         method = validate(MethodConfig, directory.manifest["method"], str(directory.path / MANIFEST))
         task = validate(Task, directory.manifest["task"], str(directory.path / MANIFEST))
-        server = server_of(config.backend if method.baseline is None else "local", backend)  # a baseline asks no server
+        if method.baseline is not None and backend is not None:
+            raise UsageError(f"--backend {backend}: {method.name} asks no server; leave it out")
+        server = server_of(config.backend, backend)
         if method.baseline is not None:
             model = open_model(config, method, **use)
             _check_backbone(directory, model.info.backbone_digest if model is not None else "")

@@ -11,7 +11,7 @@ from bbprompt.config import TuneConfig
 from bbprompt.errors import UsageError
 from bbprompt.opened import Opened
 from bbprompt.result import Result
-from bbprompt.run import Watcher, default_directory, prepare
+from bbprompt.run import Watcher, default_directory, prepare, reopen
 from bbprompt.run import tune as tune_in
 from bbprompt.store.rundir import MANIFEST, RunDirectory
 from bbprompt.yamlfile import validate
@@ -49,12 +49,23 @@ def tune(
     """
     if config is not None and settings:
         raise UsageError(f"tune: give a TuneConfig or settings by name, not both ({', '.join(settings)})")
-    run = prepare(config if config is not None else validate(TuneConfig, settings, "tune"))
+    asked = config if config is not None else validate(TuneConfig, settings, "tune")
+    run = prepare(asked if run_dir is None else _as_begun(asked, Path(run_dir)))
     with (
         closing(run),
         _claimed(run, Path(run_dir) if run_dir is not None else default_directory(run)) as directory,
     ):
         return tune_in(run, directory, watcher)
+
+
+def _as_begun(config: TuneConfig, path: Path) -> TuneConfig:
+    """With what the run in a directory chose for itself where nothing is said; another machine would choose otherwise."""
+    if not (path / MANIFEST).is_file():
+        return config
+    directory, begun = reopen(path, writable=False)
+    directory.close()
+    open_ones = [key for key in ("dtype", "batch_tokens", "threads") if getattr(config, key) in (None, "auto")]
+    return config.model_copy(update={key: getattr(begun, key) for key in open_ones})
 
 
 def _claimed(run: Opened, path: Path) -> RunDirectory:

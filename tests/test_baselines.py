@@ -231,7 +231,7 @@ def test_the_commands_work_with_them(
     elsewhere = ["--backend", "http://localhost:1"]
     for words in (["eval"], ["predict", "--input", str(tiny_pair_data / "test.jsonl"), "--output", str(labels)]):
         assert cli.run([words[0], str(folder), *words[1:], *elsewhere]) == 2
-        assert "--backend http://localhost:1: the run began with a model here" in capsys.readouterr().err
+        assert "--backend http://localhost:1: threshold asks no server; leave it out" in capsys.readouterr().err
     assert (
         cli.run(["predict", str(folder), "--input", str(tiny_pair_data / "test.jsonl"), "--output", str(labels)]) == 0
     )

@@ -81,14 +81,16 @@ def test_the_same_call_goes_on_with_a_run_and_returns_a_finished_one(
         "data": str(tiny_pair_data),
         "prompts": str(tiny_prompts),
         "budget": 44,
-        "threads": 1,
         "set": {"router": None},
     }
+    monkeypatch.setattr("bbprompt.run.cores", lambda: 1)
     whole = bbprompt.tune(run_dir=tmp_path / "whole", **settings)
     if named:
         settings["run_dir"] = "here"
     with pytest.raises(Interrupted):
         bbprompt.tune(watcher=Meeting(20), **settings)
+    if named:  # what it chose for itself stays as it was
+        monkeypatch.setattr("bbprompt.run.cores", lambda: 7)
     found = bbprompt.tune(**settings)
     assert found.digest == whole.digest
     folder = tmp_path / "here" if named else next((tmp_path / "runs").iterdir())

@@ -170,7 +170,7 @@ def _opened(
     before = read_sweep(out)
     flags = {**settings, "set": parse_set(changes) or None}
     if before is not None and config is None and not any(v is not None for v in (*grid.values(), *flags.values())):
-        experiment = before
+        experiment = before.located()  # a version before may have kept paths as seen from here
     else:
         experiment = experiment_from(config, grid, flags)
     experiment = with_threads(experiment, before, threads)

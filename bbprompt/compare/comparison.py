@@ -347,7 +347,9 @@ def _behind(runs: Sequence[FinishedRun], methods: Sequence[str]) -> Iterable[str
     for name in methods:
         own = [run for run in runs if run.row == name and not run.baseline]
         values, cheap = _scores(own, _final), _cheap(own, best)
-        tasks = [task for task in dict.fromkeys(task for task, _ in cheap) if sum(_minus(values, cheap, task)) < 0]
+        tasks = [
+            task for task in dict.fromkeys(task for task, _ in cheap) if round(sum(_minus(values, cheap, task)), 12) < 0
+        ]
         if tasks:
             found.append(f"{name} on {', '.join(tasks)}")
     if found:
