@@ -59,7 +59,7 @@ def tune(
 
 
 def _as_begun(config: TuneConfig, path: Path) -> TuneConfig:
-    """With what the run in a directory chose for itself where nothing is said; another machine would choose otherwise."""
+    """With what the run in a directory chose for itself where nothing is said: another machine chooses otherwise."""
     if not (path / MANIFEST).is_file():
         return config
     directory, begun = reopen(path, writable=False)
