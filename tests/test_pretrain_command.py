@@ -60,9 +60,15 @@ def test_bundled_recipes_spell_out_every_setting(name: str) -> None:
         return
     assert set(values) == set(PretrainConfig.model_fields)
     assert set(values["ppt"] or PptSettings.model_fields) == set(PptSettings.model_fields)
-    deep = name.startswith(("mp2-proto", "mp2-deep"))
+    kinds = {
+        "mp2-proto": "mp2-deep",
+        "mp2-deep": "mp2-deep",
+        "mp2-shallow": "mp2-shallow",
+        "spot": "spot",
+        "ppt": "ppt",
+    }
     recipe = command._recipe(name, Path())
-    assert recipe.kind == ("mp2-deep" if deep else name.removesuffix("-more").removesuffix("-no-fsl"))
+    assert recipe.kind == next(kind for begin, kind in kinds.items() if name.startswith(begin))
     assert isinstance(recipe, PretrainConfig)
     assert set(range(10, 60, 10)) <= set(recipe.spare_seeds), "the seeds of the papers are spared"
 
