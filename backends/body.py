@@ -5,10 +5,10 @@ placeholders, by hooks, so that everything else is transformers' own code. The r
 of zeros: other than in an encoder of the BERT family they take the first positions, as the rows of PEFT's prompt tuning
 and vLLM's `prompt_embeds` do, and a model that has embeddings of positions adds them.
 
-Candidates that share the prompts of the first layers share these layers: a `Trunk` holds what they give, and each runs
-from there on. No model code is needed for it: the blocks that are not run stay in their places and give what they gave
-before, so that a model counts positions, masks and layers as ever. Whether that is exact for a model and a layer is
-tried by `families.can_fork`.
+Candidates that share the prompts of the first layers share these layers: a `StockTrunk` holds what they give, and each
+runs from there on. No model code is needed for it: the blocks that are not run stay in their places and give what they
+gave before, so that a model counts positions, masks and layers as ever. Whether that is exact for a model and a layer
+is tried by `families.can_fork`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bbprompt.backends.chunks import Given, Trunk
 from bbprompt.backends.precision import warn_of_slow
+from bbprompt.backends.stocktrunk import Given, StockTrunk
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import NO_TOKEN, Encoded, Frame
 
@@ -63,7 +63,7 @@ class Body(Protocol):
         """
 
 
-#: Gives the states `(n, N, 1, H)` of the texts of a chunk, told by its number: numbers are those of a `Trunk`.
+#: Gives the states `(n, N, 1, H)` of the texts of a chunk, told by its number: numbers are those of a `StockTrunk`.
 Run = Callable[[int, Sequence[Encoded]], Tensor]
 
 
@@ -81,7 +81,7 @@ class CausalBody:
 
     What stands before a text is the same for all texts of a candidate, so it runs through the model once for all texts
     that `states` is given, or once for all chunks of `under`, and they attend to its keys and values. Without prompts
-    these are kept for the next texts. In the layers of a `Trunk` it runs once for all candidates.
+    these are kept for the next texts. In the layers of a `StockTrunk` it runs once for all candidates.
 
     Args:
         model: The stock model without its head.
@@ -103,7 +103,7 @@ class CausalBody:
             seen = self._keep(front, len(prompts))
         return self._behind(sequences, len(front), seen, len(prompts))
 
-    def under(self, frame: Frame, prompts: Tensor, trunk: Trunk | None = None) -> Run:
+    def under(self, frame: Frame, prompts: Tensor, trunk: StockTrunk | None = None) -> Run:
         """Run what stands before the texts, for `n` candidates.
 
         Args:
@@ -111,7 +111,7 @@ class CausalBody:
             prompts: `(n, L, P, H)` for its placeholders, in the layers behind those of the trunk.
             trunk: What the candidates share; what it lacks of a chunk is added when that runs. None for nothing.
         """
-        blocks, trunk = list(blocks_of(self._model)), trunk or Trunk()
+        blocks, trunk = list(blocks_of(self._model)), trunk or StockTrunk()
         fork = len(trunk.prompts)
         with (
             _only(blocks, fork, len(blocks), trunk.front, len(prompts)),
@@ -126,7 +126,7 @@ class CausalBody:
 
         return run
 
-    def grown(self, trunk: Trunk, frame: Frame, prompts: Tensor) -> Trunk:
+    def grown(self, trunk: StockTrunk, frame: Frame, prompts: Tensor) -> StockTrunk:
         """A trunk with further layers, whose prompts are `(l, P, H)`, at least one; the old one is of no more use."""
         blocks, first = list(blocks_of(self._model)), len(trunk.prompts)
         last = first + len(prompts)
@@ -135,14 +135,14 @@ class CausalBody:
             prompted(blocks[first:], frame.prompt_start, frame.prompt_end, prompts[None]),
         ):
             seen = self._keep(frame.front, 1)
-        return Trunk([*trunk.prompts, *prompts], Given.of(gave[0]), _joined(trunk.seen, first, seen), trunk.texts)
+        return StockTrunk([*trunk.prompts, *prompts], Given.of(gave[0]), _joined(trunk.seen, first, seen), trunk.texts)
 
     def run(self, ids: Sequence[int], times: int = 1) -> Any:
         """The stock output for one sequence of tokens, that many times, with keys and values."""
         repeated = torch.as_tensor([ids], device=self._model.device).repeat(times, 1)
         return self._model(**inputs_of(self._model, repeated), use_cache=True)
 
-    def _entering(self, trunk: Trunk, number: int, sequences: Sequence[Encoded], frame: Frame) -> Given:
+    def _entering(self, trunk: StockTrunk, number: int, sequences: Sequence[Encoded], frame: Frame) -> Given:
         """What the last layer of the trunk gives for a chunk."""
         first, given = trunk.texts.get(number, (0, None))
         if given is None or first < len(trunk.prompts):
@@ -187,7 +187,7 @@ class CausalBody:
 class SentinelBody:
     """An encoder-decoder of the T5 family: the encoder reads the text with its prompts, the decoder the sentinel.
 
-    The position bias that the encoder's first block computes and hands on is kept with the states of a `Trunk`.
+    The position bias that the encoder's first block computes and hands on is kept with the states of a `StockTrunk`.
 
     Args:
         model: The stock model.
@@ -202,9 +202,9 @@ class SentinelBody:
         rows = torch.zeros(1, 0, 0, 0) if prompts is None else prompts
         return self._decoded(*self._read(sequences, frame, rows), len(rows))
 
-    def under(self, frame: Frame, prompts: Tensor, trunk: Trunk | None = None) -> Run:
+    def under(self, frame: Frame, prompts: Tensor, trunk: StockTrunk | None = None) -> Run:
         """See `CausalBody.under`; nothing runs before the texts."""
-        shared = trunk or Trunk()
+        shared = trunk or StockTrunk()
         fork = len(shared.prompts)
 
         def run(number: int, sequences: Sequence[Encoded]) -> Tensor:
@@ -215,11 +215,11 @@ class SentinelBody:
 
         return run
 
-    def grown(self, trunk: Trunk, frame: Frame, prompts: Tensor) -> Trunk:
+    def grown(self, trunk: StockTrunk, frame: Frame, prompts: Tensor) -> StockTrunk:
         """See `CausalBody.grown`."""
-        return Trunk([*trunk.prompts, *prompts], texts=trunk.texts)
+        return StockTrunk([*trunk.prompts, *prompts], texts=trunk.texts)
 
-    def _entering(self, trunk: Trunk, number: int, sequences: Sequence[Encoded], frame: Frame) -> Given:
+    def _entering(self, trunk: StockTrunk, number: int, sequences: Sequence[Encoded], frame: Frame) -> Given:
         """What the last layer of the trunk gives for a chunk."""
         first, given = trunk.texts.get(number, (0, None))
         if given is None or first < len(trunk.prompts):

@@ -1,13 +1,9 @@
-"""Sequences cut into chunks that run through a model at once, and what comes out put back into their order.
-
-And what is kept of chunks that many candidates share; how they run from there on is `backends.body`'s business.
-"""
+"""Sequences cut into chunks that run through a model at once, and what comes out put back into their order."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +11,7 @@ from torch import Tensor
 
 from bbprompt.texts.mrc import Encoded
 
-__all__ = ["Chunk", "Given", "Trunk", "chunks_of", "in_order"]
+__all__ = ["Chunk", "chunks_of", "in_order"]
 
 #: A chunk runs a cell of padding at most for so many tokens, where texts are many enough.
 _PADDING = 12
@@ -39,63 +35,6 @@ class Chunk:
     def cells(self) -> int:
         """Tokens and padding, with every sequence as wide as the longest."""
         return len(self.sequences) * max(len(item.ids) for item in self.sequences)
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What a block gave for some texts under one candidate.
-
-    Attributes:
-        states: `(N, S, H)`.
-        more: What it gave beside them, as a tuple, and holds for all texts, such as T5's position bias
-            `(1, heads, S, S)`; None in the place of anything else. None for a block that gives states alone.
-    """
-
-    states: Tensor
-    more: tuple[Tensor | None, ...] | None
-
-    @classmethod
-    def of(cls, out: Any) -> Self:
-        """From what a block returned."""
-        if isinstance(out, Tensor):
-            return cls(out, None)
-        states, *more = out
-        return cls(states, tuple(each if isinstance(each, Tensor) and len(each) == 1 else None for each in more))
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        return self.states.nbytes + sum(each.nbytes for each in self.more or () if each is not None)
-
-    def times(self, candidates: int) -> Any:
-        """What the block would return for so many candidates."""
-        states = self.states.repeat(candidates, 1, 1)
-        return states if self.more is None else (states, *self.more)
-
-
-@dataclass(slots=True)
-class Trunk:
-    """What the candidates of a request share: the layers below the first in which their prompts differ.
-
-    Attributes:
-        prompts: `(P, H)` of each of these layers.
-        front: What the last of them gave for what stands before the texts, where that runs once for all of them.
-        seen: Its keys and values in these layers, of one candidate.
-        texts: Number of a chunk -> how many of these layers it has run through, and what the last of them gave.
-    """
-
-    prompts: list[Tensor] = field(default_factory=list)
-    front: Given | None = None
-    seen: Any = None
-    texts: dict[int, tuple[int, Given]] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it takes."""
-        layers = () if self.seen is None else self.seen.layers
-        cached = [each for layer in layers for each in vars(layer).values() if isinstance(each, Tensor)]
-        given = [each for _, each in self.texts.values()] + ([] if self.front is None else [self.front])
-        return sum(each.nbytes for each in (*self.prompts, *cached)) + sum(each.bytes for each in given)
 
 
 def chunks_of(sequences: Sequence[Encoded], most: int, *, shared: int = 0, padded: bool = True) -> list[Chunk]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bbprompt.backends.body import CausalBody, SentinelBody, blocks_of
-from bbprompt.backends.chunks import Trunk
 from bbprompt.backends.lm_head import LanguageHead
 from bbprompt.backends.memory import is_exhausted
+from bbprompt.backends.stocktrunk import StockTrunk
 from bbprompt.errors import ArtifactError
 from bbprompt.texts.mrc import Encoded, Frame
 
@@ -135,7 +135,7 @@ def can_fork(backbone: Backbone, body: CausalBody | SentinelBody, layer: int) ->
     for count, most in ((1, _SAME), (2, _SAME_HALF)) if half else ((2, _SAME),):
         try:
             expected = body.states(texts, frame, prompts[:count])
-            trunk = body.grown(Trunk(), frame, prompts[0, :layer])
+            trunk = body.grown(StockTrunk(), frame, prompts[0, :layer])
             run = body.under(frame, prompts[:count, layer:], trunk)
             run(0, texts)
             run(1, others)  # what a block handed on beside its states is of these now

@@ -24,7 +24,7 @@ from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.head import Head
 from bbprompt.backends.language import LocalLanguageModel, same_model
 from bbprompt.backends.layout import pack
-from bbprompt.backends.memory import Portion, free_bytes
+from bbprompt.backends.memory import Portion, room_to_keep
 from bbprompt.backends.population import Lane, Place, Prepared, Runner, Trunk
 from bbprompt.backends.precision import ENOUGH, ENOUGH_THROUGHOUT, Probe, error_of, log_probabilities, spread_of
 from bbprompt.backends.prototype_head import PrototypeHead
@@ -43,8 +43,6 @@ __all__ = ["LocalOracle", "open_head"]
 log = logging.getLogger("bbprompt")
 
 _KEPT_BATCHES = 8
-#: States kept between calls take at most one part in so many of the memory that is free at first.
-_KEPT_PART = 4
 #: Deviations hold the states of so many times the tokens that run at once, on a CPU, where some rows run at a time, and
 #: on a GPU: the more candidates, the less their reference costs each.
 _HELD, _HELD_AT_ONCE = 16, 4
@@ -105,7 +103,7 @@ class LocalOracle:
         self._backbone = backbone
         self._kept: OrderedDict[tuple[str, Support], list[Prepared]] = OrderedDict()
         self._portion = Portion(batch_tokens, self._encoder.device, self._kept.clear)
-        self._kept_room, self._kept_most = free_bytes(self._encoder.device) // _KEPT_PART, 0
+        self._kept_room, self._kept_most = room_to_keep(self._encoder.device), 0
         self._info = info_of(backbone, device, dtype, limit, batch_tokens, prompt)
 
     @property

@@ -16,7 +16,7 @@ import torch
 from bbprompt.errors import OracleError
 from bbprompt.units import best_batch_tokens
 
-__all__ = ["Portion", "batch_tokens_for", "free_bytes", "is_exhausted", "keep_freed_memory"]
+__all__ = ["Portion", "batch_tokens_for", "free_bytes", "is_exhausted", "keep_freed_memory", "room_to_keep"]
 
 _log = logging.getLogger("bbprompt")
 
@@ -50,6 +50,11 @@ def _droppable() -> int:
         fields = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
         return int(fields.get("inactive_file", 0))
     return 0
+
+
+def room_to_keep(device: torch.device | str) -> int:
+    """Bytes that states kept between calls may take: a quarter of what is free."""
+    return free_bytes(device) // 4
 
 
 def batch_tokens_for(hidden: int, inner: int, device: torch.device | str) -> int:

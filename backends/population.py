@@ -177,14 +177,16 @@ class Runner:
 
     def fork(self, points: NDArray[np.float32]) -> int:
         """The first layer in which candidates `(n, L, d)` differ, or the last."""
-        differs = _differences(points)
+        return self._first(_differences(points))
+
+    def _first(self, differs: NDArray[np.bool_]) -> int:
         return min(int(differs.argmax()) if differs.any() else len(differs), len(self.encoder.layers) - 1)
 
     def population(self, points: NDArray[np.float32]) -> Population:
         """See in what candidates `(n, L, d)` differ, and move that to where prompts are made; no GPU is waited for."""
         differs = _differences(points)
         moved, common = (self._moved(part) for part in (points[:, differs], points[0]))
-        return Population(points, differs, self.fork(points), moved, common, {})
+        return Population(points, differs, self._first(differs), moved, common, {})
 
     def _moved(self, points: NDArray[np.float32]) -> Tensor:
         host, device = torch.from_numpy(points), self._projection.device

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 
 from bbprompt.backends.backbone import Backbone
 from bbprompt.backends.body import body_of, check_embeds
-from bbprompt.backends.chunks import Chunk, Trunk, chunks_of, in_order
+from bbprompt.backends.chunks import Chunk, chunks_of, in_order
 from bbprompt.backends.families import can_fork
 from bbprompt.backends.fit import check_fit, info_of
 from bbprompt.backends.language import LocalLanguageModel, same_model
 from bbprompt.backends.layout import pack
-from bbprompt.backends.memory import Portion, free_bytes
+from bbprompt.backends.memory import Portion, room_to_keep
+from bbprompt.backends.stocktrunk import StockTrunk
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.backends.verbalizer_head import VerbalizerHead, VerbalizerPlan
 from bbprompt.errors import ArtifactError
@@ -42,8 +43,6 @@ _log = logging.getLogger("bbprompt")
 _KEPT_BATCHES = 8
 #: Tokens of all kept batches; an id takes some 40 bytes.
 _KEPT_TOKENS = 1 << 20
-#: States kept between calls take at most one part in so many of the memory that is free at first.
-_KEPT_PART = 4
 
 
 @dataclass(slots=True)
@@ -61,7 +60,7 @@ class _Texts:
     chunks: tuple[Chunk, ...]
     plans: tuple[VerbalizerPlan, ...]
     tokens: int
-    shared: tuple[NDArray[np.float32], Trunk] | None = None
+    shared: tuple[NDArray[np.float32], StockTrunk] | None = None
 
     @property
     def bytes(self) -> int:
@@ -118,7 +117,7 @@ class StockOracle:
         self._kept: OrderedDict[tuple[str, Support], _Texts] = OrderedDict()
         self._forks: dict[int, bool] = {}
         self._portion = Portion(batch_tokens, self._device, self._kept.clear)
-        self._kept_room, self._kept_most = free_bytes(self._device) // _KEPT_PART, 0
+        self._kept_room, self._kept_most = room_to_keep(self._device), 0
         self._info = info_of(backbone, device, dtype, limit, batch_tokens, prompt)
 
     @property
@@ -248,15 +247,15 @@ class StockOracle:
             self._forks[fork] = can_fork(self._backbone, self._body, fork)
         return fork if fork and self._forks[fork] else 0
 
-    def _trunk(self, texts: _Texts, below: NDArray[np.float32]) -> Trunk:
+    def _trunk(self, texts: _Texts, below: NDArray[np.float32]) -> StockTrunk:
         """What candidates with these points `(l, d)` in the first layers share.
 
         Taken further from what is kept, or else computed anew; always for one candidate and a prompt alone, so that a
         reply does not depend on what was scored before.
         """
-        points, trunk = texts.shared or (below[:0], Trunk())
+        points, trunk = texts.shared or (below[:0], StockTrunk())
         if len(points) > len(below) or not np.array_equal(points, below[: len(points)]):
-            points, trunk = below[:0], Trunk()
+            points, trunk = below[:0], StockTrunk()
         if len(points) < len(below):
             moved = torch.from_numpy(below).to(self._device)
             made = [moved[layer] @ self._projection[layer] for layer in range(len(points), len(below))]
@@ -265,7 +264,7 @@ class StockOracle:
         texts.shared = below.copy(), trunk
         return trunk
 
-    def _make_room(self, running: _Texts, trunk: Trunk, done: int) -> None:
+    def _make_room(self, running: _Texts, trunk: StockTrunk, done: int) -> None:
         """Where more is kept than there is room for, drop what is kept of the batches that were used longest ago.
 
         But first of the chunk that is done, where this batch alone is too large, and not of those before it: a request

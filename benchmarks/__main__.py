@@ -16,8 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 #: What runs unless it is said otherwise; and what takes minutes, or starts servers or a Ray of its own.
 _QUICK = ("published", "ablation", "scaling", "precision", "alternatives", "optimizers", "start-up")
-_ELSEWHERE = ("base", "gpu", "training", "batches", "remote", "dispatcher", "workers", "slow")
-_FORWARD = ("published", "base", "ablation", "scaling", "alternatives")
+_ELSEWHERE = ("base", "causal", "gpu", "training", "batches", "remote", "dispatcher", "workers", "slow")
+_FORWARD = ("published", "base", "causal", "ablation", "scaling", "alternatives")
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -42,6 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
         ablation,
         alternatives,
         batches,
+        causal,
         cluster,
         forward,
         gpu,
@@ -66,6 +67,7 @@ def main(words: Sequence[str] | None = None) -> None:
             "Against the published protocols, BERT-base's shape",
             lambda: forward.against_published(forward.BASE, *sizes),
         ),
+        "causal": ("A causal model from the first layer in which candidates differ", lambda: causal.causal(*sizes)),
         "ablation": ("Each saving switched off", lambda: ablation.ablation(*sizes)),
         "scaling": ("Cost as one size changes", lambda: scaling.scaling(*sizes)),
         "precision": ("Rankings in mixed precision", lambda: precision.rankings(options.rounds, options.threads)),

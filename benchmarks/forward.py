@@ -11,6 +11,7 @@ import torch
 from transformers import BertForMaskedLM
 
 from bbprompt.backends import local
+from bbprompt.backends.local import LocalOracle
 from bbprompt.oracle import Scores
 from benchmarks.frozen import Sweep, open_frozen, prompt_of, sequences, texts_of
 from benchmarks.released import ATTENTION, bbtv2, mp2, plain
@@ -54,7 +55,7 @@ def against_published(paper: Setting, rounds: int, threads: int, small: bool) ->
         ratios = " | ".join(f"{each[rival] / seconds:.1f}" for rival in rivals)
         floors = " | ".join(f"{paper.mean_flops / rate / seconds:.0%}" for rate in rates.values())
         lines.append(f"| {name} | {1 / seconds:.2f} | {1e3 * seconds:.1f} | {ratios} | {floors} |")
-    used = ", ".join(f"{count} in {kind}" for kind, count in mixed.oracle.precisions.items())
+    used = ", ".join(f"{count} in {kind}" for kind, count in mixed.precisions.items())
     return [*lines, "", f"Mixed, of itself, scored {used} (populations, those before the first round included)."]
 
 
@@ -72,7 +73,7 @@ def _rivals(paper: Setting, model: BertForMaskedLM) -> dict[str, Callable[[int],
     }
 
 
-def _ours(paper: Setting, model: BertForMaskedLM) -> tuple[dict[str, Callable[[int], Any]], Sweep]:
+def _ours(paper: Setting, model: BertForMaskedLM) -> tuple[dict[str, Callable[[int], Any]], LocalOracle]:
     """Ours, a population at each step, in each precision; and the one whose precision is its own choice."""
     data = texts_of(paper, "verbalizer")
 
@@ -80,7 +81,8 @@ def _ours(paper: Setting, model: BertForMaskedLM) -> tuple[dict[str, Callable[[i
         oracle, _ = open_frozen(paper, model, "verbalizer", dtype)
         return Sweep(oracle, data, paper.population)
 
-    mixed, trusting = visits("mixed"), visits("mixed")
+    chooses, _ = open_frozen(paper, model, "verbalizer", "mixed")
+    trusting = visits("mixed")
     theirs = paper.but(dim=_MP2_DIM)
     spans = Sweep(open_frozen(theirs, model, "span", "bfloat16")[0], texts_of(theirs, "span"), paper.population)
 
@@ -90,9 +92,9 @@ def _ours(paper: Setting, model: BertForMaskedLM) -> tuple[dict[str, Callable[[i
 
     ways: dict[str, Callable[[int], Any]] = {
         "ours, float32": visits("float32"),
-        "ours, mixed": mixed,
+        "ours, mixed": Sweep(chooses, data, paper.population),
         "ours, mixed, where bfloat16 passes its check": trusted,
         "ours, bfloat16": visits("bfloat16"),
         f"ours, bfloat16, of MP2's sizes (d = {_MP2_DIM}, a span head)": spans,
     }
-    return ways, mixed
+    return ways, chooses

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bbprompt.backends.backbone import Backbone
-from bbprompt.backends.lm_head import head_of
+from bbprompt.backends.lm_head import LanguageHead, head_of
 from bbprompt.backends.local import LocalOracle
 from bbprompt.backends.memory import batch_tokens_for
+from bbprompt.backends.stock import StockOracle
 from bbprompt.backends.tokens import frame_for, tokenize_with
 from bbprompt.oracle import Scores, TextBatch
 from bbprompt.prompts import ModularPrompt, PromptConfig
@@ -27,7 +28,7 @@ from bbprompt.texts.cloze import encode_cloze
 from bbprompt.texts.mrc import SEPARATOR, Encoded, encode
 from benchmarks.setting import Setting
 
-__all__ = ["OPTIONS", "Kind", "Sweep", "open_frozen", "prompt_of", "sequences", "texts_of"]
+__all__ = ["OPTIONS", "Kind", "Sweep", "backbone_of", "open_frozen", "prompt_of", "sequences", "texts_of"]
 
 #: BBTv2 reads label words at a mask, MP2 options by a span head.
 Kind = Literal["verbalizer", "span"]
@@ -44,10 +45,14 @@ def open_frozen(
 ) -> tuple[LocalOracle, ModularPrompt]:
     """The oracle over a stock model, as `bbprompt.open_oracle` would open it, and what it is opened with."""
     prompt = prompt_of(setting, kind)
-    head = head_of(model, "masked") if kind == "verbalizer" else None
-    backbone = Backbone(_BACKBONE, model.bert, _tokenizer(setting), _DIGEST, 0, "directory", head)
+    backbone = backbone_of(setting, model.bert, head_of(model, "masked") if kind == "verbalizer" else None)
     tokens = batch_tokens_for(setting.hidden, setting.inner, device)
     return LocalOracle(backbone, prompt, device=device, dtype=dtype, batch_tokens=tokens), prompt
+
+
+def backbone_of(setting: Setting, model: Any, head: LanguageHead | None) -> Backbone:
+    """A stock model without its head, and its head, as they would be loaded."""
+    return Backbone(_BACKBONE, model, _tokenizer(setting), _DIGEST, 0, "directory", head)
 
 
 def prompt_of(setting: Setting, kind: Kind, modules: int = 8) -> ModularPrompt:
@@ -118,7 +123,7 @@ class Sweep:
         everywhere: They differ in every layer, as routers do, whatever the layer visited.
     """
 
-    oracle: LocalOracle
+    oracle: LocalOracle | StockOracle
     data: Labelled
     population: int
     everywhere: bool = False

@@ -54,6 +54,11 @@ def table(lines: list[str]) -> list[list[str]]:
     [
         ("published", "what | calls/s | ms a candidate | BBTv2 / this | MP2 / this | plain / this", 8),
         ("base", "what | calls/s | ms a candidate | BBTv2 / this | MP2 / this | plain / this", 8),
+        (
+            "causal",
+            "differs from layer | all layers, ms a candidate | from there on, ms a candidate | times as fast",
+            3,
+        ),
         ("ablation", "what | ms a candidate | cost against all savings", 15),
         pytest.param(
             "scaling",

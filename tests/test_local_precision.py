@@ -306,12 +306,12 @@ def test_the_cache_is_bounded(
     oracle = LocalOracle(backbone, deep)
     expected = [oracle.score(batch, points).logits for batch in (first, second)]
     both = oracle.kept_bytes
-    monkeypatch.setattr("bbprompt.backends.local.free_bytes", lambda device: 4 * (both - 1))
+    monkeypatch.setattr("bbprompt.backends.local.room_to_keep", lambda device: both - 1)
     bounded = LocalOracle(backbone, deep)
     for batch, logits in zip((first, second), expected, strict=True):
         np.testing.assert_array_equal(bounded.score(batch, points).logits, logits)
     assert [sum(trunk.bytes for trunk in kept.trunks) > 0 for [kept] in bounded._kept.values()] == [False, True]
-    monkeypatch.setattr("bbprompt.backends.local.free_bytes", lambda device: 0)
+    monkeypatch.setattr("bbprompt.backends.local.room_to_keep", lambda device: 0)
     without = LocalOracle(backbone, deep)
     for logits in (expected[0], expected[0]):
         np.testing.assert_array_equal(without.score(first, points).logits, logits)
